@@ -1,0 +1,265 @@
+"""Configuration of a model, of its distribution over ranks, and of a training run.
+
+Plain frozen dataclasses: usable from Python as they are, filled from TOML and the command line by `dsv3rt.train.config_file`.
+Every class checks its own ranges and raises a one-line ValueError that names the field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, owner: str, name: str, rule: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{owner}.{name} must {rule}, got {got!r}")
+
+
+def _require_positive(owner: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, owner, name, "be positive", value)
+
+
+def _require_non_negative(owner: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, owner, name, "not be negative", value)
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension (arXiv 2309.00071; DeepSeek-V3 report sec. 4.3)."""
+
+    factor: float = 40.0
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("model.yarn", self, "original_max_position", "beta_fast", "beta_slow")
+        _require(self.factor >= 1, "model.yarn", "factor", "be at least 1", self.factor)
+        _require(self.beta_fast > self.beta_slow, "model.yarn", "beta_fast", "be above beta_slow", self.beta_fast)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a DeepSeek-V3-style model; sizes are counts, widths in elements. Defaults are DeepSeek-V3 671B."""
+
+    vocab_size: int = 129280
+    dim: int = 7168
+    num_layers: int = 61
+    num_dense_layers: int = 3
+    num_heads: int = 128
+    q_lora_rank: int | None = 1536  # None: one full query projection
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    ffn_dim: int = 18432
+    expert_dim: int = 2048
+    num_experts: int = 256
+    num_shared_experts: int = 1
+    top_k: int = 8
+    num_expert_groups: int = 8
+    num_groups_kept: int = 4
+    renormalize_gates: bool = True
+    route_scale: float = 2.5
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position: int = 4096
+    yarn: YarnConfig | None = None
+    mtp_depth: int = 1
+    init_std: float = 0.006
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model", self, "vocab_size", "dim", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
+            "qk_rope_head_dim", "v_head_dim", "ffn_dim", "expert_dim", "num_experts", "top_k", "num_expert_groups",
+            "num_groups_kept", "route_scale", "norm_eps", "rope_theta", "max_position", "init_std",
+        )  # fmt: skip
+        _require_non_negative("model", self, "num_dense_layers", "num_shared_experts", "mtp_depth")
+        if self.q_lora_rank is not None:
+            _require_positive("model", self, "q_lora_rank")
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        groups, kept = self.num_expert_groups, self.num_groups_kept
+        _require(self.num_dense_layers <= self.num_layers, "model", "num_dense_layers",
+                 f"be at most num_layers ({self.num_layers})", self.num_dense_layers)  # fmt: skip
+        _require(self.qk_rope_head_dim % 2 == 0, "model", "qk_rope_head_dim", "be even", self.qk_rope_head_dim)
+        _require(self.num_experts % groups == 0, "model", "num_expert_groups",
+                 f"divide num_experts ({self.num_experts})", groups)  # fmt: skip
+        _require(kept <= groups, "model", "num_groups_kept", f"be at most num_expert_groups ({groups})", kept)
+        _require(groups == 1 or self.num_experts // groups >= 2, "model", "num_expert_groups",
+                 "leave at least 2 experts a group", groups)  # fmt: skip
+        available = kept * (self.num_experts // groups)
+        _require(self.top_k <= available, "model", "top_k", f"be at most the {available} experts of the groups kept",
+                 self.top_k)  # fmt: skip
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim ** -0.5, times YaRN's squared attention factor where YaRN is configured."""
+        import math
+
+        scale = self.qk_head_dim**-0.5
+        if self.yarn is not None and self.yarn.factor > 1:
+            mscale = 0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0
+            scale *= mscale * mscale
+        return scale
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Ranks along each mesh axis; their product is the number of processes."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "dp", "ep"):
+            value = getattr(self, name)
+            _require(value == 1, "parallel", name, "be 1 (distributed training is not built yet)", value)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of a schedule, from the end of the previous one up to `until` tokens (or steps, first segment only).
+
+    The value moves from the previous segment's end value (or `start`) to `value` in the given shape.
+    """
+
+    value: float
+    until_tokens: float | None = None
+    until_steps: int | None = None
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.until_tokens is None or self.until_steps is None, "segment", "until_steps",
+                 "not be given beside until_tokens", self.until_steps)  # fmt: skip
+        for name in ("until_tokens", "until_steps"):
+            until = getattr(self, name)
+            _require(until is None or until > 0, "segment", name, "be positive", until)
+
+
+def _constant(value: float) -> tuple[Segment, ...]:
+    return (Segment(value),)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The [train] section. `batch_size` is a schedule in sequences a step; `micro_batch_size` sequences a forward."""
+
+    steps: int = 1000
+    seed: int = 0
+    seq_len: int = 4096
+    batch_size: tuple[Segment, ...] = _constant(8)
+    micro_batch_size: int = 1
+    bias_update_speed: tuple[Segment, ...] = _constant(0.001)  # the paper's gamma
+    balance_alpha: tuple[Segment, ...] = _constant(0.0001)  # the paper's alpha
+    mtp_weight: tuple[Segment, ...] = _constant(0.3)  # the paper's lambda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    eval_every: int = 0  # steps; 0: only at the end
+    eval_sequences: int = 64
+    run_dir: str = "runs/default"
+    peak_tflops: float = 0.0  # for MFU; 0: the BF16 peak of a known GPU, else no MFU
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        _require_positive("train", self, "steps", "seq_len", "micro_batch_size", "sample_tokens")
+        _require_non_negative("train", self, "seed", "eval_every", "eval_sequences", "peak_tflops")
+        for name in ("batch_size", "bias_update_speed", "balance_alpha", "mtp_weight"):
+            _require_schedule("train", name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The [data] section: text files (or folders of them) and how they become tokens.
+
+    `paths` may hold "python-stdlib", the sources of the running interpreter's standard library.
+    """
+
+    paths: tuple[str, ...] = ("python-stdlib",)
+    suffixes: tuple[str, ...] = (".txt", ".md", ".py")
+    tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizer.json
+    validation_fraction: float = 0.05  # of files, chosen by a hash of their relative path
+
+    def __post_init__(self) -> None:
+        _require(len(self.paths) > 0, "data", "paths", "name at least one file or folder", self.paths)
+        _require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
+                 self.validation_fraction)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The [optim] section: AdamW. `lr` is a schedule."""
+
+    lr: tuple[Segment, ...] = (Segment(2.2e-4, until_steps=2000, shape="linear", start=0.0), Segment(2.2e-4))
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad_norm: float = 1.0
+    moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", self, "eps", "clip_grad_norm")
+        _require_non_negative("optim", self, "weight_decay")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, "optim", name, "be in [0, 1)", value)
+        _require_schedule("optim", "lr", self.lr)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The [checkpoint] section. `every` in steps (0: only at the end); the newest `keep_latest` stay on disk (0: all)."""
+
+    every: int = 0
+    keep_latest: int = 2
+
+    def __post_init__(self) -> None:
+        _require_non_negative("checkpoint", self, "every", "keep_latest")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run: one field per section of the TOML file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.train.seq_len <= self.model.max_position, "train", "seq_len",
+                 f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
+
+
+def _require_schedule(owner: str, name: str, segments: tuple[Segment, ...]) -> None:
+    _require(len(segments) > 0, owner, name, "have at least one segment", segments)
+    last = len(segments) - 1
+    previous = 0.0
+    for index, segment in enumerate(segments):
+        where = f"{name}[{index}]"
+        ends = segment.until_tokens is not None or segment.until_steps is not None
+        _require(ends or index == last, owner, where, "end somewhere (until_tokens), as it is not the last segment",
+                 segment)  # fmt: skip
+        _require(segment.until_steps is None or index == 0, owner, where,
+                 "end at until_tokens (only the first segment may end at until_steps)", segment)  # fmt: skip
+        _require(segment.shape == "constant" or ends, owner, where, f"have an end for its {segment.shape} shape", segment)
+        if segment.until_tokens is not None:
+            _require(segment.until_tokens > previous, owner, where, "end after the segment before it", segment)
+            previous = segment.until_tokens

@@ -1,0 +1,59 @@
+"""Values that ops exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """A block-scaled FP8 tensor: `x ~ data * scale`, one scale per `tile` of the last two dimensions.
+
+    data: (..., r, c) float8_e4m3fn. scale: (..., ceil(r / tile[0]), ceil(c / tile[1])) float32.
+    tile (1, 128): scales lie with rows contiguous, stride (1, round_up(r, 4)), which is the GEMM's layout.
+    tile (128, 128): scales contiguous.
+    """
+
+    data: Tensor
+    scale: Tensor
+    tile: tuple[int, int]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where each expert's rows lie in an expert-major buffer of P rows; both tensors int32 on the device.
+
+    Group g owns rows offsets[g] .. offsets[g] + counts_X[g]; up to offsets[g + 1] is padding.
+    """
+
+    counts_X: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """How `permute` placed rows: row_of_TK[t, k] is the row of token t's k-th choice; num_rows is P."""
+
+    row_of_TK: Tensor
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """idx_TK int64 chosen experts; weight_TK float32 gates; scores_TE float32 sigmoid scores; counts_E int64 loads."""
+
+    idx_TK: Tensor
+    weight_TK: Tensor
+    scores_TE: Tensor
+    counts_E: Tensor
