@@ -1,0 +1,19 @@
+# The kernel library: every .cu of csrc, ahead of time for sm_90a, with its own static CUDA runtime.
+set(CMAKE_CUDA_COMPILER ${DSV3RT_NVCC})
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_ARCHITECTURES 90a-real)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.9)
+  message(FATAL_ERROR "dsv3rt needs CUDA 12.9 or newer, got ${CMAKE_CUDA_COMPILER_VERSION} at ${DSV3RT_NVCC}")
+endif()
+
+file(GLOB_RECURSE DSV3RT_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*.cu ${CMAKE_SOURCE_DIR}/csrc/heuristics.cpp
+     ${CMAKE_SOURCE_DIR}/csrc/*heuristics.cpp)
+add_library(dsv3rt_kernels SHARED ${DSV3RT_KERNEL_SOURCES})
+target_include_directories(dsv3rt_kernels PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
+target_compile_options(dsv3rt_kernels PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage -Xptxas=-Werror
+    -Werror=all-warnings -lineinfo>)
+message(STATUS "dsv3rt: kernels with ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} for sm_90a")

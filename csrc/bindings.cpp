@@ -1,0 +1,24 @@
+// The Python surface of the kernels: one `bind_<room>` per op family.
+#include <pybind11/pybind11.h>
+
+#include "common/build_info.h"
+#include "gemm/bind.h"
+#include "quant/bind.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "dsv3rt's CUDA kernels over DLPack arrays; use dsv3rt.ops, which checks, allocates and documents.";
+  module.def("build_info", [] {
+    const dsv3rt::BuildInfo info = dsv3rt::build_info();
+    py::dict result;
+    result["version"] = DSV3RT_VERSION;
+    result["cuda"] = true;
+    result["cuda_version"] = std::to_string(info.cuda_version / 1000) + "." + std::to_string(info.cuda_version % 1000 / 10);
+    result["arch"] = info.arch;
+    result["kernels"] = py::make_tuple("quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt");
+    return result;
+  });
+  dsv3rt::bind_gemm(module);
+  dsv3rt::bind_quant(module);
+}

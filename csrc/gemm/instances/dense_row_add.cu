@@ -1,0 +1,7 @@
+#include "gemm/launch.cuh"
+
+namespace dsv3rt {
+
+template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kFloat32Add, Grouping::kNone>(const GemmChoice&);
+
+}  // namespace dsv3rt

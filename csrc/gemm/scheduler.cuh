@@ -1,0 +1,116 @@
+// Which tiles a block computes, and in which order. Every role of a block walks the same list.
+#pragma once
+
+#include "gemm/config.cuh"
+
+namespace dsv3rt {
+
+// Tiles are walked in bands of `band` row blocks, down the band first, so that the tiles in flight share operands in L2.
+struct TileRaster {
+  int band;
+};
+
+struct Tile {
+  int m, n;          // first row of A and D, first column of D
+  int row_end;       // rows from here on are not stored
+  int b_row;         // first row of B
+  int group;
+  int k_block_begin, num_k_blocks;
+};
+
+// Fills prefix[g] with the number of row blocks of all groups before g; called by one whole warp.
+template <typename C>
+__device__ __forceinline__ void scan_group_blocks(const GemmParams& params, int* prefix) {
+  const int lane = threadIdx.x % 32;
+  int total = 0;
+  for (int first = 0; first < params.num_groups; first += 32) {
+    const int group = first + lane;
+    int sum = group < params.num_groups ? ceil_div(params.counts[group], C::kBlockM) : 0;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(~0u, sum, distance);
+      if (lane >= distance) sum += below;
+    }
+    if (group < params.num_groups) prefix[group + 1] = total + sum;
+    total += __shfl_sync(~0u, sum, 31);
+  }
+  if (lane == 0) prefix[0] = 0;
+}
+
+template <typename C>
+class TileScheduler {
+ public:
+  __device__ __forceinline__ TileScheduler(const GemmParams& params, const TileRaster& raster, const int* block_prefix)
+      : params_(params), prefix_(block_prefix), band_(raster.band) {
+    const uint32_t rank = C::kShare == Share::kNone ? 0 : cluster_cta_rank();
+    m_step_ = C::kShare == Share::kB ? 2 : 1;
+    n_step_ = C::kShare == Share::kA ? 2 : 1;
+    m_rank_ = C::kShare == Share::kB ? rank : 0;
+    n_rank_ = C::kShare == Share::kA ? rank : 0;
+    const int m_blocks =
+        C::kGrouping == Grouping::kRows ? block_prefix[params.num_groups] : ceil_div(params.m, C::kBlockM);
+    m_units_ = ceil_div(m_blocks, m_step_);
+    n_units_ = ceil_div(ceil_div(params.n, C::kBlockN), n_step_);
+    unit_ = blockIdx.x / C::kClusterSize;
+  }
+
+  __device__ __forceinline__ bool next(Tile& tile) {
+    const int units = m_units_ * n_units_;
+    const int num_clusters = gridDim.x / C::kClusterSize;
+    if constexpr (C::kGrouping == Grouping::kDepth) {
+      for (; unit_ < units * params_.num_groups; unit_ += num_clusters) {
+        tile.group = unit_ / units;
+        const int count = params_.counts[tile.group];
+        if (count == 0) continue;
+        tile.k_block_begin = params_.offsets[tile.group] / kBlockK;
+        tile.num_k_blocks = ceil_div(count, kBlockK);
+        place(unit_ % units, tile);
+        unit_ += num_clusters;
+        return true;
+      }
+      return false;
+    } else {
+      if (unit_ >= units) return false;
+      tile.group = 0;
+      tile.k_block_begin = 0;
+      tile.num_k_blocks = ceil_div(params_.k, kBlockK);
+      place(unit_, tile);
+      unit_ += num_clusters;
+      return true;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void place(int unit, Tile& tile) const {
+    const int band_units = band_ * n_units_, band = unit / band_units, inside = unit % band_units;
+    const int height = min(band_, m_units_ - band * band_);
+    const int m_block = (band * band_ + inside % height) * m_step_ + m_rank_;
+    tile.n = (inside / height * n_step_ + n_rank_) * C::kBlockN;
+    if constexpr (C::kGrouping == Grouping::kRows) {
+      place_in_group(m_block, tile);
+    } else {
+      tile.m = m_block * C::kBlockM;
+      tile.row_end = params_.m;
+      tile.b_row = tile.n;
+    }
+  }
+
+  __device__ __forceinline__ void place_in_group(int m_block, Tile& tile) const {
+    int low = 0, high = params_.num_groups;  // prefix[low] <= m_block < prefix[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (prefix_[middle] <= m_block ? low : high) = middle;
+    }
+    const int first = params_.offsets ? params_.offsets[low] : static_cast<int>(low * params_.capacity);
+    tile.group = low;
+    tile.m = first + (m_block - prefix_[low]) * C::kBlockM;
+    tile.row_end = first + params_.counts[low];
+    tile.b_row = low * params_.n + tile.n;
+  }
+
+  const GemmParams& params_;
+  const int* prefix_;
+  int band_, m_step_, n_step_, m_rank_, n_rank_, m_units_, n_units_, unit_;
+};
+
+}  // namespace dsv3rt

@@ -1,0 +1,100 @@
+// mbarriers, named barriers and clusters.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier
+#pragma once
+
+#include <cstdint>
+
+namespace dsv3rt {
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// One phase completes when `count` arrivals and all expected bytes are in. Waits take the parity of the phase awaited.
+class Barrier {
+ public:
+  // mbarrier.init
+  __device__ __forceinline__ void init(uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(this)), "r"(count) : "memory");
+  }
+
+  // mbarrier.arrive.expect_tx
+  __device__ __forceinline__ void arrive_and_expect(uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(this)), "r"(bytes)
+                 : "memory");
+  }
+
+  // mbarrier.arrive
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
+  }
+
+  // mapa + mbarrier.arrive on the same barrier of another CTA of the cluster
+  __device__ __forceinline__ void arrive_at(uint32_t cta_rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(this)),
+        "r"(cta_rank)
+        : "memory");
+  }
+
+  // mbarrier.try_wait.parity, until it succeeds
+  __device__ __forceinline__ void wait(uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT_%=:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE_%=;\n"
+        "bra WAIT_%=;\n"
+        "DONE_%=:\n}" ::"r"(smem_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// fence.mbarrier_init: makes initialised barriers visible to the cluster and to the copy engine
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// bar.sync on one of the 16 named barriers (0 is __syncthreads)
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+// bar.arrive: does not wait
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+// barrier.cluster.arrive + wait
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_cta_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// setmaxnreg: every warp of a warpgroup must execute it
+template <int kRegisters>
+__device__ __forceinline__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// griddepcontrol: programmatic dependent launch
+__device__ __forceinline__ void wait_for_prior_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+}  // namespace dsv3rt

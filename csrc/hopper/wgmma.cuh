@@ -1,0 +1,35 @@
+// Warpgroup matrix multiply: descriptors and ordering. The instructions themselves: wgmma_fp8.cuh.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions
+#pragma once
+
+#include <cstdint>
+
+#include "hopper/barrier.cuh"
+
+namespace dsv3rt {
+
+// Matrix descriptor of a K-major operand in 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes) one after
+// another, base aligned to 1024 bytes. A step of 32 bytes along K adds 2.
+__device__ __forceinline__ uint64_t k_major_swizzle128_descriptor(const void* tile) {
+  constexpr uint64_t kStrideBytes = 1024, kSwizzle128 = 1;
+  return (smem_address(tile) & 0x3ffff) >> 4 | (kStrideBytes >> 4) << 32 | kSwizzle128 << 62;
+}
+
+// wgmma.fence: before the first wgmma, and after any other write to its registers
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Pins accumulators: the compiler moves no access to them across this point.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+}  // namespace dsv3rt
