@@ -14,9 +14,11 @@ PYBIND11_MODULE(_C, module) {
     py::dict result;
     result["version"] = DSV3RT_VERSION;
     result["cuda"] = true;
-    result["cuda_version"] = std::to_string(info.cuda_version / 1000) + "." + std::to_string(info.cuda_version % 1000 / 10);
+    result["cuda_version"] =
+        std::to_string(info.cuda_version / 1000) + "." + std::to_string(info.cuda_version % 1000 / 10);
     result["arch"] = info.arch;
-    result["kernels"] = py::make_tuple("quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt");
+    result["kernels"] =
+        py::make_tuple("quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt");
     return result;
   });
   dsv3rt::bind_gemm(module);

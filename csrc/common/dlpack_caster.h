@@ -85,12 +85,11 @@ struct type_caster<dsv3rt::TensorView> {
     if (!hasattr(source, "__dlpack__")) return false;
     owner_ = call_dlpack(source);
     if (PyCapsule_IsValid(owner_.ptr(), "dltensor_versioned")) {
-      value = dsv3rt::view_of(static_cast<dsv3rt::dlpack::ManagedTensorVersioned*>(
-                                  PyCapsule_GetPointer(owner_.ptr(), "dltensor_versioned"))
-                                  ->tensor);
+      value = dsv3rt::view_of(
+          static_cast<dsv3rt::dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor_versioned"))
+              ->tensor);
     } else {
-      auto* managed =
-          static_cast<dsv3rt::dlpack::ManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
+      auto* managed = static_cast<dsv3rt::dlpack::ManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
       if (managed == nullptr) throw error_already_set();
       value = dsv3rt::view_of(managed->tensor);
     }

@@ -3,10 +3,10 @@
 
 #include <cuda_runtime.h>
 
-#define DSV3RT_CUDA_CHECK(call)                                          \
-  do {                                                                   \
-    const cudaError_t status_ = (call);                                  \
-    if (status_ != cudaSuccess) return cudaGetErrorString(status_);      \
+#define DSV3RT_CUDA_CHECK(call)                                     \
+  do {                                                              \
+    const cudaError_t status_ = (call);                             \
+    if (status_ != cudaSuccess) return cudaGetErrorString(status_); \
   } while (0)
 
 namespace dsv3rt {

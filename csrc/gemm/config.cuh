@@ -31,11 +31,12 @@ struct GemmConfig {
   static constexpr int kWaves = kBlockM / 128;      // 64-row waves of each consumer warpgroup
   static constexpr int kFragment = kBlockN / 2;     // accumulators a thread and wave
   static constexpr int kBlockScales = kScaleB == ScaleB::kBlock128 ? blocks_touched(kBlockN) : 1;
-  static constexpr int kScaleBFloats = kScaleB == ScaleB::kRow ? round_up(kBlockN, 32) : 0;
+  static constexpr int kScaleBFloats = kScaleB == ScaleB::kRow ? round_up(kBlockN, 32) : 4;  // a stage
   static constexpr int kPrefixInts = kGrouping == Grouping::kRows ? kMaxGroups + 1 : 1;
-  static constexpr int kStageBytes = (kBlockM + kBlockN) * kBlockK + kBlockM * 4 + (kScaleBFloats ? kBlockN * 4 : 0);
-  static constexpr int kStages =
-      (kMaxSharedBytes - 1024 - kPrefixInts * 4 - 256) / ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + kScaleBFloats * 4);
+  static constexpr int kStageBytes =
+      (kBlockM + kBlockN) * kBlockK + kBlockM * 4 + (kScaleB == ScaleB::kRow ? kBlockN * 4 : 0);
+  static constexpr int kStages = (kMaxSharedBytes - 1024 - kPrefixInts * 4 - 256) /
+                                 ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + kScaleBFloats * 4);
 
   static_assert(kBlockM == 128 || kBlockM == 256);
   static_assert(kWaves * kFragment + kFragment <= 192, "accumulators must leave registers for the rest");
@@ -46,7 +47,7 @@ struct GemmStorage {
   alignas(1024) uint8_t a[C::kStages][C::kBlockM * kBlockK];
   alignas(1024) uint8_t b[C::kStages][C::kBlockN * kBlockK];
   alignas(128) float scale_a[C::kStages][C::kBlockM];
-  alignas(128) float scale_b[C::kStages][C::kScaleBFloats ? C::kScaleBFloats : 1];
+  alignas(128) float scale_b[C::kStages][C::kScaleBFloats];
   Barrier full[C::kStages];
   Barrier empty[C::kStages];
   int block_prefix[C::kPrefixInts];

@@ -39,7 +39,8 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* row0, __nv_bfloat16* r
     for (int half = 0; half < 2; ++half) {
       uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack_bf16(sum[(octet + i) * 4 + half * 2], sum[(octet + i) * 4 + half * 2 + 1]);
+      for (int i = 0; i < 4; ++i)
+        words[i] = pack_bf16(sum[(octet + i) * 4 + half * 2], sum[(octet + i) * 4 + half * 2 + 1]);
       transpose_quad(words);
       const int column = (octet + quad_lane) * 8;
       if ((half ? in_row8 : in_row0) && column < columns_left) {

@@ -4,13 +4,16 @@
 namespace dsv3rt {
 
 // Instantiated one by one in instances/.
-extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kBFloat16, Grouping::kNone>(const GemmChoice&);
+extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kBFloat16, Grouping::kNone>(
+    const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kFloat32, Grouping::kNone>(const GemmChoice&);
-extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kFloat32Add, Grouping::kNone>(const GemmChoice&);
+extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kFloat32Add, Grouping::kNone>(
+    const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kBFloat16, Grouping::kNone>(const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kFloat32, Grouping::kNone>(const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kFloat32Add, Grouping::kNone>(const GemmChoice&);
-extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kBFloat16, Grouping::kRows>(const GemmChoice&);
+extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kBFloat16, Grouping::kRows>(
+    const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kFloat32, Grouping::kRows>(const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kFloat32Add, Grouping::kDepth>(const GemmChoice&);
 
@@ -49,8 +52,9 @@ const char* fp8_gemm_nt(GemmParams params, const GemmChoice* forced, void* strea
   int device_sms = 0;
   DSV3RT_CUDA_CHECK(cudaDeviceGetAttribute(&device_sms, cudaDevAttrMultiProcessorCount, params.device));
   params.num_sms = params.num_sms > 0 ? std::min(params.num_sms, device_sms) : device_sms;
-  const GemmProblem problem{params.m, params.n, params.k, params.num_groups, params.num_sms,
-                            params.scale_b_kind, params.output, params.grouping};
+  const GemmProblem problem{params.m,          params.n,       params.k,
+                            params.num_groups, params.num_sms, params.scale_b_kind,
+                            params.output,     params.grouping};
   const GemmChoice choice = forced ? *forced : choose_gemm(problem);
   const GemmLauncher launcher = launcher_for(params, choice);
   if (launcher == nullptr) return "no kernel was compiled for this tile";

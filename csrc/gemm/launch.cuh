@@ -17,20 +17,42 @@ template <typename C>
 const char* encode_maps(const GemmParams& params, GemmMaps& maps) {
   const int64_t k_blocks = ceil_div(params.k, kBlockK);
   const int64_t b_rows = int64_t(params.n) * (C::kGrouping == Grouping::kRows ? params.num_groups : 1);
-  const MapSpec a{params.a, params.k, params.m, params.stride_a, kBlockK,
+  const MapSpec a{params.a,
+                  params.k,
+                  params.m,
+                  params.stride_a,
+                  kBlockK,
                   C::kShare == Share::kA ? C::kBlockM / 2 : C::kBlockM,
-                  CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B};
-  const MapSpec b{params.b, params.k, b_rows, params.stride_b, kBlockK,
+                  CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                  CU_TENSOR_MAP_SWIZZLE_128B};
+  const MapSpec b{params.b,
+                  params.k,
+                  b_rows,
+                  params.stride_b,
+                  kBlockK,
                   C::kShare == Share::kB ? C::kBlockN / 2 : C::kBlockN,
-                  CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B};
-  const MapSpec scale_a{params.scale_a, params.m, k_blocks, params.stride_scale_a * 4, C::kBlockM, 1,
-                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE};
+                  CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                  CU_TENSOR_MAP_SWIZZLE_128B};
+  const MapSpec scale_a{params.scale_a,
+                        params.m,
+                        k_blocks,
+                        params.stride_scale_a * 4,
+                        C::kBlockM,
+                        1,
+                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                        CU_TENSOR_MAP_SWIZZLE_NONE};
   if (const char* error = encode_map(maps.a, a)) return error;
   if (const char* error = encode_map(maps.b, b)) return error;
   if (const char* error = encode_map(maps.scale_a, scale_a)) return error;
   if (C::kScaleB == ScaleB::kRow) {
-    const MapSpec scale_b{params.scale_b, params.n, k_blocks, params.stride_scale_b * 4, C::kBlockN, 1,
-                          CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE};
+    const MapSpec scale_b{params.scale_b,
+                          params.n,
+                          k_blocks,
+                          params.stride_scale_b * 4,
+                          C::kBlockN,
+                          1,
+                          CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                          CU_TENSOR_MAP_SWIZZLE_NONE};
     if (const char* error = encode_map(maps.scale_b, scale_b)) return error;
   }
   return nullptr;

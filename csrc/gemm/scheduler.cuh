@@ -5,7 +5,8 @@
 
 namespace dsv3rt {
 
-// Tiles are walked in bands of `band` row blocks, down the band first, so that the tiles in flight share operands in L2.
+// Tiles are walked in bands of `band` row blocks, down the band first, so that the tiles in flight share operands in
+// L2.
 struct TileRaster {
   int band;
 };

@@ -1,6 +1,7 @@
-// FP8 block-scaled GEMM. One persistent block an SM: a producer warp feeds a ring of stages through the copy engine, two
-// consumer warpgroups multiply and promote. Each warpgroup owns half of the block's rows in waves of 64. The tensor cores
-// accumulate 128 deep, then the CUDA cores add scale_a * scale_b * partial in FP32 while the other warpgroup multiplies.
+// FP8 block-scaled GEMM. One persistent block an SM: a producer warp feeds a ring of stages through the copy engine,
+// two consumer warpgroups multiply and promote. Each warpgroup owns half of the block's rows in waves of 64. The tensor
+// cores accumulate 128 deep, then the CUDA cores add scale_a * scale_b * partial in FP32 while the other warpgroup
+// multiplies.
 #pragma once
 
 #include "gemm/config.cuh"
@@ -39,12 +40,14 @@ __device__ __forceinline__ void load_stage(GemmStorage<C>& storage, const GemmMa
   const int b_row = tile.b_row;
   if constexpr (C::kShare == Share::kA) {
     constexpr int kHalf = C::kBlockM / 2;
-    tma_load_2d_multicast(&storage.a[stage][cta_rank * kHalf * kBlockK], maps.a, full, depth, tile.m + cta_rank * kHalf, 3);
+    tma_load_2d_multicast(&storage.a[stage][cta_rank * kHalf * kBlockK], maps.a, full, depth, tile.m + cta_rank * kHalf,
+                          3);
     tma_load_2d(storage.b[stage], maps.b, full, depth, b_row);
   } else if constexpr (C::kShare == Share::kB) {
     constexpr int kHalf = C::kBlockN / 2;
     tma_load_2d(storage.a[stage], maps.a, full, depth, tile.m);
-    tma_load_2d_multicast(&storage.b[stage][cta_rank * kHalf * kBlockK], maps.b, full, depth, b_row + cta_rank * kHalf, 3);
+    tma_load_2d_multicast(&storage.b[stage][cta_rank * kHalf * kBlockK], maps.b, full, depth, b_row + cta_rank * kHalf,
+                          3);
   } else {
     tma_load_2d(storage.a[stage], maps.a, full, depth, tile.m);
     tma_load_2d(storage.b[stage], maps.b, full, depth, b_row);
@@ -70,34 +73,37 @@ __device__ __forceinline__ void producer_load_tiles(GemmStorage<C>& storage, con
   }
 }
 
-// Scales of B for a tile in 128x128 blocks: at most three blocks side by side, read from memory one K-block ahead.
+// Scales of B in 128x128 blocks, of which a tile touches at most three side by side. A warp of its own reads 32
+// K-blocks at a time and hands each on through its stage: consumers never wait for global memory.
 template <typename C>
-struct BlockScales {
-  const float* source;
-  int64_t stride;
-  int first_columns;  // columns of the tile in its first block
-  bool exists[C::kBlockScales];
-  float next[C::kBlockScales];
-
-  __device__ __forceinline__ BlockScales(const GemmParams& params, const Tile& tile) {
-    const int k_blocks = ceil_div(params.k, kBlockK), n_blocks = ceil_div(params.n, 128), first = tile.n / 128;
-    source = params.scale_b + (int64_t(tile.group) * n_blocks + first) * k_blocks;
-    stride = k_blocks;
-    first_columns = __shfl_sync(~0u, (first + 1) * 128 - tile.n, 0);
+__device__ __forceinline__ void producer_load_block_scales(GemmStorage<C>& storage, const GemmParams& params,
+                                                           TileScheduler<C>& scheduler) {
+  const int lane = threadIdx.x % 32;
+  const int k_blocks = ceil_div(params.k, kBlockK), n_blocks = ceil_div(params.n, 128);
+  RingPosition<C::kStages> ring;
+  Tile tile;
+  float scales[C::kBlockScales];
+  while (scheduler.next(tile)) {
+    const int first = tile.n / 128;
+    const float* source = params.scale_b + (int64_t(tile.group) * n_blocks + first) * k_blocks;
+#pragma unroll 1
+    for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block, ring.advance()) {
+      if (k_block % 32 == 0) {
 #pragma unroll
-    for (int i = 0; i < C::kBlockScales; ++i) {
-      exists[i] = first + i < n_blocks;
-      next[i] = 0;
+        for (int i = 0; i < C::kBlockScales; ++i) {
+          const bool exists = first + i < n_blocks && k_block + lane < tile.num_k_blocks;
+          scales[i] = exists ? __ldg(source + int64_t(i) * k_blocks + k_block + lane) : 0;
+        }
+      }
+      storage.empty[ring.stage].wait(ring.parity ^ 1);
+      if (lane == k_block % 32) {
+#pragma unroll
+        for (int i = 0; i < C::kBlockScales; ++i) storage.scale_b[ring.stage][i] = scales[i];
+        storage.full[ring.stage].arrive();
+      }
     }
   }
-
-  __device__ __forceinline__ void fetch(int k_block) {
-#pragma unroll
-    for (int i = 0; i < C::kBlockScales; ++i) {
-      if (exists[i]) next[i] = __ldg(source + i * stride + k_block);
-    }
-  }
-};
+}
 
 // One body for each place where a tile can cross into the next block: no selection inside.
 template <typename C, int kFirstColumns = gcd(C::kBlockN, 128)>
@@ -159,36 +165,35 @@ __device__ __forceinline__ void multiply_wave(float (&partial)[C::kFragment], ui
 }
 
 template <typename C>
-__device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const GemmParams& params, const Tile& tile,
-                                             RingPosition<C::kStages>& ring, float (&sum)[C::kWaves][C::kFragment]) {
+__device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const Tile& tile, RingPosition<C::kStages>& ring,
+                                             float (&sum)[C::kWaves][C::kFragment]) {
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  BlockScales<C> block_scales(params, tile);
-  if constexpr (C::kScaleB == ScaleB::kBlock128) block_scales.fetch(0);
+  const int first_columns = __shfl_sync(~0u, 128 - tile.n % 128, 0);
 #pragma unroll
   for (int wave = 0; wave < C::kWaves; ++wave) {
 #pragma unroll
     for (int i = 0; i < C::kFragment; ++i) sum[wave][i] = 0;
   }
   for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block, ring.advance()) {
-    float scale_b[C::kBlockScales];
-#pragma unroll
-    for (int i = 0; i < C::kBlockScales; ++i) scale_b[i] = block_scales.next[i];
-    if (C::kScaleB == ScaleB::kBlock128 && k_block + 1 < tile.num_k_blocks) block_scales.fetch(k_block + 1);
     storage.full[ring.stage].wait(ring.parity);
     const uint64_t descriptor_b = k_major_swizzle128_descriptor(storage.b[ring.stage]);
 #pragma unroll
     for (int wave = 0; wave < C::kWaves; ++wave) {
       const int wave_row = (warpgroup * C::kWaves + wave) * 64;
       float partial[C::kFragment];
-      multiply_wave<C>(partial, k_major_swizzle128_descriptor(&storage.a[ring.stage][wave_row * kBlockK]), descriptor_b);
+      multiply_wave<C>(partial, k_major_swizzle128_descriptor(&storage.a[ring.stage][wave_row * kBlockK]),
+                       descriptor_b);
       const float* scales = &storage.scale_a[ring.stage][wave_row + row];
       const float2 scale_a = make_float2(scales[0], scales[8]);
+      float scale_b[C::kBlockScales];
+#pragma unroll
+      for (int i = 0; i < C::kBlockScales; ++i) scale_b[i] = storage.scale_b[ring.stage][i];
       wgmma_wait<0>();
       pin_registers(partial);
       if constexpr (C::kScaleB == ScaleB::kBlock128) {
         if (wave == C::kWaves - 1) release_stage<C>(storage, ring.stage);
-        promote_block<C>(sum[wave], partial, scale_a, scale_b, block_scales.first_columns);
+        promote_block<C>(sum[wave], partial, scale_a, scale_b, first_columns);
       } else {
         promote_row<C>(sum[wave], partial, scale_a, storage.scale_b[ring.stage]);
         if (wave == C::kWaves - 1) release_stage<C>(storage, ring.stage);
@@ -204,7 +209,7 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
   Tile tile;
   while (scheduler.next(tile)) {
     float sum[C::kWaves][C::kFragment];
-    consume_tile<C>(storage, params, tile, ring, sum);
+    consume_tile<C>(storage, tile, ring, sum);
 #pragma unroll
     for (int wave = 0; wave < C::kWaves; ++wave) store_wave<C>(params, tile, wave, sum[wave]);
   }
@@ -222,7 +227,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     prefetch_map(maps.b);
     prefetch_map(maps.scale_a);
     for (int stage = 0; stage < C::kStages; ++stage) {
-      storage.full[stage].init(1);
+      storage.full[stage].init(C::kScaleB == ScaleB::kBlock128 ? 2 : 1);
       storage.empty[stage].init(kConsumerWarps * C::kClusterSize);
     }
     fence_barrier_init();
@@ -240,6 +245,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   if (warp < 4) {
     release_registers<40>();
     if (warp == 0 && threadIdx.x == 0) producer_load_tiles<C>(storage, maps, scheduler);
+    if (C::kScaleB == ScaleB::kBlock128 && warp == 1) producer_load_block_scales<C>(storage, params, scheduler);
   } else {
     claim_registers<232>();
     consumer_multiply_tiles<C>(storage, params, scheduler);

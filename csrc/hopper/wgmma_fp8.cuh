@@ -1,8 +1,8 @@
 // wgmma.mma_async m64nNk32, E4M3 x E4M3 into FP32, both operands from shared memory, K-major. D = A B^T (+ D).
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
 //
-// Thread t of the warpgroup holds, of row 16 (t / 32) + t % 32 / 4 (+ 8 for the second pair), columns 8i + 2 (t % 4) and the
-// next: d[4i], d[4i + 1], and of the row 8 below d[4i + 2], d[4i + 3].
+// Thread t of the warpgroup holds, of row 16 (t / 32) + t % 32 / 4 (+ 8 for the second pair), columns 8i + 2 (t % 4)
+// and the next: d[4i], d[4i + 1], and of the row 8 below d[4i + 2], d[4i + 3].
 #pragma once
 
 #include <cstdint>

@@ -17,8 +17,8 @@ struct TileScale {
   float inverse;  // what x is multiplied by
 };
 
-// amax_bits: bit pattern of the largest |x|. Patterns of NaN and infinity are the largest, so they win every maximum and
-// poison the tile.
+// amax_bits: bit pattern of the largest |x|. Patterns of NaN and infinity are the largest, so they win every maximum
+// and poison the tile.
 __device__ __forceinline__ TileScale tile_scale(uint32_t amax_bits, bool pow2) {
   const uint32_t floored = max(amax_bits, __float_as_uint(kAmaxFloor));
   float scale = __fdiv_rn(__uint_as_float(floored), kE4M3Max);
@@ -43,7 +43,9 @@ struct Octet<__nv_bfloat16> {
   __device__ __forceinline__ void load(const __nv_bfloat16* source) { words = *reinterpret_cast<const uint4*>(source); }
   __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
 
-  __device__ __forceinline__ uint32_t word(int i) const { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
+  __device__ __forceinline__ uint32_t word(int i) const {
+    return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+  }
 
   __device__ __forceinline__ float get(int i) const {
     const uint32_t pair = word(i / 2);

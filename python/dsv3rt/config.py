@@ -1,11 +1,12 @@
 """Configuration of a model, of its distribution over ranks, and of a training run.
 
-Plain frozen dataclasses: usable from Python as they are, filled from TOML and the command line by `dsv3rt.train.config_file`.
-Every class checks its own ranges and raises a one-line ValueError that names the field.
+Plain frozen dataclasses: usable from Python as they are, filled from TOML and the command line by
+`dsv3rt.train.config_file`. Every class checks its own ranges and raises a one-line ValueError that names the field.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,8 +107,6 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim ** -0.5, times YaRN's squared attention factor where YaRN is configured."""
-        import math
-
         scale = self.qk_head_dim**-0.5
         if self.yarn is not None and self.yarn.factor > 1:
             mscale = 0.1 * self.yarn.mscale_all_dim * math.log(self.yarn.factor) + 1.0
@@ -131,9 +130,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Segment:
-    """One stretch of a schedule, from the end of the previous one up to `until` tokens (or steps, first segment only).
+    """One stretch of a schedule, from the end of the previous one up to `until_steps` steps or `until_tokens` tokens.
 
-    The value moves from the previous segment's end value (or `start`) to `value` in the given shape.
+    The value moves from the previous segment's end value (or `start`) to `value` in the given shape. Segments that end
+    at a step come before those that end at a token count; the last one may have no end.
     """
 
     value: float
@@ -148,6 +148,20 @@ class Segment:
         for name in ("until_tokens", "until_steps"):
             until = getattr(self, name)
             _require(until is None or until > 0, "segment", name, "be positive", until)
+        for name in ("value", "start"):
+            value = getattr(self, name)
+            _require(value is None or (value >= 0 and math.isfinite(value)), "segment", name,
+                     "be a finite number, not negative", value)  # fmt: skip
+
+    @property
+    def unit(self) -> str:
+        """What the end is counted in: "steps", "tokens", or "" where there is none."""
+        return "steps" if self.until_steps is not None else "tokens" if self.until_tokens is not None else ""
+
+    @property
+    def end(self) -> float:
+        """Where the segment ends, in its unit."""
+        return self.until_steps or self.until_tokens or math.inf
 
 
 def _constant(value: float) -> tuple[Segment, ...]:
@@ -156,7 +170,11 @@ def _constant(value: float) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The [train] section. `batch_size` is a schedule in sequences a step; `micro_batch_size` sequences a forward."""
+    """The [train] section. `batch_size` is a schedule in sequences a step; `micro_batch_size` sequences a forward.
+
+    Schedules are read at a step's start (its number and the tokens seen so far), the learning rate at the step's end,
+    so that a warm-up from 0 wastes no step. Every schedule may be a number (constant) or a list of segments.
+    """
 
     steps: int = 1000
     seed: int = 0
@@ -180,6 +198,10 @@ class RunConfig:
         _require_non_negative("train", self, "seed", "eval_every", "eval_sequences", "peak_tflops")
         for name in ("batch_size", "bias_update_speed", "balance_alpha", "mtp_weight"):
             _require_schedule("train", name, getattr(self, name))
+        for segment in self.batch_size:
+            for size in (segment.value, segment.value if segment.start is None else segment.start):
+                _require(size > 0 and size % self.micro_batch_size == 0, "train", "batch_size",
+                         f"be a positive multiple of micro_batch_size ({self.micro_batch_size})", size)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,7 +245,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The [checkpoint] section. `every` in steps (0: only at the end); the newest `keep_latest` stay on disk (0: all)."""
+    """The [checkpoint] section. `every` in steps (0: only at the end); the newest `keep_latest` stay (0: all)."""
 
     every: int = 0
     keep_latest: int = 2
@@ -250,16 +272,19 @@ class TrainConfig:
 
 def _require_schedule(owner: str, name: str, segments: tuple[Segment, ...]) -> None:
     _require(len(segments) > 0, owner, name, "have at least one segment", segments)
-    last = len(segments) - 1
-    previous = 0.0
     for index, segment in enumerate(segments):
+        before = segments[index - 1] if index else None
         where = f"{name}[{index}]"
-        ends = segment.until_tokens is not None or segment.until_steps is not None
-        _require(ends or index == last, owner, where, "end somewhere (until_tokens), as it is not the last segment",
-                 segment)  # fmt: skip
-        _require(segment.until_steps is None or index == 0, owner, where,
-                 "end at until_tokens (only the first segment may end at until_steps)", segment)  # fmt: skip
-        _require(segment.shape == "constant" or ends, owner, where, f"have an end for its {segment.shape} shape", segment)
-        if segment.until_tokens is not None:
-            _require(segment.until_tokens > previous, owner, where, "end after the segment before it", segment)
-            previous = segment.until_tokens
+        _require(segment.unit != "" or index == len(segments) - 1, owner, where,
+                 "end somewhere (until_steps or until_tokens), as it is not the last segment", segment)  # fmt: skip
+        if segment.shape != "constant":
+            _require(segment.unit != "", owner, where, f"have an end for its {segment.shape} shape", segment)
+            _require(before is not None or segment.start is not None, owner, where,
+                     f"have a start for its {segment.shape} shape", segment)  # fmt: skip
+            _require(before is None or before.unit == segment.unit, owner, where,
+                     f"end in the unit of the segment before it for its {segment.shape} shape", segment)  # fmt: skip
+        if before is not None and segment.unit:
+            _require((before.unit, segment.unit) != ("tokens", "steps"), owner, where,
+                     "end at until_tokens, as the segment before it does", segment)  # fmt: skip
+            _require(before.unit != segment.unit or segment.end > before.end, owner, where,
+                     "end after the segment before it", segment)  # fmt: skip

@@ -12,7 +12,18 @@ from dsv3rt.ops.types import QuantTensor, empty_row_scales
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(1, 16), (1, 128), (3, 7168), (63, 576), (64, 2112), (127, 144), (128, 256), (129, 512), (1000, 1536), (4097, 7168)]
+SHAPES = [
+    (1, 16),
+    (1, 128),
+    (3, 7168),
+    (63, 576),
+    (64, 2112),
+    (127, 144),
+    (128, 256),
+    (129, 512),
+    (1000, 1536),
+    (4097, 7168),
+]
 
 
 def random_rows(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:

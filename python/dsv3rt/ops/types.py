@@ -1,4 +1,4 @@
-"""Values that ops exchange."""
+"""Values that ops exchange, and the layout of row-wise scales."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+TILE = 128
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,32 @@ class Routing:
     weight_TK: Tensor
     scores_TE: Tensor
     counts_E: Tensor
+
+
+@dataclass(frozen=True)
+class AdamWHyper:
+    """AdamW's numbers for one step of one parameter; weight decay is decoupled (lr * weight_decay * master)."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+def ceil_div(value: int, unit: int) -> int:
+    return (value + unit - 1) // unit
+
+
+def round_up(value: int, unit: int) -> int:
+    return ceil_div(value, unit) * unit
+
+
+def empty_row_scales(rows: int, tiles: int, device: torch.device | str) -> Tensor:
+    """Uninitialised (rows, tiles) float32 scales in the GEMM's layout: stride (1, round_up(rows, 4)), the pad zero.
+
+    Four-row alignment of the leading dimension is what TMA asks of a float32 tensor (16 bytes).
+    """
+    storage = torch.empty(tiles, round_up(rows, 4), dtype=torch.float32, device=device)
+    storage[:, rows:].zero_()
+    return storage.t()[:rows]

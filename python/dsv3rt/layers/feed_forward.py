@@ -1,0 +1,25 @@
+"""The dense SwiGLU feed-forward: dense layers and shared experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv3rt import ops
+from dsv3rt.layers.linear import Linear
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)); x (T, D) -> (T, D). Names are the Hugging Face checkpoint's."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, hidden, dtype=dtype, device=device)
+        self.up_proj = Linear(dim, hidden, dtype=dtype, device=device)
+        self.down_proj = Linear(hidden, dim, dtype=dtype, device=device)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return y_TD

@@ -1,0 +1,124 @@
+"""Multi-head latent attention: the training form and the absorbed (decoding) form of the same parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsv3rt import ops
+from dsv3rt.config import ModelConfig
+from dsv3rt.layers.linear import Linear
+from dsv3rt.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What attention must know of a packed batch of T tokens.
+
+    cos_TR, sin_TR: (T, R / 2) FP32 rotary tables. cu_seqlens: (B + 1,) int32, sequence b owns rows
+    cu_seqlens[b] .. cu_seqlens[b + 1].
+    """
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What absorbed attention must know of B sequences with L new tokens each (T = B * L rows, sequence-major).
+
+    cos_TR, sin_TR: (T, R / 2) FP32. slots_T: (T,) int64, where each new token's latent goes: page * 64 + place.
+    block_table: (B, max_pages) int32. lengths_B: (B,) int32, tokens in the cache, the new ones included.
+    """
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    slots_T: Tensor
+    block_table: Tensor
+    lengths_B: Tensor
+
+
+class MLA(nn.Module):
+    """Attention over a shared latent of C + R numbers a token (DeepSeek-V2 report sec. 2.1, V3 report sec. 2.1.1).
+
+    Parameter names and shapes are the Hugging Face checkpoint's; `q_lora_rank=None` gives one `q_proj`.
+
+    Saved tensors, training form: x, the two latents before their norms, q, kv (which k_nope and v view), k_rope, the
+    attention's output and lse. Everything from the latents on can be recomputed from them by one norm and one GEMM
+    each, which is what the paper does (sec. 3.2.3).
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        dim, heads, rank = config.dim, config.num_heads, config.q_lora_rank
+        q_dim = heads * config.qk_head_dim
+        if rank is None:
+            self.q_proj = Linear(dim, q_dim, dtype=dtype, device=device)
+        else:
+            self.q_a_proj = Linear(dim, rank, dtype=dtype, device=device)
+            self.q_a_layernorm = RMSNorm(rank, config.norm_eps, dtype=dtype, device=device)
+            self.q_b_proj = Linear(rank, q_dim, dtype=dtype, device=device)
+        latent = config.kv_lora_rank
+        kv_dim = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_a_proj_with_mqa = Linear(dim, latent + config.qk_rope_head_dim, dtype=dtype, device=device)
+        self.kv_a_layernorm = RMSNorm(latent, config.norm_eps, dtype=dtype, device=device)
+        self.kv_b_proj = Linear(latent, kv_dim, dtype=dtype, device=device)
+        self.o_proj = Linear(heads * config.v_head_dim, dim, dtype=dtype, device=device)
+
+    def _queries(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, H, N) and the rotated (T, H, R)."""
+        config = self.config
+        full = config.q_lora_rank is None
+        q = self.q_proj(x_TD) if full else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        q_THC = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
+        nope_THN, rope_THR = q_THC.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        return nope_THN, ops.rope(rope_THR, cos_TR, sin_TR)
+
+    def _latents(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised (T, C) and the rotated (T, R): what the cache holds."""
+        sizes = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
+        latent_TC, rope_TR = self.kv_a_proj_with_mqa(x_TD).split(sizes, dim=-1)
+        return self.kv_a_layernorm(latent_TC), ops.rope(rope_TR, cos_TR, sin_TR)
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+        """Causal attention inside each sequence; (T, D) -> (T, D)."""
+        config = self.config
+        q_nope_THN, q_rope_THR = self._queries(x_TD, sequences.cos_TR, sequences.sin_TR)
+        latent_TC, k_rope_TR = self._latents(x_TD, sequences.cos_TR, sequences.sin_TR)
+        kv = self.kv_b_proj(latent_TC).unflatten(-1, (config.num_heads, -1))
+        k_nope_THN, v_THU = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        q_THC = torch.cat([q_nope_THN, q_rope_THR], dim=-1)
+        out_THU, _ = ops.mla_prefill(
+            q_THC, k_nope_THN, k_rope_TR, v_THU, sequences.cu_seqlens, scale=config.softmax_scale
+        )
+        y_TD: Tensor = self.o_proj(out_THU.flatten(1))
+        return y_TD
+
+    def decode(self, x_TD: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
+        """Attention of new tokens over the latent cache, kv_b_proj absorbed into query and output; (T, D) -> (T, D).
+
+        cache: (pages, 64, C + R) in the model's dtype, written in place at step.slots_T before it is read. For
+        inference: call it without grad.
+        """
+        config = self.config
+        q_nope_THN, q_rope_THR = self._queries(x_TD, step.cos_TR, step.sin_TR)
+        rows = torch.cat(self._latents(x_TD, step.cos_TR, step.sin_TR), dim=-1)
+        cache.view(-1, cache.shape[-1])[step.slots_T] = rows
+
+        w_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
+        w_k_HNC, w_v_HUC = w_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        q_latent_THC = torch.einsum("thn,hnc->thc", q_nope_THN, w_k_HNC)
+        q_BLHC = torch.cat([q_latent_THC, q_rope_THR], dim=-1).unflatten(0, (len(step.lengths_B), -1))
+        scale, latent_dim = config.softmax_scale, config.kv_lora_rank
+        out_BLHC, _ = ops.mla_decode(
+            q_BLHC, cache, step.block_table, step.lengths_B, scale=scale, latent_dim=latent_dim
+        )
+        out_THU = torch.einsum("thc,huc->thu", out_BLHC.flatten(0, 1), w_v_HUC)
+        y_TD: Tensor = self.o_proj(out_THU.flatten(1))
+        return y_TD

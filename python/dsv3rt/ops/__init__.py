@@ -1,0 +1,42 @@
+"""The ops: one signature each, a reference body in plain torch and, where there is one, a CUDA body.
+
+Stateless functions; docs/architecture.md tabulates their contracts, each docstring states its own.
+"""
+
+from dsv3rt.ops.attention import mla_decode, mla_prefill
+from dsv3rt.ops.gemm import fp8_gemm_nt, grouped_gemm_nt, k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt
+from dsv3rt.ops.loss import linear_cross_entropy
+from dsv3rt.ops.metrics import calc_diff
+from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
+from dsv3rt.ops.norm import rms_norm, rope, swiglu
+from dsv3rt.ops.optim import adamw_step
+from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
+from dsv3rt.ops.types import AdamWHyper, GroupLayout, Permutation, QuantTensor, Routing
+
+__all__ = [
+    "AdamWHyper",
+    "GroupLayout",
+    "Permutation",
+    "QuantTensor",
+    "Routing",
+    "adamw_step",
+    "balance_loss",
+    "calc_diff",
+    "dequantize",
+    "fp8_gemm_nt",
+    "grouped_gemm_nt",
+    "k_grouped_fp8_gemm_nt",
+    "linear_cross_entropy",
+    "m_grouped_fp8_gemm_nt",
+    "mla_decode",
+    "mla_prefill",
+    "permute",
+    "quantize_1x128",
+    "quantize_128x128",
+    "rms_norm",
+    "rope",
+    "route",
+    "swiglu",
+    "unpermute",
+    "update_bias",
+]

@@ -1,0 +1,101 @@
+"""Multi-head latent attention: the training form and the absorbed decoding form."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dsv3rt.ops.checks import FLOATS, check_same_device, check_tensor, require
+from dsv3rt.ops.reference import attention as reference
+
+
+def mla_prefill(
+    q_THC: Tensor,
+    k_nope_THN: Tensor,
+    k_rope_TR: Tensor,
+    v_THU: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * (q_nope k_nope^T + q_rope k_rope^T)) v inside each sequence. Differentiable, lse included.
+
+    Args:
+        q_THC: (T, H, N + R) bf16, fp32 or fp64: per head the nope part, then the turned rope part.
+        k_nope_THN: (Tk, H, N) of q's dtype.
+        k_rope_TR: (Tk, R) of q's dtype, shared by all heads.
+        v_THU: (Tk, H, U) of q's dtype.
+        cu_seqlens: (B + 1,) int32: sequence b holds queries cu_seqlens[b] .. cu_seqlens[b + 1]; from 0 to T.
+        scale: factor of the scores.
+        causal: query i of a sequence sees keys up to i + (its number of keys - its number of queries): ends align.
+        cu_seqlens_k: as cu_seqlens for the keys; None: the same.
+    Returns:
+        out_THU (T, H, U) in q's dtype, and lse_TH (T, H) fp32 (fp64 for fp64 inputs), the natural logarithm of the
+        sum of the exponentiated scaled scores. A query with no key gives 0 and -inf.
+    Raises:
+        ValueError: shape, or cu_seqlens that do not rise from 0 to the number of rows.
+        TypeError: dtype outside the above.
+    Numerics: fp32 scores, softmax and sums.
+    Source: DeepSeek-V2 report (arXiv 2405.04434) sec. 2.1; FlashMLA dense prefill.
+    """
+    op = "mla_prefill"
+    check_tensor(op, "k_nope_THN", k_nope_THN, (None, None, None), FLOATS)
+    Tk, H, N = k_nope_THN.shape
+    check_tensor(op, "k_rope_TR", k_rope_TR, (Tk, None), (k_nope_THN.dtype,))
+    check_tensor(op, "q_THC", q_THC, (None, H, N + k_rope_TR.shape[1]), (k_nope_THN.dtype,))
+    check_tensor(op, "v_THU", v_THU, (Tk, H, None), (k_nope_THN.dtype,))
+    check_tensor(op, "cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    check_same_device(op, q_THC=q_THC, k_nope_THN=k_nope_THN, k_rope_TR=k_rope_TR, v_THU=v_THU, cu_seqlens=cu_seqlens)
+    q_ends = cu_seqlens.tolist()
+    _check_ends(op, "cu_seqlens", q_ends, q_THC.shape[0])
+    k_ends = q_ends
+    if cu_seqlens_k is not None:
+        check_tensor(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), (torch.int32,))
+        k_ends = cu_seqlens_k.tolist()
+    _check_ends(op, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k", k_ends, Tk)
+    return reference.mla_prefill((q_THC, k_nope_THN, k_rope_TR, v_THU), q_ends, k_ends, scale, causal)
+
+
+def mla_decode(
+    q_BLHC: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float, latent_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Absorbed attention of the last L tokens of each sequence over its paged latent cache.
+
+    Args:
+        q_BLHC: (B, L, H, C + R) bf16, fp32 or fp64: query in the latent space, then the turned rope part.
+        cache: (pages, 64, C + R) of q's dtype: latent, then the turned rope key.
+        block_table: (B, max_pages) int32: page of each 64 tokens of a sequence; entries past its length are not read.
+        lengths: (B,) int32 tokens in the cache, the L queries being the last of them: query l sees lengths - L + l + 1.
+        scale: factor of the scores.
+        latent_dim: C; the first C entries of a cache row are the values as well.
+    Returns:
+        out_BLHC (B, L, H, C) in q's dtype; lse (B, L, H) fp32 (fp64 for fp64), natural logarithm. A query that sees no
+        token gives 0 and -inf. Slots at or past `lengths` are never read.
+    Raises:
+        ValueError: shape, latent_dim, or a length or page outside the table or cache.
+        TypeError: dtype outside the above.
+    Source: DeepSeek-V2 report (arXiv 2405.04434) appendix C; FlashMLA flash_mla_with_kvcache.
+    """
+    op = "mla_decode"
+    check_tensor(op, "q_BLHC", q_BLHC, (None, None, None, None), FLOATS)
+    B, width = q_BLHC.shape[0], q_BLHC.shape[3]
+    require(0 < latent_dim <= width, op, "latent_dim", f"be in 1..{width}", latent_dim)
+    check_tensor(op, "cache", cache, (None, reference.PAGE, width), (q_BLHC.dtype,))
+    check_tensor(op, "block_table", block_table, (B, None), (torch.int32,))
+    check_tensor(op, "lengths", lengths, (B,), (torch.int32,))
+    check_same_device(op, q_BLHC=q_BLHC, cache=cache, block_table=block_table, lengths=lengths)
+    if lengths.device.type == "cpu" and B > 0:
+        capacity = block_table.shape[1] * reference.PAGE
+        low, high = int(lengths.min()), int(lengths.max())
+        require(low >= 0, op, "lengths", "not be negative", low)
+        require(high <= capacity, op, "lengths", f"be at most the {capacity} tokens of block_table", high)
+    return reference.mla_decode(q_BLHC, cache, block_table, lengths, scale, latent_dim)
+
+
+def _check_ends(op: str, argument: str, ends: list[int], rows: int) -> None:
+    rising = all(a <= b for a, b in pairwise(ends))
+    require(bool(ends) and rising and ends[0] == 0 and ends[-1] == rows, op, argument, f"rise from 0 to {rows}", ends)

@@ -1,0 +1,112 @@
+"""Block quantisation to FP8 E4M3."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from dsv3rt.ops.checks import check_dtype, check_quant, check_shape, dtype_name, require
+from dsv3rt.ops.reference import quant as reference
+from dsv3rt.ops.types import TILE, QuantTensor
+
+ROW_TILE = (1, TILE)
+BLOCK_TILE = (TILE, TILE)
+
+
+@torch.library.custom_op("dsv3rt::quantize_1x128", mutates_args=())
+def _quantize_1x128(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    result = reference.quantize_1x128(x, pow2_scales, with_transpose)
+    quants = result if isinstance(result, tuple) else (result,)
+    return [tensor for q in quants for tensor in (q.data, q.scale)]
+
+
+@_quantize_1x128.register_fake
+def _(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    return reference.empty_1x128(x, with_transpose)
+
+
+@_quantize_1x128.register_kernel("cuda")
+def _(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    from dsv3rt.ops.cuda import quant as cuda
+
+    return list(cuda.quantize_1x128(x, pow2_scales=pow2_scales, with_transpose=with_transpose))
+
+
+@overload
+def quantize_1x128(
+    x_TD: Tensor, *, pow2_scales: bool = False, with_transpose: Literal[False] = False
+) -> QuantTensor: ...
+@overload
+def quantize_1x128(
+    x_TD: Tensor, *, pow2_scales: bool = False, with_transpose: Literal[True]
+) -> tuple[QuantTensor, QuantTensor]: ...
+def quantize_1x128(
+    x_TD: Tensor, *, pow2_scales: bool = False, with_transpose: bool = False
+) -> QuantTensor | tuple[QuantTensor, QuantTensor]:
+    """x_TD ~ data * scale with one scale per 1x128 tile; optionally x^T in the 128x1 tiles of x as well.
+
+    Args:
+        x_TD: bf16 or fp32, rows contiguous, D % 16 == 0. No gradient flows through.
+        pow2_scales: round every scale up to a power of two.
+        with_transpose: also quantise down the columns, for the weight gradient.
+    Returns:
+        QuantTensor: data (T, D) e4m3, scale (T, d) fp32 with stride (1, round_up(T, 4)), tile (1, 128).
+        With the transpose a pair; the second has data (D, Tp), scale (D, Tp / 128) with stride (1, round_up(D, 4)) and
+        tile (1, 128), where Tp = round_up(T, 128) and data columns T..Tp are zero.
+    Raises:
+        ValueError: shape or stride.
+        TypeError: dtype outside the above.
+        BackendUnavailableError: CUDA tensor, no extension.
+    Numerics: scale = max(amax, 2^-100) / 448, data = e4m3(x * (1 / scale)), IEEE FP32; a NaN or infinity makes its tile
+        dequantise to NaN. Kernel and reference agree bitwise.
+    Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.3.2; DeepGEMM per_token_cast_to_fp8.
+    """
+    op = "quantize_1x128"
+    check_dtype(op, "x_TD", x_TD, (torch.bfloat16, torch.float32))
+    check_shape(op, "x_TD", x_TD, (None, None))
+    require(x_TD.shape[1] % 16 == 0, op, "x_TD", "have D % 16 == 0", f"D = {x_TD.shape[1]}")
+    require(x_TD.shape[1] == 0 or x_TD.stride(1) == 1, op, "x_TD", "have contiguous rows", f"stride {x_TD.stride()}")
+    parts = _quantize_1x128(x_TD.detach(), pow2_scales, with_transpose)
+    q = QuantTensor(parts[0], parts[1], ROW_TILE)
+    return (q, QuantTensor(parts[2], parts[3], ROW_TILE)) if with_transpose else q
+
+
+def quantize_128x128(w_FD: Tensor, *, pow2_scales: bool = False) -> QuantTensor:
+    """w_FD ~ data * scale with one scale per 128x128 block; a leading dimension (w_XFD) is a batch.
+
+    Args:
+        w_FD: bf16 or fp32, (F, D) or (X, F, D), any F and D. No gradient flows through.
+        pow2_scales: round every scale up to a power of two.
+    Returns:
+        QuantTensor: data of w's shape, e4m3, contiguous; scale (f, d) or (X, f, d) fp32, contiguous; tile (128, 128).
+    Raises:
+        ValueError: shape.
+        TypeError: dtype outside the above.
+    Numerics: as quantize_1x128, per block.
+    Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.3.2; DeepGEMM per_block_cast_to_fp8.
+    """
+    op = "quantize_128x128"
+    check_dtype(op, "w_FD", w_FD, (torch.bfloat16, torch.float32))
+    require(w_FD.dim() in (2, 3), op, "w_FD", "have 2 or 3 dimensions", tuple(w_FD.shape))
+    return reference.quantize_128x128(w_FD.detach(), pow2_scales)
+
+
+def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor that `q` stands for.
+
+    Args:
+        q: tile (1, 128) or (128, 128), any leading dimensions.
+        dtype: of the result: bf16, fp32 or fp64.
+    Returns:
+        data * scale, rounded to fp32, then cast; contiguous.
+    Raises:
+        ValueError: shape, stride or tile of `q`.
+        TypeError: dtype outside the above.
+    """
+    op = "dequantize"
+    check_quant(op, "q", q, tuple(q.data.shape), (ROW_TILE, BLOCK_TILE))
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{op}: dtype must be bfloat16 or float32 or float64, got {dtype_name(dtype)}")
+    return reference.dequantize(q, dtype)

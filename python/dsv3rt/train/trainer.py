@@ -1,0 +1,162 @@
+"""A training run: data, resuming, the loop, and what it leaves in the run directory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dsv3rt.config import TrainConfig
+from dsv3rt.model.flops import parameter_counts
+from dsv3rt.train import checkpoint, config_file, resume
+from dsv3rt.train.checkpoint import RunState
+from dsv3rt.train.corpus import load_corpus
+from dsv3rt.train.data import Samples
+from dsv3rt.train.engine import Engine, StepResult
+from dsv3rt.train.metrics import MetricsWriter, Row, memory_bytes, peak_flops, read_rows
+from dsv3rt.train.plot import save_loss_png
+from dsv3rt.train.progress import Progress, say
+from dsv3rt.train.run_dir import RunDir, write_atomically
+from dsv3rt.train.tokenizer import open_tokenizer
+
+
+class Trainer:
+    """Trains `config.model` on `config.data` in `config.train.run_dir`: `Trainer(config).fit()`.
+
+    Errors in the configuration or the data are ValueErrors of one line, raised before anything is written.
+    `prompts` are `train.sample_prompts` as tokens.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        run = config.train
+        self.config = config
+        self.run = RunDir(Path(run.run_dir))
+        self.tokenizer = open_tokenizer(config.data.tokenizer)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least the {self.tokenizer.vocab_size} of data.tokenizer "
+                f"'{config.data.tokenizer}', got {config.model.vocab_size}"
+            )
+        self.prompts = self._encode_prompts()
+        self._corpus = load_corpus(config.data, self.tokenizer, run.seq_len + 1)
+        self._validation = Samples(self._corpus.validation, run.seq_len, seed=0)
+        self.engine = Engine(config, Samples(self._corpus.train, run.seq_len, run.seed))
+        self._peak_flops = peak_flops(self.engine.device, run.peak_tflops)
+
+    def fit(self) -> bool:
+        """Train to `train.steps`, from the newest checkpoint in the run directory where there is one.
+
+        Returns whether there was anything left to do.
+        """
+        with self.run.locked():
+            checkpoint.clean(self.run.checkpoints)
+            resumed = resume.find(self.run, self.config)
+            if resumed is not None and resumed.state.step >= self.config.train.steps:
+                say(
+                    f"{self.run.path} is already trained to step {resumed.state.step} of {self.config.train.steps}; "
+                    "raise train.steps to go on, or choose another train.run_dir"
+                )
+                if not self.run.loss_png.exists():  # killed after the last checkpoint
+                    self._finish()
+                return False
+            state = RunState(data=self._corpus.fingerprint) if resumed is None else self._restore(resumed)
+            write_atomically(self.run.config, config_file.to_toml(self.config))
+            self._describe()
+            metrics = MetricsWriter(self.run, None if resumed is None else state.step)
+            try:
+                if resumed is None:
+                    metrics.write(self._first_row(state))
+                self._loop(state, metrics)
+            finally:
+                metrics.close()
+            self._finish()
+            return True
+
+    def _restore(self, found: resume.Resume) -> RunState:
+        resume.check_data(found, self._corpus.fingerprint)
+        checkpoint.load(found.folder, self.engine.tensors())
+        self.engine.optimizer.write_parameters()
+        changed = f" (changed since: {', '.join(found.changed)})" if found.changed else ""
+        say(f"resuming from {found.folder}{changed}")
+        return found.state
+
+    def _loop(self, state: RunState, metrics: MetricsWriter) -> None:
+        run, save_every = self.config.train, self.config.checkpoint.every
+        progress = Progress(run.steps, state.step)
+        try:
+            while state.step < run.steps:
+                started = time.perf_counter()
+                result, state = self.engine.step(state)
+                row = self._row(state, result, time.perf_counter() - started)
+                if _is_due(state.step, run.eval_every, run.steps):
+                    row |= self._val_loss()
+                metrics.write(row)
+                progress.update(row["loss"], row["tokens_per_s"], row.get("val_loss"))
+                if _is_due(state.step, save_every, run.steps):
+                    metrics.sync()
+                    self._save(state)
+        finally:
+            progress.close()
+
+    def _save(self, state: RunState) -> None:
+        text = config_file.to_toml(self.config)
+        checkpoint.save(self.run.checkpoints, state, self.engine.tensors(), text, self.config.checkpoint.keep_latest)
+
+    def _finish(self) -> None:
+        rows = read_rows(self.run.metrics)
+        save_loss_png(rows, self.run.loss_png, title=f"Loss of {self.run.path}")
+        losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+        validation = f"validation loss {losses[0]:.3f} -> {losses[-1]:.3f}; " if losses else ""
+        say(f"done: {validation}{self.run.path} holds metrics.jsonl, loss.png, tensorboard/ and checkpoints/")
+
+    def _encode_prompts(self) -> list[list[int]]:
+        """train.sample_prompts as tokens, checked before the training; an empty one is the start of a document."""
+        encoded = self.tokenizer.encode([prompt.encode() for prompt in self.config.train.sample_prompts])
+        prompts = [tokens.tolist() or [self.tokenizer.eos] for tokens in encoded]
+        longest = max(map(len, prompts), default=0) + self.config.train.sample_tokens
+        if prompts and longest > self.config.model.max_position:
+            raise ValueError(
+                f"train.sample_tokens must leave room for the prompts in model.max_position "
+                f"({self.config.model.max_position}), got {self.config.train.sample_tokens} after a prompt of "
+                f"{longest - self.config.train.sample_tokens} tokens"
+            )
+        return prompts
+
+    def _describe(self) -> None:
+        counts = parameter_counts(self.config.model)
+        dtype = str(self.engine.dtype).removeprefix("torch.")
+        mtp = f" + {counts.mtp:,} for MTP" if counts.mtp else ""
+        say(f"run    {self.run.path}")
+        say(f"model  {counts.main:,} parameters{mtp}; {counts.activated:,} active a token")
+        say(f"device {self.engine.device}, {dtype}")
+        say(f"data   {self._corpus.description}")
+
+    def _val_loss(self) -> Row:
+        loss = self.engine.evaluate(self._validation, self.config.train.eval_sequences)
+        return {} if loss is None else {"val_loss": loss}
+
+    def _first_row(self, state: RunState) -> Row:
+        """Step 0, the untrained model: a validation loss and nothing trained."""
+        absent: Row = dict.fromkeys(
+            ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens_per_s", "mfu", "max_expert_load")
+        )
+        row = {"step": state.step, "tokens": state.tokens, **absent, **self._val_loss()}
+        return {**row, "memory_bytes": memory_bytes(self.engine.device)}
+
+    def _row(self, state: RunState, result: StepResult, seconds: float) -> Row:
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "mtp_loss": result.mtp_loss,
+            "balance_loss": result.balance_loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_s": result.tokens / seconds,
+            "mfu": None if self._peak_flops is None else result.flops / seconds / self._peak_flops,
+            "max_expert_load": result.max_expert_load,
+            "memory_bytes": memory_bytes(self.engine.device),
+        }
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
