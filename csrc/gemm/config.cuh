@@ -11,6 +11,8 @@ namespace dsv3rt {
 constexpr int kBlockK = 128;
 constexpr int kConsumerWarps = 8;
 constexpr int kGemmThreads = 128 + 32 * kConsumerWarps;
+constexpr int kLead = 2;         // K-blocks by which the first consumer warpgroup runs ahead
+constexpr int kLeadBarrier = 1;  // named barrier
 constexpr int kMaxGroups = 512;
 constexpr int kMaxSharedBytes = 232448;
 

@@ -14,9 +14,8 @@ struct TileShape {
   int m, n;
 };
 
-// Every tile that is compiled.
-constexpr TileShape kTileShapes[] = {{128, 64},  {128, 96},  {128, 112}, {128, 128}, {128, 144}, {128, 160},
-                                     {128, 176}, {128, 192}, {256, 64},  {256, 96},  {256, 112}, {256, 128}};
+// Every tile that is compiled. Widths are multiples of 64: others take as long as the next one (docs/notes/gemm.md).
+constexpr TileShape kTileShapes[] = {{128, 64}, {128, 128}, {128, 192}, {256, 64}, {256, 128}};
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(TileShape);
 
 struct GemmProblem {

@@ -175,6 +175,9 @@ __device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const Tile
 #pragma unroll
     for (int i = 0; i < C::kFragment; ++i) sum[wave][i] = 0;
   }
+  // The first warpgroup runs ahead: while one of the two stores its rows, the other multiplies.
+  const int lead = min(kLead, tile.num_k_blocks) - 1;
+  if (warpgroup == 1) named_barrier_sync(kLeadBarrier, 256);
   for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block, ring.advance()) {
     storage.full[ring.stage].wait(ring.parity);
     const uint64_t descriptor_b = k_major_swizzle128_descriptor(storage.b[ring.stage]);
@@ -199,6 +202,7 @@ __device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const Tile
         if (wave == C::kWaves - 1) release_stage<C>(storage, ring.stage);
       }
     }
+    if (warpgroup == 0 && k_block == lead) named_barrier_arrive(kLeadBarrier, 256);
   }
 }
 

@@ -14,19 +14,19 @@ def _tiny() -> ModelConfig:
     """
     return ModelConfig(
         vocab_size=288,
-        dim=256,
-        num_layers=4,
+        dim=128,
+        num_layers=3,
         num_dense_layers=1,
         num_heads=2,
-        q_lora_rank=256,
-        ffn_dim=768,
-        expert_dim=256,
+        q_lora_rank=128,
+        ffn_dim=384,
+        expert_dim=128,
         num_experts=8,
         top_k=2,
         num_expert_groups=4,
         num_groups_kept=2,
         max_position=512,
-        init_std=0.02,
+        init_std=0.06,
     )
 
 

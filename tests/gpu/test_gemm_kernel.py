@@ -12,12 +12,18 @@ from dsv3rt.ops.types import GroupLayout, QuantTensor, empty_row_scales
 
 pytestmark = pytest.mark.gpu
 
-# FP32 results: the tensor cores keep about 14 bits of a partial sum over 128 products of random sign, so its relative
-# error is near 2^-14; calc_diff is about half of the square, under 1e-8, and 1e-6 leaves room for cancellation.
+# Over operands of like magnitude. FP32 results: the tensor cores keep about 14 bits of a partial sum over 128 products of
+# random sign, so its relative error is near 2^-14; calc_diff is half of the square, under 1e-8, and 1e-6 leaves room for
+# cancellation. BF16 results: rounding to 8 bits has a mean square relative error of 2^-18 / 3 at most, half of which is
+# 6.4e-7; the rest is FP32_DIFF.
 FP32_DIFF = 1e-6
-# BF16 results: rounding to 8 bits has a mean square relative error of 2^-18 / 3 at most, half of which is 6.4e-7; the
-# rest is FP32_DIFF.
 BF16_DIFF = 2e-6
+# Over scales of many decades one tile outweighs all others, and where its sum cancels the relative error is large. So
+# every element is held to the sum of the magnitudes of its products. A step adds 32 products, each truncated at 2^-13 of the
+# largest, half of that on average; the largest is about a fifth of the sum of the 32 magnitudes for normal factors:
+# 32 * 2^-14 * 5^-1 is under 2^-11. BF16 adds 2^-9 of the result. One lost product of 128 would be 2^-7.
+TRUNCATION = 2.0**-11
+BF16_ROUNDING = 2.0**-9
 
 ROWS = [1, 63, 64, 127, 128, 129, 255, 300, 513, 1000, 4097]
 
@@ -65,10 +71,23 @@ def double(q: QuantTensor) -> Tensor:
     return ops.dequantize(q, torch.float64)
 
 
+def product(x: QuantTensor, w: QuantTensor) -> tuple[Tensor, Tensor]:
+    """x @ w^T in FP64, and the same with every sign dropped."""
+    a, b = double(x), double(w)
+    return a @ b.t(), a.abs() @ b.abs().t()
+
+
 def assert_close(got: Tensor, expected: Tensor) -> None:
     assert not got.isnan().any()
     diff = ops.calc_diff(got, expected)
     assert diff < (FP32_DIFF if got.dtype == torch.float32 else BF16_DIFF), diff
+
+
+def assert_within_truncation(got: Tensor, expected: Tensor, magnitude: Tensor) -> None:
+    assert not got.isnan().any()
+    allowed = magnitude * TRUNCATION + (expected.abs() * BF16_ROUNDING if got.dtype == torch.bfloat16 else 0)
+    worst = ((got.double() - expected).abs() / allowed.clamp_min(1e-300)).max()
+    assert worst <= 1, float(worst)
 
 
 @pytest.mark.parametrize("w_rows", [128, 1], ids=["block_scaled", "row_scaled"])
@@ -80,10 +99,12 @@ def test_fp8_gemm_nt_matches_fp64_on_random_shapes(start: int, w_rows: int) -> N
         n = random.pick([8, 16, 120, 136, 264, 576, 1000, 2112])
         k = random.pick([16, 128, 144, 512, 576, 1040, 1536])
         x, w = random.rows(m, k), (random.blocks(n, k) if w_rows == 128 else random.rows(n, k))
-        expected = double(x) @ double(w).t()
+        expected, magnitude = product(x, w)
         out = torch.full((m, n), torch.nan, dtype=[torch.bfloat16, torch.float32][seed % 2], device="cuda")
         kernels.fp8_gemm_nt(x, w, out, accumulate=False, num_sms=random.pick([0, 0, 1, 7, 64]))
-        assert_close(out, expected)
+        assert_within_truncation(out, expected, magnitude)
+        if random.decades == 0 and m * n > 10000:
+            assert_close(out, expected)
 
 
 def test_fp8_gemm_nt_accumulates_in_place() -> None:
@@ -91,11 +112,11 @@ def test_fp8_gemm_nt_accumulates_in_place() -> None:
         random = Random(seed, decades=1)
         m, n, k = random.pick(ROWS), random.pick([8, 264, 576, 2112]), random.pick([128, 256, 1024])
         x, w = random.rows(m, k), random.rows(n, k)
-        product = double(x) @ double(w).t()
-        before = torch.randn((m, n), device="cuda") * product.std().float()
+        added = double(x) @ double(w).t()
+        before = torch.randn((m, n), device="cuda") * added.std().float()
         out = before.clone()
         assert ops.fp8_gemm_nt(x, w, accumulate_into=out) is out
-        assert_close(out, before.double() + product)
+        assert_close(out, before.double() + added)
 
 
 def test_fp8_gemm_nt_handles_empty() -> None:
@@ -150,7 +171,8 @@ def test_m_grouped_fp8_gemm_nt_matches_fp64_on_random_layouts(start: int) -> Non
         x_double, w_double = double(x), double(w)
         for group, (first, last) in enumerate(segments):
             if last > first:
-                assert_close(out[first:last], x_double[first:last] @ w_double[group].t())
+                a, b = x_double[first:last], w_double[group].t()
+                assert_within_truncation(out[first:last], a @ b, a.abs() @ b.abs())
 
 
 def test_m_grouped_fp8_gemm_nt_takes_one_huge_group() -> None:

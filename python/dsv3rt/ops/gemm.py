@@ -10,22 +10,40 @@ from torch import Tensor
 from dsv3rt.ops.checks import FLOATS, check_layout, check_quant, check_same_device, check_tensor, dtype_name, require
 from dsv3rt.ops.quant import BLOCK_TILE, ROW_TILE
 from dsv3rt.ops.reference import gemm as reference
+from dsv3rt.ops.registry import register
 from dsv3rt.ops.types import TILE, GroupLayout, QuantTensor
 
 
-@torch.library.custom_op("dsv3rt::fp8_gemm_nt", mutates_args=("out",))
-def _fp8_gemm_nt(
+def _nothing(*_: object) -> None:
+    """The fake body of an op that only writes into its arguments."""
+
+
+def _fp8_on_cpu(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, w_rows: int, out: Tensor, accumulate: bool, num_sms: int
 ) -> None:
     operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(w, w_scale, (w_rows, TILE))
-    if x.is_cuda:
-        from dsv3rt.ops.cuda import gemm as cuda
-
-        cuda.fp8_gemm_nt(*operands, out, accumulate=accumulate, num_sms=num_sms)
-    elif accumulate:
+    if accumulate:
         reference.fp8_gemm_nt(*operands, out.dtype, out)
     else:
         out.copy_(reference.fp8_gemm_nt(*operands, out.dtype, None))
+
+
+def _fp8_on_cuda(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, w_rows: int, out: Tensor, accumulate: bool, num_sms: int
+) -> None:
+    from dsv3rt.ops.cuda import gemm as cuda
+
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(w, w_scale, (w_rows, TILE))
+    cuda.fp8_gemm_nt(*operands, out, accumulate=accumulate, num_sms=num_sms)
+
+
+_fp8_gemm_nt = register(
+    "fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, int w_rows, Tensor(a!) out, bool accumulate,"
+    " int num_sms) -> ()",
+    cpu=_fp8_on_cpu,
+    cuda=_fp8_on_cuda,
+    fake=_nothing,
+)
 
 
 def fp8_gemm_nt(
@@ -71,17 +89,29 @@ def fp8_gemm_nt(
     return out
 
 
-@torch.library.custom_op("dsv3rt::m_grouped_fp8_gemm_nt", mutates_args=("out",))
-def _m_grouped_fp8_gemm_nt(
+def _m_grouped_on_cpu(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor, offsets: Tensor, out: Tensor, num_sms: int
 ) -> None:
     operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(w, w_scale, BLOCK_TILE), GroupLayout(counts, offsets)
-    if x.is_cuda:
-        from dsv3rt.ops.cuda import gemm as cuda
+    out.copy_(reference.m_grouped_fp8_gemm_nt(*operands, out.dtype))
 
-        cuda.m_grouped_fp8_gemm_nt(*operands, out, num_sms=num_sms)
-    else:
-        out.copy_(reference.m_grouped_fp8_gemm_nt(*operands, out.dtype))
+
+def _m_grouped_on_cuda(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, counts: Tensor, offsets: Tensor, out: Tensor, num_sms: int
+) -> None:
+    from dsv3rt.ops.cuda import gemm as cuda
+
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(w, w_scale, BLOCK_TILE), GroupLayout(counts, offsets)
+    cuda.m_grouped_fp8_gemm_nt(*operands, out, num_sms=num_sms)
+
+
+_m_grouped_fp8_gemm_nt = register(
+    "m_grouped_fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor counts, Tensor offsets,"
+    " Tensor(a!) out, int num_sms) -> ()",
+    cpu=_m_grouped_on_cpu,
+    cuda=_m_grouped_on_cuda,
+    fake=_nothing,
+)
 
 
 def m_grouped_fp8_gemm_nt(
@@ -120,17 +150,29 @@ def m_grouped_fp8_gemm_nt(
     return out
 
 
-@torch.library.custom_op("dsv3rt::k_grouped_fp8_gemm_nt", mutates_args=("out",))
-def _k_grouped_fp8_gemm_nt(
+def _k_grouped_on_cpu(
     x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, counts: Tensor, offsets: Tensor, out: Tensor, num_sms: int
 ) -> None:
     operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(counts, offsets)
-    if x.is_cuda:
-        from dsv3rt.ops.cuda import gemm as cuda
+    reference.k_grouped_fp8_gemm_nt(*operands, out)
 
-        cuda.k_grouped_fp8_gemm_nt(*operands, out, num_sms=num_sms)
-    else:
-        reference.k_grouped_fp8_gemm_nt(*operands, out)
+
+def _k_grouped_on_cuda(
+    x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, counts: Tensor, offsets: Tensor, out: Tensor, num_sms: int
+) -> None:
+    from dsv3rt.ops.cuda import gemm as cuda
+
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(counts, offsets)
+    cuda.k_grouped_fp8_gemm_nt(*operands, out, num_sms=num_sms)
+
+
+_k_grouped_fp8_gemm_nt = register(
+    "k_grouped_fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor y, Tensor y_scale, Tensor counts, Tensor offsets,"
+    " Tensor(a!) out, int num_sms) -> ()",
+    cpu=_k_grouped_on_cpu,
+    cuda=_k_grouped_on_cuda,
+    fake=_nothing,
+)
 
 
 def k_grouped_fp8_gemm_nt(

@@ -9,29 +9,35 @@ from torch import Tensor
 
 from dsv3rt.ops.checks import check_dtype, check_quant, check_shape, dtype_name, require
 from dsv3rt.ops.reference import quant as reference
+from dsv3rt.ops.registry import register
 from dsv3rt.ops.types import TILE, QuantTensor
 
 ROW_TILE = (1, TILE)
 BLOCK_TILE = (TILE, TILE)
 
 
-@torch.library.custom_op("dsv3rt::quantize_1x128", mutates_args=())
-def _quantize_1x128(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+def _quantize_on_cpu(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
     result = reference.quantize_1x128(x, pow2_scales, with_transpose)
     quants = result if isinstance(result, tuple) else (result,)
     return [tensor for q in quants for tensor in (q.data, q.scale)]
 
 
-@_quantize_1x128.register_fake
-def _(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+def _quantize_on_cuda(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    from dsv3rt.ops.cuda import quant as cuda
+
+    return cuda.quantize_1x128(x, pow2_scales=pow2_scales, with_transpose=with_transpose)
+
+
+def _quantize_fake(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
     return reference.empty_1x128(x, with_transpose)
 
 
-@_quantize_1x128.register_kernel("cuda")
-def _(x: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
-    from dsv3rt.ops.cuda import quant as cuda
-
-    return list(cuda.quantize_1x128(x, pow2_scales=pow2_scales, with_transpose=with_transpose))
+_quantize_1x128 = register(
+    "quantize_1x128(Tensor x, bool pow2_scales, bool with_transpose) -> Tensor[]",
+    cpu=_quantize_on_cpu,
+    cuda=_quantize_on_cuda,
+    fake=_quantize_fake,
+)
 
 
 @overload

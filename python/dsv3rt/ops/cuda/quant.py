@@ -9,8 +9,8 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.types import empty_row_scales
 
 
-def quantize_1x128(x_TD: Tensor, *, pow2_scales: bool, with_transpose: bool) -> tuple[Tensor, ...]:
-    """(data, scale) or (data, scale, data_t, scale_t), laid out as `dsv3rt.ops.quantize_1x128` says."""
+def quantize_1x128(x_TD: Tensor, *, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    """[data, scale] or [data, scale, data_t, scale_t], laid out as `dsv3rt.ops.quantize_1x128` says."""
     extension = load()
     num_rows, num_columns = x_TD.shape
     x_TD = x_TD.detach()
@@ -18,7 +18,7 @@ def quantize_1x128(x_TD: Tensor, *, pow2_scales: bool, with_transpose: bool) -> 
     scale = empty_row_scales(num_rows, -(-num_columns // 128), x_TD.device)
     if not with_transpose:
         extension.quantize_1x128(x_TD, data.view(torch.uint8), scale, pow2_scales=pow2_scales)
-        return data, scale
+        return [data, scale]
     padded_rows = -(-num_rows // 128) * 128
     data_t = torch.empty((num_columns, padded_rows), dtype=torch.float8_e4m3fn, device=x_TD.device)
     scale_t = empty_row_scales(num_columns, padded_rows // 128, x_TD.device)
@@ -30,4 +30,4 @@ def quantize_1x128(x_TD: Tensor, *, pow2_scales: bool, with_transpose: bool) -> 
         scale_t=scale_t,
         pow2_scales=pow2_scales,
     )
-    return data, scale, data_t, scale_t
+    return [data, scale, data_t, scale_t]
