@@ -12,16 +12,16 @@ from dsv3rt.ops.types import GroupLayout, QuantTensor, empty_row_scales
 
 pytestmark = pytest.mark.gpu
 
-# Over operands of like magnitude. FP32 results: the tensor cores keep about 14 bits of a partial sum over 128 products of
-# random sign, so its relative error is near 2^-14; calc_diff is half of the square, under 1e-8, and 1e-6 leaves room for
-# cancellation. BF16 results: rounding to 8 bits has a mean square relative error of 2^-18 / 3 at most, half of which is
-# 6.4e-7; the rest is FP32_DIFF.
+# Over operands of like magnitude. FP32 results: the tensor cores keep about 14 bits of a partial sum over 128
+# products of random sign, so its relative error is near 2^-14; calc_diff is half of the square, under 1e-8, and 1e-6
+# leaves room for cancellation. BF16 results: rounding to 8 bits has a mean square relative error of 2^-18 / 3 at
+# most, half of which is 6.4e-7; the rest is FP32_DIFF.
 FP32_DIFF = 1e-6
 BF16_DIFF = 2e-6
 # Over scales of many decades one tile outweighs all others, and where its sum cancels the relative error is large. So
-# every element is held to the sum of the magnitudes of its products. A step adds 32 products, each truncated at 2^-13 of the
-# largest, half of that on average; the largest is about a fifth of the sum of the 32 magnitudes for normal factors:
-# 32 * 2^-14 * 5^-1 is under 2^-11. BF16 adds 2^-9 of the result. One lost product of 128 would be 2^-7.
+# every element is held to the sum of the magnitudes of its products. A step adds 32 products, each truncated at 2^-13
+# of the largest, half of that on average; the largest is about a fifth of the sum of the 32 magnitudes for normal
+# factors: 32 * 2^-14 * 5^-1 is under 2^-11. BF16 adds 2^-9 of the result. One lost product of 128 would be 2^-7.
 TRUNCATION = 2.0**-11
 BF16_ROUNDING = 2.0**-9
 
