@@ -47,7 +47,7 @@ endif
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f) $(DSV3RT_PREBUILT) \
   $(shell find python -name __init__.py)
 BUILD_OPTIONS := cuda=$(DSV3RT_CUDA) prebuilt=$(DSV3RT_PREBUILT)
-CSRC := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CSRC := find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
