@@ -2,6 +2,7 @@
 // predicted clocks of every compiled alternative, one a line.
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "gemm/heuristics.h"
 
