@@ -153,7 +153,7 @@ void bound_k_grouped(const TensorView& a, const TensorView& scale_a, const Tenso
   GemmParams params = params_for(kOp, a, scale_a, d);
   take_row_scaled_b(kOp, params, b, scale_b);
   const int64_t n = b.shape[0];
-  ArgCheck(kOp, "d", d).shape({kAny, params.m, n}).strides({params.m * n, n, 1}).stride_multiple_of(1, 2).aligned(16);
+  ArgCheck(kOp, "d", d).shape({kAny, params.m, n}).strides({params.m * n, n, 1}).stride_multiple_of(1, 4).aligned(16);
   take_layout(kOp, params, counts, &offsets, d.shape[0]);
   params.output = output_of(kOp, d, true);
   params.b = static_cast<const uint8_t*>(b.data);

@@ -176,7 +176,7 @@ __device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const Tile
     for (int i = 0; i < C::kFragment; ++i) sum[wave][i] = 0;
   }
   // The first warpgroup runs ahead: while one of the two stores its rows, the other multiplies.
-  const int lead = min(kLead, tile.num_k_blocks) - 1;
+  const int lead = min(C::kLead, tile.num_k_blocks) - 1;
   if (warpgroup == 1) named_barrier_sync(kLeadBarrier, 256);
   for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block, ring.advance()) {
     storage.full[ring.stage].wait(ring.parity);
@@ -214,9 +214,9 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
   while (scheduler.next(tile)) {
     float sum[C::kWaves][C::kFragment];
     consume_tile<C>(storage, tile, ring, sum);
-#pragma unroll
-    for (int wave = 0; wave < C::kWaves; ++wave) store_wave<C>(params, tile, wave, sum[wave]);
+    store_tile<C>(storage, params, tile, sum);
   }
+  bulk_wait_read<0>();  // shared memory outlives the copies that read it
 }
 
 template <typename C>
