@@ -11,8 +11,6 @@ namespace dsv3rt {
 constexpr int kBlockK = 128;
 constexpr int kConsumerWarps = 8;
 constexpr int kGemmThreads = 128 + 32 * kConsumerWarps;
-constexpr int kLeadBarrier = 1;     // named barriers
-constexpr int kStagingBarrier = 2;  // and 3: one for each consumer warpgroup
 constexpr int kMaxGroups = 512;
 constexpr int kMaxSharedBytes = 232448;
 
@@ -37,12 +35,8 @@ struct GemmConfig {
   static constexpr int kPrefixInts = kGrouping == Grouping::kRows ? kMaxGroups + 1 : 1;
   static constexpr int kStageBytes =
       (kBlockM + kBlockN) * kBlockK + kBlockM * 4 + (kScaleB == ScaleB::kRow ? kBlockN * 4 : 0);
-  static constexpr int kOutputBytes = kOutput == GemmOutput::kBFloat16 ? 2 : 4;
-  static constexpr int kStagingPitch = kBlockN * kOutputBytes + (kOutputBytes == 2 ? 16 : 32);
-  static constexpr int kStagingBytes = kBlockM * kStagingPitch;
-  static constexpr int kStages = (kMaxSharedBytes - 1024 - kPrefixInts * 4 - 256 - kStagingBytes) /
+  static constexpr int kStages = (kMaxSharedBytes - 1024 - kPrefixInts * 4 - 256) /
                                  ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + kScaleBFloats * 4);
-  static constexpr int kLead = kStages - 2;  // K-blocks by which the first consumer warpgroup runs ahead
 
   static_assert(kBlockM == 128 || kBlockM == 256);
   static_assert(kWaves * kFragment + kFragment <= 192, "accumulators must leave registers for the rest");
@@ -54,7 +48,6 @@ struct GemmStorage {
   alignas(1024) uint8_t b[C::kStages][C::kBlockN * kBlockK];
   alignas(128) float scale_a[C::kStages][C::kBlockM];
   alignas(128) float scale_b[C::kStages][C::kScaleBFloats];
-  alignas(128) uint8_t staging[C::kStagingBytes];
   Barrier full[C::kStages];
   Barrier empty[C::kStages];
   int block_prefix[C::kPrefixInts];

@@ -1,5 +1,4 @@
-// From accumulators to memory through shared memory: the copy engine writes (or adds) whole rows while the warpgroup
-// goes on with the next tile. Rows are padded so that neither fragment stores nor bulk reads meet bank conflicts.
+// From accumulators to memory, without shared memory: lanes of a quad swap words so that each stores 16 bytes in a row.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,84 +6,102 @@
 #include "gemm/config.cuh"
 #include "gemm/scheduler.cuh"
 #include "hopper/memory.cuh"
-#include "hopper/tma.cuh"
 
 namespace dsv3rt {
+
+// Lane q of a quad gives words[j] to lane j and gets word q of lane j in words[j].
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? words[i] : words[i + 1], 1);
+    (odd ? words[i] : words[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, upper ? words[i] : words[i + 2], 2);
+    (upper ? words[i] : words[i + 2]) = got;
+  }
+}
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// 16 rows of a warp, two octets of columns at a time.
 template <typename C>
-__device__ __forceinline__ void stage_bf16(uint8_t* warp_rows, const float (&sum)[C::kFragment]) {
-  const int lane = threadIdx.x % 32;
-  uint8_t* row = warp_rows + lane % 16 * C::kStagingPitch + lane / 16 * 16;
+__device__ __forceinline__ void store_bf16(__nv_bfloat16* row0, __nv_bfloat16* row8, bool in_row0, bool in_row8,
+                                           int columns_left, const float (&sum)[C::kFragment]) {
+  const int quad_lane = threadIdx.x % 4;
 #pragma unroll
-  for (int octet = 0; octet < C::kBlockN / 8; octet += 2) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack_bf16(sum[octet * 4 + i * 2], sum[octet * 4 + i * 2 + 1]);
-    store_matrix_x4(row + octet * 16, words);
-  }
-}
-
-template <typename C>
-__device__ __forceinline__ void stage_fp32(uint8_t* warp_rows, const float (&sum)[C::kFragment]) {
-  const int lane = threadIdx.x % 32;
-  uint8_t* row = warp_rows + lane / 4 * C::kStagingPitch + lane % 4 * 8;
-#pragma unroll
-  for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
+  for (int octet = 0; octet + 4 <= C::kBlockN / 8; octet += 4) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<float2*>(row + half * 8 * C::kStagingPitch + octet * 32) =
-          make_float2(sum[octet * 4 + half * 2], sum[octet * 4 + half * 2 + 1]);
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        words[i] = pack_bf16(sum[(octet + i) * 4 + half * 2], sum[(octet + i) * 4 + half * 2 + 1]);
+      transpose_quad(words);
+      const int column = (octet + quad_lane) * 8;
+      if ((half ? in_row8 : in_row0) && column < columns_left) {
+        *reinterpret_cast<uint4*>((half ? row8 : row0) + column) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+  if constexpr (C::kBlockN % 32 != 0) {  // two octets of two rows
+    constexpr int kOctet = C::kBlockN / 32 * 4;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = (kOctet + i % 2) * 4 + i / 2 * 2;
+      words[i] = pack_bf16(sum[at], sum[at + 1]);
+    }
+    transpose_quad(words);
+    const int column = (kOctet + quad_lane % 2) * 8;
+    if ((quad_lane < 2 ? in_row0 : in_row8) && column < columns_left) {
+      *reinterpret_cast<uint4*>((quad_lane < 2 ? row0 : row8) + column) =
+          make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
 
-// One row a thread, clipped to the tensor.
 template <typename C>
-__device__ __forceinline__ void send_row(const GemmParams& params, const Tile& tile, int block_row,
-                                         const uint8_t* source) {
-  const int row = tile.m + block_row;
-  if (row >= tile.row_end) return;
+__device__ __forceinline__ void store_fp32(float* row0, float* row8, bool in_row0, bool in_row8, int columns_left,
+                                           const float (&sum)[C::kFragment]) {
+#pragma unroll
+  for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
+    const int column = octet * 8 + threadIdx.x % 4 * 2;
+    if (column >= columns_left) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!(half ? in_row8 : in_row0)) continue;
+      float* target = (half ? row8 : row0) + column;
+      const float x = sum[octet * 4 + half * 2], y = sum[octet * 4 + half * 2 + 1];
+      if constexpr (C::kOutput == GemmOutput::kFloat32Add) {
+        add_to_global(target, x, y);
+      } else {
+        *reinterpret_cast<float2*>(target) = make_float2(x, y);
+      }
+    }
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void store_wave(const GemmParams& params, const Tile& tile, int wave,
+                                           const float (&sum)[C::kFragment]) {
+  const int warpgroup = threadIdx.x / 128 - 1;
+  const int row = tile.m + (warpgroup * C::kWaves + wave) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  const bool in_row0 = row < tile.row_end, in_row8 = row + 8 < tile.row_end;
   const int64_t group = C::kGrouping == Grouping::kDepth ? tile.group : 0;
   const int64_t offset = (group * params.m + row) * params.stride_d + tile.n;
-  const uint32_t bytes = min(C::kBlockN, params.n - tile.n) * C::kOutputBytes;
-  if constexpr (C::kOutput == GemmOutput::kFloat32Add) {
-    bulk_add_f32(static_cast<float*>(params.d) + offset, source, bytes);
+  const int columns_left = params.n - tile.n;
+  if constexpr (C::kOutput == GemmOutput::kBFloat16) {
+    auto* target = static_cast<__nv_bfloat16*>(params.d) + offset;
+    store_bf16<C>(target, target + 8 * params.stride_d, in_row0, in_row8, columns_left, sum);
   } else {
-    bulk_store(static_cast<uint8_t*>(params.d) + offset * C::kOutputBytes, source, bytes);
+    auto* target = static_cast<float*>(params.d) + offset;
+    store_fp32<C>(target, target + 8 * params.stride_d, in_row0, in_row8, columns_left, sum);
   }
-}
-
-template <typename C>
-__device__ __forceinline__ void store_tile(GemmStorage<C>& storage, const GemmParams& params, const Tile& tile,
-                                           const float (&sum)[C::kWaves][C::kFragment]) {
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
-  const int barrier = kStagingBarrier + warpgroup;
-  constexpr int kRows = C::kWaves * 64;  // of this warpgroup
-  uint8_t* rows = storage.staging + warpgroup * kRows * C::kStagingPitch;
-
-  bulk_wait_read<0>();  // each thread for its own row; then the warpgroup for all
-  named_barrier_sync(barrier, 128);
-#pragma unroll
-  for (int wave = 0; wave < C::kWaves; ++wave) {
-    uint8_t* warp_rows = rows + (wave * 64 + threadIdx.x % 128 / 32 * 16) * C::kStagingPitch;
-    if constexpr (C::kOutput == GemmOutput::kBFloat16) {
-      stage_bf16<C>(warp_rows, sum[wave]);
-    } else {
-      stage_fp32<C>(warp_rows, sum[wave]);
-    }
-  }
-  fence_async_proxy();
-  named_barrier_sync(barrier, 128);
-  const int row = threadIdx.x % 128;
-  if (row < kRows && tile.n < params.n)
-    send_row<C>(params, tile, warpgroup * kRows + row, rows + row * C::kStagingPitch);
-  bulk_commit();
 }
 
 }  // namespace dsv3rt

@@ -46,7 +46,6 @@ GemmChoice choose_gemm(const GemmProblem& problem) {
   GemmChoice best{kTileShapes[0], Share::kNone, 8};
   double best_clocks = -1;
   for (const TileShape tile : kTileShapes) {
-    if (!tile_fits(tile, problem.output)) continue;
     for (const Share share : {Share::kNone, Share::kA, Share::kB}) {
       if (share == Share::kB && problem.grouping == Grouping::kRows) continue;  // neighbours may belong to two groups
       if (share != Share::kNone && problem.num_sms < 2) continue;

@@ -18,11 +18,6 @@ struct TileShape {
 constexpr TileShape kTileShapes[] = {{128, 64}, {128, 128}, {128, 192}, {256, 64}, {256, 128}};
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(TileShape);
 
-// Whether a tile leaves shared memory for three stages beside its staged output.
-constexpr bool tile_fits(TileShape tile, GemmOutput output) {
-  return output == GemmOutput::kBFloat16 || tile.m * tile.n <= 128 * 192;
-}
-
 struct GemmProblem {
   int64_t m;  // rows; with kRows the expected rows of all groups together
   int n;

@@ -87,15 +87,13 @@ const char* launch_gemm(const GemmParams& params, const GemmChoice& choice, cuda
 template <ScaleB kScaleB, GemmOutput kOutput, Grouping kGrouping, int kIndex>
 GemmLauncher launcher_of_shape(Share share) {
   constexpr TileShape kShape = kTileShapes[kIndex];
-  if constexpr (tile_fits(kShape, kOutput)) {
-    switch (share) {
-      case Share::kNone: return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kNone, kScaleB, kOutput, kGrouping>>;
-      case Share::kA: return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kA, kScaleB, kOutput, kGrouping>>;
-      case Share::kB:
-        if constexpr (kGrouping != Grouping::kRows) {
-          return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kB, kScaleB, kOutput, kGrouping>>;
-        }
-    }
+  switch (share) {
+    case Share::kNone: return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kNone, kScaleB, kOutput, kGrouping>>;
+    case Share::kA: return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kA, kScaleB, kOutput, kGrouping>>;
+    case Share::kB:
+      if constexpr (kGrouping != Grouping::kRows) {
+        return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kB, kScaleB, kOutput, kGrouping>>;
+      }
   }
   return nullptr;
 }

@@ -175,9 +175,6 @@ __device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const Tile
 #pragma unroll
     for (int i = 0; i < C::kFragment; ++i) sum[wave][i] = 0;
   }
-  // The first warpgroup runs ahead: while one of the two stores its rows, the other multiplies.
-  const int lead = min(C::kLead, tile.num_k_blocks) - 1;
-  if (warpgroup == 1) named_barrier_sync(kLeadBarrier, 256);
   for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block, ring.advance()) {
     storage.full[ring.stage].wait(ring.parity);
     const uint64_t descriptor_b = k_major_swizzle128_descriptor(storage.b[ring.stage]);
@@ -202,7 +199,6 @@ __device__ __forceinline__ void consume_tile(GemmStorage<C>& storage, const Tile
         if (wave == C::kWaves - 1) release_stage<C>(storage, ring.stage);
       }
     }
-    if (warpgroup == 0 && k_block == lead) named_barrier_arrive(kLeadBarrier, 256);
   }
 }
 
@@ -214,9 +210,9 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
   while (scheduler.next(tile)) {
     float sum[C::kWaves][C::kFragment];
     consume_tile<C>(storage, tile, ring, sum);
-    store_tile<C>(storage, params, tile, sum);
+#pragma unroll
+    for (int wave = 0; wave < C::kWaves; ++wave) store_wave<C>(params, tile, wave, sum[wave]);
   }
-  bulk_wait_read<0>();  // shared memory outlives the copies that read it
 }
 
 template <typename C>

@@ -42,25 +42,25 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtens
       : "memory");
 }
 
-// cp.async.bulk, shared -> global: contiguous bytes; both addresses and the size are multiples of 16.
-__device__ __forceinline__ void bulk_store(void* target, const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(smem_address(source)),
-               "r"(bytes)
+// cp.async.bulk.tensor, shared -> global
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap& map, const void* source, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+               "r"(smem_address(source)), "r"(x), "r"(y)
                : "memory");
 }
 
-// cp.reduce.async.bulk .add.f32, shared -> global
-__device__ __forceinline__ void bulk_add_f32(float* target, const void* source, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
-               "r"(smem_address(source)), "r"(bytes)
+// cp.reduce.async.bulk.tensor .add, shared -> global
+__device__ __forceinline__ void tma_add_2d(const CUtensorMap& map, const void* source, int x, int y) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+               "r"(smem_address(source)), "r"(x), "r"(y)
                : "memory");
 }
 
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending groups still read shared memory.
 template <int kPending>
-__device__ __forceinline__ void bulk_wait_read() {
+__device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
