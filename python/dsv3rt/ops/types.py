@@ -85,6 +85,9 @@ def empty_row_scales(rows: int, tiles: int, device: torch.device | str) -> Tenso
 
     Four-row alignment of the leading dimension is what TMA asks of a float32 tensor (16 bytes).
     """
-    storage = torch.empty(tiles, round_up(rows, 4), dtype=torch.float32, device=device)
+    padded = round_up(rows, 4)
+    if rows == padded:
+        return torch.empty_strided((rows, tiles), (1, rows), dtype=torch.float32, device=device)
+    storage = torch.empty(tiles, padded, dtype=torch.float32, device=device)
     storage[:, rows:].zero_()
     return storage.t()[:rows]

@@ -13,7 +13,6 @@ def quantize_1x128(x_TD: Tensor, *, pow2_scales: bool, with_transpose: bool) -> 
     """[data, scale] or [data, scale, data_t, scale_t], laid out as `dsv3rt.ops.quantize_1x128` says."""
     extension = load()
     num_rows, num_columns = x_TD.shape
-    x_TD = x_TD.detach()
     data = torch.empty((num_rows, num_columns), dtype=torch.float8_e4m3fn, device=x_TD.device)
     scale = empty_row_scales(num_rows, -(-num_columns // 128), x_TD.device)
     if not with_transpose:
