@@ -18,6 +18,9 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
+# Threads that spin while they wait slow a machine that is busy otherwise to a quarter.
+export GOMP_SPINCOUNT ?= 1000
+
 # From the environment or the command line to CMake. Both are always passed: CMake would remember the last value.
 DSV3RT_CUDA ?= AUTO
 DSV3RT_PREBUILT ?=

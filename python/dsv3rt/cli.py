@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
-_SAMPLE_TEMPERATURE, _SAMPLE_TOP_P = 0.7, 0.95
+_SAMPLE_TEMPERATURE, _SAMPLE_TOP_P = 0.8, 0.9
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,7 +83,7 @@ def _print_completions(trainer: Trainer) -> None:
     )
     for prompt, tokens in zip(run.sample_prompts, completions, strict=True):
         text = tokenizer.decode([token for token in tokens if token != tokenizer.eos])
-        print(f"\n--- completion of {prompt!r}\n{prompt}{text}")
+        print(f"\n--- completion of {prompt!r}\n{prompt}{text.rstrip()}")
 
 
 def _doctor() -> int:

@@ -214,17 +214,17 @@ def kill_at_row(path: Path, folder: Path, row: int) -> None:
 @pytest.mark.usefixtures("_one_thread")
 def test_kill_at_a_random_step_changes_nothing(tmp_path: Path) -> None:
     """Twice, then left to finish: the file's losses are those of a run that nobody disturbed, bit for bit."""
-    sections = {"train": {"steps": 60, "eval_every": 20}, "checkpoint": {"every": 7}}
+    sections = {"train": {"steps": 120, "eval_every": 40}, "checkpoint": {"every": 7}}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     Trainer(config(whole, **sections)).fit()
     write_corpus(killed / "text")
     path = write_config(killed, **sections)
     first = random.SystemRandom().randrange(2, 25)
-    second = random.SystemRandom().randrange(first + 8, 45)
+    second = random.SystemRandom().randrange(first + 8, 45)  # far from the end: a kill may come late
     print(f"killed at rows {first} and {second}")
     for row in (first, second):
         kill_at_row(path, killed, row)
-        assert row <= len(rows(killed)) < 61
+        assert row <= len(rows(killed)) < 121
     process = start("-m", "dsv3rt", "train", str(path))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -40,7 +40,7 @@ def save_loss_png(rows: Sequence[Row], path: Path, title: str) -> None:
     temporary.replace(path)
 
 
-def smooth(values: Sequence[float], fraction: float = 0.02) -> list[float]:
+def smooth(values: Sequence[float], fraction: float = 0.01) -> list[float]:
     """An exponential moving average over about `fraction` of the run, its start unbiased."""
     decay = 1.0 - 1.0 / max(1.0, fraction * len(values))
     total = weight = 0.0
