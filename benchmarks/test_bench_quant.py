@@ -28,3 +28,16 @@ def test_bench_quantize_1x128(
     versus(
         Case(name, str(shape), "gbps", work), lambda: ops.quantize_1x128(x, with_transpose=with_transpose), copy_peer
     )
+
+
+def test_bench_quantize_1x128_on_cupy_arrays(versus: Versus, copy_peer: Peer) -> None:
+    """The kernel alone, on arrays of another framework."""
+    cupy = pytest.importorskip("cupy")
+    extension = pytest.importorskip("dsv3rt._C")
+    shape = Matrix(4096, 7168)
+    x = cupy.random.default_rng(0).standard_normal((shape.rows, shape.columns), dtype=cupy.float32)
+    data = cupy.empty(x.shape, dtype=cupy.uint8)
+    scale = cupy.empty((shape.columns // 128, shape.rows), dtype=cupy.float32).T
+    stream = torch.cuda.current_stream().cuda_stream
+    case = Case("quantize_1x128 from float32, CuPy", str(shape), "gbps", shape.quantize_bytes(element_bytes=4))
+    versus(case, lambda: extension.quantize_1x128(x, data, scale, stream=stream), copy_peer)
