@@ -70,6 +70,13 @@ class ArgCheck {
     return *this;
   }
 
+  const ArgCheck& stride_at_least(int axis, int64_t least) const {
+    if (stride_matters(axis) && view_.strides[axis] < least) {
+      fail("must have a stride of at least " + str(least) + " along axis " + str(axis), str(view_.strides[axis]));
+    }
+    return *this;
+  }
+
   const ArgCheck& aligned(int bytes) const {
     const auto address = reinterpret_cast<uintptr_t>(view_.data);
     if (view_.num_elements() > 0 && address % bytes != 0) {

@@ -26,7 +26,8 @@ void check_transposed(Quantize1x128Params& params, const TensorView& x, const Te
       .on_device_of(x, "x")
       .dtype({DataType::kFloat32})
       .shape({num_columns, padded_rows / kTile})
-      .strides({1, kAny});
+      .strides({1, kAny})
+      .stride_at_least(1, num_columns);
   params.data_t = static_cast<uint8_t*>(data_t.data);
   params.scale_t = static_cast<float*>(scale_t.data);
   params.scale_t_stride = scale_t.strides[1];
@@ -52,6 +53,7 @@ void bound_quantize_1x128(const TensorView& x, const TensorView& data, const Ten
       .shape({num_rows, ceil_div(num_columns, kTile)})
       .strides({1, kAny})
       .stride_multiple_of(1, 4)
+      .stride_at_least(1, num_rows)
       .aligned(16);
   if (data_t.has_value() != scale_t.has_value()) {
     throw pybind11::value_error("quantize_1x128: data_t and scale_t must be given together, got one of them");
@@ -80,7 +82,8 @@ void bind_quant(pybind11::module_& module) {
   module.def("quantize_1x128", &bound_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"), py::kw_only(),
              py::arg("data_t") = py::none(), py::arg("scale_t") = py::none(), py::arg("pow2_scales") = false,
              py::arg("stream") = py::none(),
-             "Writes the quantised x into data and scale (and x transposed into data_t and scale_t), on a stream.");
+             "Writes the quantised x into data and scale (and x transposed into data_t and scale_t), on a stream. Each "
+             "column of scale needs room for round_up(rows, 4) numbers: the pad is written too.");
 }
 
 }  // namespace dsv3rt
