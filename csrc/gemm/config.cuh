@@ -38,6 +38,7 @@ struct GemmConfig {
   static constexpr int kStages = (kMaxSharedBytes - 1024 - kPrefixInts * 4 - 256) /
                                  ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + kScaleBFloats * 4);
 
+  static_assert(kBlockScales <= 2);
   static_assert(kBlockM == 128 || kBlockM == 256);
   static_assert(kWaves * kFragment + kFragment <= 192, "accumulators must leave registers for the rest");
 };

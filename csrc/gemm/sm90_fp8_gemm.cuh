@@ -73,7 +73,7 @@ __device__ __forceinline__ void producer_load_tiles(GemmStorage<C>& storage, con
   }
 }
 
-// Scales of B in 128x128 blocks, of which a tile touches at most three side by side. A warp of its own reads 32
+// Scales of B in 128x128 blocks, of which a tile touches at most two. A warp of its own reads 32
 // K-blocks at a time and hands each on through its stage: consumers never wait for global memory.
 template <typename C>
 __device__ __forceinline__ void producer_load_block_scales(GemmStorage<C>& storage, const GemmParams& params,
@@ -117,7 +117,7 @@ __device__ __forceinline__ void promote_block(float (&sum)[C::kFragment], const 
   }
 #pragma unroll
   for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
-    const int block = octet * 8 < kFirstColumns ? 0 : octet * 8 < kFirstColumns + 128 ? 1 : 2;
+    const int block = octet * 8 < kFirstColumns ? 0 : 1;
     const float row0 = scale_a.x * scale_b[block], row8 = scale_a.y * scale_b[block];
     sum[octet * 4 + 0] += row0 * partial[octet * 4 + 0];
     sum[octet * 4 + 1] += row0 * partial[octet * 4 + 1];

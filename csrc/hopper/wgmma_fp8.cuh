@@ -30,37 +30,6 @@ struct WgmmaE4M3<64> {
 };
 
 template <>
-struct WgmmaE4M3<96> {
-  static __device__ __forceinline__ void multiply(float (&d)[48], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
-        "%48, %49, p, 1, 1;\n}"
-        : DSV3RT_D8(0), DSV3RT_D8(8), DSV3RT_D8(16), DSV3RT_D8(24), DSV3RT_D8(32), DSV3RT_D8(40)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
-};
-
-template <>
-struct WgmmaE4M3<112> {
-  static __device__ __forceinline__ void multiply(float (&d)[56], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n112k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55}, "
-        "%56, %57, p, 1, 1;\n}"
-        : DSV3RT_D8(0), DSV3RT_D8(8), DSV3RT_D8(16), DSV3RT_D8(24), DSV3RT_D8(32), DSV3RT_D8(40), DSV3RT_D8(48)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
-};
-
-template <>
 struct WgmmaE4M3<128> {
   static __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, bool add) {
     asm volatile(
@@ -72,58 +41,6 @@ struct WgmmaE4M3<128> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
         "%64, %65, p, 1, 1;\n}"
         : DSV3RT_D8(0), DSV3RT_D8(8), DSV3RT_D8(16), DSV3RT_D8(24), DSV3RT_D8(32), DSV3RT_D8(40), DSV3RT_D8(48), DSV3RT_D8(56)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
-};
-
-template <>
-struct WgmmaE4M3<144> {
-  static __device__ __forceinline__ void multiply(float (&d)[72], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %74, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n144k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71}, "
-        "%72, %73, p, 1, 1;\n}"
-        : DSV3RT_D8(0), DSV3RT_D8(8), DSV3RT_D8(16), DSV3RT_D8(24), DSV3RT_D8(32), DSV3RT_D8(40), DSV3RT_D8(48), DSV3RT_D8(56), DSV3RT_D8(64)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
-};
-
-template <>
-struct WgmmaE4M3<160> {
-  static __device__ __forceinline__ void multiply(float (&d)[80], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n160k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
-        "%80, %81, p, 1, 1;\n}"
-        : DSV3RT_D8(0), DSV3RT_D8(8), DSV3RT_D8(16), DSV3RT_D8(24), DSV3RT_D8(32), DSV3RT_D8(40), DSV3RT_D8(48), DSV3RT_D8(56), DSV3RT_D8(64), DSV3RT_D8(72)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
-};
-
-template <>
-struct WgmmaE4M3<176> {
-  static __device__ __forceinline__ void multiply(float (&d)[88], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %90, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n176k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87}, "
-        "%88, %89, p, 1, 1;\n}"
-        : DSV3RT_D8(0), DSV3RT_D8(8), DSV3RT_D8(16), DSV3RT_D8(24), DSV3RT_D8(32), DSV3RT_D8(40), DSV3RT_D8(48), DSV3RT_D8(56), DSV3RT_D8(64), DSV3RT_D8(72), DSV3RT_D8(80)
         : "l"(a), "l"(b), "r"(static_cast<int>(add)));
   }
 };
