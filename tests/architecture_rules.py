@@ -17,8 +17,8 @@ PACKAGE = "dsv3rt"
 # A module imports only from rooms of a lower rank, and from its own room.
 FLOW: dict[str, int] = {
     "config": 0, "presets": 0, "errors": 0, "env": 0,
-    "_C": 1, "ops": 2, "layers": 3, "model": 4, "infer": 5, "train": 5,
-    "__init__": 6, "doctor": 7, "cli": 8, "__main__": 9,
+    "_C": 1, "ops": 2, "layers": 3, "model": 4, "parallel": 5, "hf": 6, "infer": 6, "train": 6,
+    "__init__": 7, "doctor": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 FOUNDATION = {room for room, rank in FLOW.items() if rank == 0}  # these may import each other
 

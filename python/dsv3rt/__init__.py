@@ -10,6 +10,7 @@ from dsv3rt.config import ModelConfig, ParallelConfig, TrainConfig
 from dsv3rt.model.transformer import Transformer
 
 if TYPE_CHECKING:
+    from dsv3rt import hf
     from dsv3rt.train.trainer import Trainer
 
 try:
@@ -17,13 +18,19 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+uninstalled"
 
-__all__ = ["ModelConfig", "ParallelConfig", "TrainConfig", "Trainer", "Transformer", "__version__", "ops", "presets"]
+__all__ = [
+    "ModelConfig", "ParallelConfig", "TrainConfig", "Trainer", "Transformer", "__version__", "hf", "ops", "presets",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    """Import the trainer only when someone asks for it, so that `import dsv3rt` stays light."""
+    """Import the trainer and `hf` only when someone asks for them, so that `import dsv3rt` stays light."""
     if name == "Trainer":
         from dsv3rt.train.trainer import Trainer
 
         return Trainer
+    if name == "hf":
+        import dsv3rt.hf
+
+        return dsv3rt.hf
     raise AttributeError(f"module 'dsv3rt' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `dsv3rt train CONFIG.toml [--section.key value ...]` and `dsv3rt doctor`."""
+"""The command line: `dsv3rt tokenize`, `train CONFIG.toml [--section.key value ...]`, `convert`, `plan`, `doctor`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from dsv3rt.errors import BackendUnavailableError
+from dsv3rt.errors import BackendUnavailableError, StoppedBySignalError
 
 if TYPE_CHECKING:
     from dsv3rt.train.trainer import Trainer
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
+_WITH_OPTIONS = (["convert"], ["plan"], ["tokenize"])
 _SAMPLE_TEMPERATURE, _SAMPLE_TOP_P = 0.8, 0.9
 
 
@@ -33,20 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{error.filename}: {what}" if error.filename else what
     except (ValueError, FloatingPointError, BackendUnavailableError) as error:
         message = str(error)
+    except StoppedBySignalError as stop:
+        print(f"dsv3rt: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        print("\ndsv3rt: interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        print("\ndsv3rt: interrupted; the same command resumes from what was last saved", file=sys.stderr)
         return _INTERRUPTED
     print(f"dsv3rt: error: {' '.join(message.split())}", file=sys.stderr)
     return _USER_ERROR
 
 
 def _run(argv: list[str]) -> int:
-    arguments, overrides = _split_overrides(argv)
+    # Some commands have options of their own, argparse's; everywhere else `--key value` is a key of the configuration.
+    arguments, overrides = (argv, []) if argv[:1] in _WITH_OPTIONS else _split_overrides(argv)
     options = _parser().parse_args(arguments)
     if overrides and options.command != "train":
         raise ValueError(f"--{overrides[0][0]}: {options.command} takes no configuration keys")
     if options.command == "doctor":
         return _doctor()
+    if options.command == "convert":
+        return _convert(options)
+    if options.command == "plan":
+        return _plan(options)
+    if options.command == "tokenize":
+        return _tokenize(options)
     return _train(options.config, overrides)
 
 
@@ -92,6 +103,57 @@ def _doctor() -> int:
     return doctor.main([])
 
 
+def _tokenize(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dsv3rt.train.shards import ShardFolder
+    from dsv3rt.train.tokenise import Job, tokenise
+
+    if options.verify is not None:
+        folder = ShardFolder.open(Path(options.verify))
+        damage = folder.damage()
+        if damage is not None:
+            raise ValueError(damage)
+        print(f"{options.verify}: all {len(folder.manifest['shards'])} shards are what was written")
+        return 0
+    if not options.inputs or options.output is None:
+        raise ValueError("tokenize needs INPUT and --output DIR, or --verify DIR (see dsv3rt tokenize --help)")
+    if not 0 < options.shard_mb < float("inf"):
+        raise ValueError(f"--shard-mb: must be a positive number, got {options.shard_mb:g}")
+    job = Job(
+        inputs=tuple(options.inputs),
+        output=Path(options.output),
+        tokenizer=options.tokenizer,
+        text_key=options.text_key,
+        fim_rate=options.fim_rate,
+        fim_seed=options.fim_seed,
+        shard_bytes=int(options.shard_mb * 2**20),
+    )
+    manifest = tokenise(job, options.workers)
+    print(
+        f"{options.output}: {manifest['tokens']:,} tokens of {manifest['documents']:,} documents "
+        f"in {len(manifest['shards'])} shards"
+    )
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from dsv3rt import hf
+
+    if not 0 < options.max_shard_gb < float("inf"):
+        raise ValueError(f"--max-shard-gb: must be a positive number, got {options.max_shard_gb:g}")
+    max_shard_bytes = max(int(options.max_shard_gb * 1e9), 1)
+    hf.convert(options.source, options.target, fmt=options.format, max_shard_bytes=max_shard_bytes)
+    print(f"{options.target}: written as {options.format}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dsv3rt.parallel.pipeline import report
+
+    return report.run(options)
+
+
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """The arguments proper, and every `--key value` or `--key=value` that is not an option of argparse's."""
     arguments: list[str] = []
@@ -114,7 +176,10 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]
 def _parser() -> argparse.ArgumentParser:
     from dsv3rt import __version__
 
-    parser = _Parser(prog="dsv3rt", description="The DeepSeek-V3 system: train, and look after the installation.")
+    parser = _Parser(
+        prog="dsv3rt",
+        description="The DeepSeek-V3 system: tokenize, train, convert checkpoints, and look after the installation.",
+    )
     parser.add_argument("--version", action="version", version=f"dsv3rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     train = commands.add_parser(
@@ -124,9 +189,60 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Any key of the configuration can be given, its value as in TOML: --train.steps 100 --optim.lr=1e-3",
         usage="dsv3rt train CONFIG.toml [--section.key value ...]",
     )
-    train.add_argument("config", metavar="CONFIG.toml", help="sections: model parallel train data optim checkpoint")
+    train.add_argument(
+        "config", metavar="CONFIG.toml", help="sections: model parallel train data optim checkpoint guard"
+    )
+    convert = commands.add_parser(
+        "convert",
+        help="convert a Hugging Face checkpoint between BF16 and FP8",
+        description="Write the checkpoint SRC as DST, tensor by tensor. Interrupted, the same command goes on in "
+        "DST.partial, which becomes DST when it is whole. FP8 to FP8 keeps the bits of weights and scales.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors files")
+    convert.add_argument("target", metavar="DST", help="folder to make")
+    convert.add_argument("--format", required=True, choices=("bf16", "fp8"), help="of the linear layers of the blocks")
+    convert.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    _add_tokenize(commands)
+    _add_plan(commands)
     commands.add_parser("doctor", help="say what this installation can do, and what it lacks")
     return parser
+
+
+def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
+    tokenize = commands.add_parser(
+        "tokenize",
+        help="turn text, JSON lines and Parquet into token shards to train on",
+        description="Write token shards that data.paths can name. Interrupted, the same command goes on. "
+        "docs/data.md says more.",
+        usage="dsv3rt tokenize INPUT... --output DIR [options], or: dsv3rt tokenize --verify DIR",
+        allow_abbrev=False,
+    )
+    add = tokenize.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="file or folder: .txt .md .py .jsonl .parquet; or python-stdlib")
+    add("--output", metavar="DIR", help="folder to make")
+    add("--tokenizer", default="bytes", help="'bytes' (default) or the path of a tokenizer.json")
+    add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); the shards don't depend on it")
+    add("--text-key", default="text", metavar="KEY", help="of JSON lines, column of Parquet (default: text)")
+    add("--fim-rate", type=float, default=0.0, metavar="RATE", help="share of documents to fill in the middle")
+    add("--fim-seed", type=int, default=0, metavar="N", help="another seed chooses and cuts other documents")
+    add("--shard-mb", type=float, default=64.0, metavar="MB", help="input that makes a shard (default: 64)")
+    add("--verify", metavar="DIR", help="recompute the checksums of a folder of shards")
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    from dsv3rt.parallel.pipeline import report
+
+    plan = commands.add_parser("plan", help="work out on paper what a run would cost")
+    subjects = plan.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=_Parser)
+    schedule = subjects.add_parser(
+        "schedule",
+        help="compare pipeline schedules, and draw one",
+        description="Compare the bubble and the memory of pipeline schedules, simulated and by formula, on the same "
+        "ranks and model. Times are those of a rank's share of the model for one micro-batch, in any unit.",
+        allow_abbrev=False,
+    )
+    report.add_options(schedule)
 
 
 if __name__ == "__main__":

@@ -206,18 +206,23 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The [data] section: text files (or folders of them) and how they become tokens.
+    """The [data] section: text files (or folders of them) and how they become tokens, or folders of token shards.
 
-    `paths` may hold "python-stdlib", the sources of the running interpreter's standard library.
+    `paths` may hold "python-stdlib", the sources of the running interpreter's standard library. FIM rearranges a share
+    of the documents for filling in the middle; which ones and how depends on their names and `fim_seed` alone.
     """
 
     paths: tuple[str, ...] = ("python-stdlib",)
     suffixes: tuple[str, ...] = (".txt", ".md", ".py")
     tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizer.json
     validation_fraction: float = 0.05  # of files, chosen by a hash of their relative path
+    fim_rate: float = 0.0  # of documents; 0.1 in the paper
+    fim_seed: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.paths) > 0, "data", "paths", "name at least one file or folder", self.paths)
+        _require(0 <= self.fim_rate <= 1, "data", "fim_rate", "be in [0, 1]", self.fim_rate)
+        _require(0 <= self.fim_seed < 2**63, "data", "fim_seed", "be in [0, 2**63)", self.fim_seed)
         _require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
                  self.validation_fraction)  # fmt: skip
 
@@ -245,13 +250,37 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The [checkpoint] section. `every` in steps (0: only at the end); the newest `keep_latest` stay (0: all)."""
+    """The [checkpoint] section. `every` in steps (0: only at the end); the newest `keep_latest` stay (0: all).
+
+    asynchronous: a background thread writes a copy in host memory while the training goes on.
+    """
 
     every: int = 0
     keep_latest: int = 2
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         _require_non_negative("checkpoint", self, "every", "keep_latest")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """The [guard] section: what a run does about bad numbers and stuck steps.
+
+    A spike is a loss above the running mean by `spike_deviations` running deviations, both over `spike_window` steps.
+    """
+
+    max_skipped: int = 10  # steps in a row that may be skipped as not finite; one more stops the run
+    spike_window: int = 100  # steps; 0: spikes are not looked for
+    spike_deviations: float = 6.0
+    on_spike: Literal["log", "rollback"] = "log"
+    max_rollbacks: int = 3  # further spikes are only logged
+    step_timeout_s: float = 0.0  # without progress for so long, the process ends; 0: never
+
+    def __post_init__(self) -> None:
+        _require_non_negative("guard", self, "max_skipped", "spike_window", "max_rollbacks", "step_timeout_s")
+        _require_positive("guard", self, "spike_deviations")
+        _require(self.spike_window != 1, "guard", "spike_window", "be 0 or at least 2", self.spike_window)
 
 
 @dataclass(frozen=True)
@@ -264,6 +293,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         _require(self.train.seq_len <= self.model.max_position, "train", "seq_len",

@@ -109,7 +109,7 @@ cli.main(sys.argv[1:])
 
 
 def test_kill_during_a_save_leaves_the_one_before(tmp_path: Path) -> None:
-    path = write_config(tmp_path, train={"steps": 6}, checkpoint={"every": 2})
+    path = write_config(tmp_path, train={"steps": 6}, checkpoint={"every": 2, "asynchronous": False})
     process = start("-c", DIE_IN_SAVE, "train", str(path))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +89,29 @@ def test_mtp_weight_zero_skips_mtp(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.gate.weight" in changed
 
 
-@pytest.mark.parametrize(("poison", "what"), [("weight", "loss"), ("grad", "gradient norm")])
-def test_stops_at_bad_numbers(tmp_path: Path, poison: str, what: str) -> None:
-    made = engine(tmp_path)
+@pytest.mark.parametrize(("poison", "what"), [("loss", "loss"), ("grad", "gradient norm")])
+def test_bad_numbers_update_nothing(tmp_path: Path, poison: str, what: str) -> None:
+    """Neither parameters nor moments nor router biases; and the next step is as if the bad one's data were absent."""
+    made, other = engine(tmp_path), engine(tmp_path)
     _, state = run_steps(made, 2)
+    run_steps(other, 2)
+    norm = made.tensors()["model.norm.weight"]
+    right = norm.clone()
     parameter = next(made.model.parameters())
-    if poison == "weight":
-        made.tensors()["model.norm.weight"].fill_(float("nan"))
-    else:
-        parameter.register_hook(lambda grad: grad * float("inf"))
-    before = parameter.detach().clone()
-    with pytest.raises(FloatingPointError, match=f"^step 3: the {what} is (nan|inf)"):
-        made.step(RunState(step=2, tokens=state.tokens, samples=state.samples))
-    assert torch.equal(parameter, before)
+    hook = parameter.register_hook(lambda grad: grad * float("inf") if poison == "grad" else grad)
+    before = {name: tensor.clone() for name, tensor in made.tensors().items()}
+    if poison == "loss":
+        norm.fill_(float("nan"))
+    result, after = made.step(state)
+    hook.remove()
+    norm.copy_(right) if poison == "loss" else None
+    assert re.fullmatch(f"{what} is (nan|inf)", result.skipped)
+    assert after == replace(state, step=3, tokens=3 * 4 * 32, samples=12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.tensors().items())
+    good, _ = made.step(replace(after, skipped_steps=1))
+    want, _ = other.step(replace(state, samples=12))  # the third update, on the fourth batch
+    assert (good.loss, good.grad_norm, good.skipped) == (want.loss, want.grad_norm, "")
+    assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in made.tensors().items())
 
 
 def test_evaluation_ignores_micro_batches_and_training(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dsv3rt.train.run_dir import RunDir
 
 KEYS = {
     "step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens_per_s", "mfu", "max_expert_load",
-    "memory_bytes",
+    "memory_bytes", "skipped_steps",
 }  # fmt: skip
 
 
@@ -53,9 +53,13 @@ def test_metrics_schema(tmp_path: Path) -> None:
     for row in rest:
         assert set(row) - {"val_loss"} == KEYS
         assert row["tokens"] == row["step"] * 4 * 32
-        assert all(isinstance(row[key], float) and row[key] > 0 for key in KEYS - {"step", "tokens", "memory_bytes"})
+        assert all(
+            isinstance(row[key], float) and row[key] > 0
+            for key in KEYS - {"step", "tokens", "memory_bytes", "skipped_steps"}
+        )
         assert 1.0 <= row["max_expert_load"] <= 2.0  # 4 experts, 2 of them a token
         assert 2**20 < row["memory_bytes"] < 2**40
+        assert row["skipped_steps"] == 0
     assert rest[-1]["val_loss"] < first["val_loss"]
 
 
@@ -182,7 +186,7 @@ def test_second_trainer_is_kept_out(tmp_path: Path) -> None:
 
 
 def test_non_finite_loss_stops_without_a_checkpoint(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path, train={"steps": 4}, checkpoint={"every": 1}))
+    trainer = Trainer(config(tmp_path, train={"steps": 4}, checkpoint={"every": 1}, guard={"max_skipped": 0}))
     step = trainer.engine.step
 
     def poisoned(state):

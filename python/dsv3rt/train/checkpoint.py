@@ -15,8 +15,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dsv3rt.train import manifest
+
 _NAME = re.compile(r"step-(\d+)")
 _TEMPORARY = ".tmp-"
+_REPLACED = ".replaced-"
+_DAMAGED = "damaged-"
 _STATE = "state.json"
 _CONFIG = "config.toml"
 
@@ -25,39 +29,64 @@ _CONFIG = "config.toml"
 class RunState:
     """Where a run stands, beside its tensors: steps and tokens done, and the next training sample.
 
-    `data` is the fingerprint of the training tokens that `samples` counts through.
+    `data` is the fingerprint of the training tokens that `samples` counts through. A rollback moves `samples` ahead of
+    what `tokens` has seen. The rest is the memory of `dsv3rt.train.guards`.
     """
 
     step: int = 0
     tokens: int = 0
     samples: int = 0
     data: int = 0
+    skipped_steps: int = 0
+    skips_in_a_row: int = 0
+    rollbacks: int = 0
+    losses_seen: int = 0
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
 
 
 def save(root: Path, state: RunState, tensors: dict[str, Tensor], config_toml: str, keep_latest: int) -> Path:
-    """Write `root/step-N`, durable before it gets its name, then drop all but the newest `keep_latest` (0: none)."""
+    """Write `root/step-N`, durable before it gets its name, then drop all but the newest `keep_latest` (0: none).
+
+    Where that fails, the temporary folder goes and every older checkpoint stays.
+    """
     final = root / f"step-{state.step}"
     temporary = root / f"{_TEMPORARY}{final.name}"
     clean(root)
-    temporary.mkdir(parents=True)
-    with _quiet():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
-    (temporary / _CONFIG).write_text(config_toml, encoding="utf-8")
-    (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
-    _sync_folder(temporary)
-    if final.exists():
-        _remove(final)
-    os.replace(temporary, final)
-    _sync(root)
-    for old in _complete(root)[:-keep_latest] if keep_latest else ():
+    try:
+        temporary.mkdir(parents=True)
+        with _quiet():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
+        (temporary / _CONFIG).write_text(config_toml, encoding="utf-8")
+        (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
+        manifest.write(temporary)
+        _sync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _name(temporary, final)
+    for old in complete(root)[:-keep_latest] if keep_latest else ():
         _remove(old)
     return final
 
 
 def newest(root: Path) -> Path | None:
     """The complete checkpoint of the highest step."""
-    complete = _complete(root)
-    return complete[-1] if complete else None
+    found = complete(root)
+    return found[-1] if found else None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is not one any more, but still there to look at."""
+    names = (f"{_DAMAGED}{folder.name}{suffix}" for suffix in ("", *(f".{number}" for number in range(2, 1000))))
+    target = next(path for name in names if not (path := folder.with_name(name)).exists())
+    os.replace(folder, target)
+    return target
+
+
+def damaged(root: Path) -> list[Path]:
+    """The checkpoints that were set aside."""
+    return sorted(root.glob(f"{_DAMAGED}*"))
 
 
 def read_state(folder: Path) -> tuple[RunState, Path]:
@@ -81,12 +110,29 @@ def clean(root: Path) -> None:
     """Remove what an interrupted save or removal left behind."""
     for leftover in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover)
+    for replaced in root.glob(f"{_REPLACED}*"):
+        final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, final)
 
 
-def _complete(root: Path) -> list[Path]:
+def complete(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def _name(temporary: Path, final: Path) -> None:
+    """Give a finished checkpoint its name; one that has it already is kept until then (see `clean`)."""
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _remove(folder: Path) -> None:

@@ -1,8 +1,7 @@
-"""Text files to two streams of tokens, training and validation."""
+"""Text files, or folders of token shards, to two streams of tokens, training and validation."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sysconfig
 import zlib
@@ -14,6 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv3rt.config import DataConfig
+from dsv3rt.train import shards
+from dsv3rt.train.data import TokenStream
+from dsv3rt.train.fim import Encoder, document_key
+from dsv3rt.train.shards import ShardFolder
 from dsv3rt.train.tokenizer import Tokenizer
 
 STDLIB = "python-stdlib"
@@ -31,42 +34,84 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents' tokens, each document followed by eos; `description` is one line for people."""
+    """The documents' tokens, each document followed by eos; `description` is one line for people.
 
-    train: NDArray[np.integer]
-    validation: NDArray[np.integer]
+    fingerprint: changes when the training tokens do; a resumed run must see the same ones.
+    """
+
+    train: TokenStream
+    validation: TokenStream
     description: str
-
-    @property
-    def fingerprint(self) -> int:
-        """Changes when the training tokens do: a resumed run must see the same ones."""
-        return zlib.crc32(np.ascontiguousarray(self.train).data)
+    fingerprint: int
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer, min_tokens: int) -> Corpus:
-    """Read, tokenise and split what `config` names, all of it into memory; each side has at least `min_tokens` tokens.
+    """Open what `config` names and split it; each side has at least `min_tokens` tokens.
 
-    Whole files go to validation, chosen by a hash of their name, so that the choice is the same on every machine and
-    survives files coming and going. Where that leaves a side too short (a single file, say), the end of the joined
-    tokens is held out instead.
+    Text is read and tokenised into memory, shards are mapped. Whole documents go to validation, chosen by a hash of
+    their name, so that the choice is the same on every machine and survives files coming and going. Where that leaves
+    a side too short (a single file, say), the end of the joined tokens is held out instead.
     """
+    sharded = [entry for entry in config.paths if shards.is_shard_folder(Path(entry))]
+    if len(sharded) == len(config.paths):
+        return _open_shards(config, tokenizer, min_tokens)
+    if sharded:
+        raise ValueError(f"data.paths: must be all text or all token shards, only '{sharded[0]}' holds shards")
     documents = find_documents(config)
     held_out = [is_validation(document.name, config.validation_fraction) for document in documents]
-    tokens = _tokenise(documents, tokenizer)
+    tokens = _tokenise(documents, Encoder(tokenizer, config.fim_rate, config.fim_seed))
     train = _join([t for t, held in zip(tokens, held_out, strict=True) if not held], tokenizer)
     validation = _join([t for t, held in zip(tokens, held_out, strict=True) if held], tokenizer)
     what = f"{len(documents)} files, {sum(held_out)} of them for validation"
     if min(len(train), len(validation)) < min_tokens:
         joined = _join(tokens, tokenizer)
-        held = max(round(len(joined) * config.validation_fraction), min_tokens)
-        if len(joined) - held < min_tokens:
-            raise ValueError(
-                f"data.paths: too little text: {len(joined)} tokens, but one training and one validation sequence need "
-                f"{2 * min_tokens}; add text or lower train.seq_len"
-            )
-        train, validation = joined[:-held], joined[-held:]
-        what = f"{len(documents)} files, the last {held} tokens for validation"
-    return Corpus(train, validation, f"{what}; {len(train):,} training and {len(validation):,} validation tokens")
+        kept = _kept_tokens(len(joined), config.validation_fraction, min_tokens)
+        train, validation = joined[:kept], joined[kept:]
+        what = f"{len(documents)} files, the last {len(validation)} tokens for validation"
+    return Corpus(train, validation, _describe(what, train, validation), zlib.crc32(np.ascontiguousarray(train).data))
+
+
+def _open_shards(config: DataConfig, tokenizer: Tokenizer, min_tokens: int) -> Corpus:
+    folders = [ShardFolder.open(Path(entry)) for entry in config.paths]
+    for folder in folders:
+        _check_fits(folder, config, tokenizer)
+    num_documents = sum(folder.manifest["documents"] for folder in folders)
+    train, validation, num_held = shards.open_streams(folders, config.validation_fraction)
+    what = f"{num_documents:,} documents in shards, {num_held:,} of them for validation"
+    if min(len(train), len(validation)) < min_tokens:
+        joined = shards.whole_stream(folders)
+        kept = _kept_tokens(len(joined), config.validation_fraction, min_tokens)
+        train, validation = joined.part(0, kept), joined.part(kept, len(joined))
+        what = f"{num_documents:,} documents in shards, the last {len(validation)} tokens for validation"
+    return Corpus(train, validation, _describe(what, train, validation), shards.fingerprint(folders))
+
+
+def _check_fits(folder: ShardFolder, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """The shards must be what this configuration would make of their text."""
+    made_with, fim = folder.manifest["tokenizer"], folder.manifest["fim"]
+    if made_with["identity"] != tokenizer.identity:
+        raise ValueError(
+            f"data.tokenizer: '{folder.path}' was made with another tokenizer, '{made_with['name']}' "
+            f"({made_with['identity'][:19]}), got '{config.tokenizer}' ({tokenizer.identity[:19]})"
+        )
+    for name, value in (("rate", config.fim_rate), ("seed", config.fim_seed)):
+        if fim[name] != value and (name == "rate" or config.fim_rate):
+            raise ValueError(f"data.fim_{name} must be {fim[name]}, that of the shards in '{folder.path}', got {value}")
+
+
+def _kept_tokens(total: int, fraction: float, min_tokens: int) -> int:
+    """How many of the joined tokens are for training when their end is held out."""
+    held = max(round(total * fraction), min_tokens)
+    if total - held < min_tokens:
+        raise ValueError(
+            f"data.paths: too little text: {total} tokens, but one training and one validation sequence need "
+            f"{2 * min_tokens}; add text or lower train.seq_len"
+        )
+    return total - held
+
+
+def _describe(what: str, train: TokenStream, validation: TokenStream) -> str:
+    return f"{what}; {len(train):,} training and {len(validation):,} validation tokens"
 
 
 def find_documents(config: DataConfig) -> list[Document]:
@@ -80,8 +125,7 @@ def find_documents(config: DataConfig) -> list[Document]:
 
 def is_validation(name: str, fraction: float) -> bool:
     """Whether the file of this name is held out."""
-    digest = hashlib.sha256(name.encode("utf-8", errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return document_key(name) < fraction * 2**64
 
 
 def _expand(entry: str, suffixes: Sequence[str]) -> list[Document]:
@@ -109,12 +153,14 @@ def _walk(root: Path, suffixes: Sequence[str], skipped: set[str]) -> Iterator[Do
                 yield Document(path.relative_to(root).as_posix(), path)
 
 
-def _tokenise(documents: Sequence[Document], tokenizer: Tokenizer) -> list[NDArray[np.integer]]:
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+def _tokenise(documents: Sequence[Document], encoder: Encoder) -> list[NDArray[np.integer]]:
+    dtype = np.uint16 if encoder.tokenizer.vocab_size <= 2**16 else np.int32
     tokens: list[NDArray[np.integer]] = []
     for first in range(0, len(documents), _ENCODE_AT_ONCE):
-        batch = [document.path.read_bytes() for document in documents[first : first + _ENCODE_AT_ONCE]]
-        tokens += [encoded.astype(dtype) for encoded in tokenizer.encode(batch)]
+        batch = documents[first : first + _ENCODE_AT_ONCE]
+        keys = [document_key(document.name) for document in batch]
+        encoded = encoder.encode(keys, [document.path.read_bytes() for document in batch])
+        tokens += [document.astype(dtype) for document in encoded]
     return tokens
 
 

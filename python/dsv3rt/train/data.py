@@ -6,6 +6,7 @@ Nothing is stored but a position: sample number `position` of a run is found in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor
 
 _ROUNDS = 6
 _MASK = 2**64 - 1
+
+
+class TokenStream(Protocol):
+    """Tokens that are read by slices: an array, or shards on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> NDArray[np.integer]: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def _mix(*numbers: int) -> int:
 class Samples:
     """Windows of seq_len + 1 tokens at every seq_len tokens of a stream, so that each token is predicted once."""
 
-    tokens: NDArray[np.integer]
+    tokens: TokenStream
     seq_len: int
     seed: int
 

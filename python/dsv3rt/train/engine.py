@@ -23,7 +23,8 @@ class StepResult:
     """What one step saw: losses and gradients are those before its update.
 
     loss: the main model's cross-entropy alone. max_expert_load: the fullest expert's load over the mean of its layer,
-    the worst layer's; None without MoE layers. tokens and flops (forward and backward) are this step's.
+    the worst layer's; None without MoE layers. tokens and flops (forward and backward) are this step's. skipped: why
+    nothing was updated ("loss is nan"), else empty.
     """
 
     loss: float
@@ -34,6 +35,7 @@ class StepResult:
     max_expert_load: float | None
     tokens: int
     flops: float
+    skipped: str = ""
 
 
 class Engine:
@@ -57,8 +59,7 @@ class Engine:
     def step(self, state: RunState) -> tuple[StepResult, RunState]:
         """One batch and one update; returns what it saw and where the run stands after it.
 
-        Raises:
-            FloatingPointError: the loss or the gradient norm is not finite; nothing was updated.
+        Where the loss or the gradient norm is not finite, nothing is updated; the batch counts as seen all the same.
         """
         run = self.config.train
         at = (state.step, state.tokens)
@@ -69,17 +70,19 @@ class Engine:
         )
         mtp_weight = self._mtp_weight.value(*at)
         losses, counts_LE = self._accumulate(state.samples, sequences, self._balance_alpha.value(*at), mtp_weight)
-        loss, mtp_loss, balance_loss = losses.tolist()
-        _require_finite("loss", loss, after.step)
         norm = self.optimizer.grad_norm()
+        loss, mtp_loss, balance_loss = losses.tolist()
         grad_norm = norm.item()
-        _require_finite("gradient norm", grad_norm, after.step)
+        skipped = _not_finite("loss", loss) or _not_finite("gradient norm", grad_norm)
         lr = self._lr.value(after.step, after.tokens)
-        self.optimizer.step(after.step, lr, norm)
-        self.model.update_router_bias(counts_LE, self._bias_update_speed.value(*at))
+        if skipped:
+            self.optimizer.drop_gradients()
+        else:
+            self.optimizer.step(after.step - state.skipped_steps, lr, norm)
+            self.model.update_router_bias(counts_LE, self._bias_update_speed.value(*at))
         flops = tokens * train_flops_per_token(self.config.model, run.seq_len, with_mtp=mtp_weight > 0)
         load = _max_expert_load(counts_LE)
-        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, load, tokens, flops), after
+        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, load, tokens, flops, skipped), after
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, limit: int) -> float | None:
@@ -133,9 +136,8 @@ def _dtype(run: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
 
 
-def _require_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"step {step}: the {what} is {value}; stopped before the update (lower optim.lr?)")
+def _not_finite(what: str, value: float) -> str:
+    return "" if math.isfinite(value) else f"{what} is {value}"
 
 
 def _max_expert_load(counts_LE: Tensor) -> float | None:

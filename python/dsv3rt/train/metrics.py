@@ -35,13 +35,8 @@ class MetricsWriter:
 
     def __init__(self, run: RunDir, resumed_step: int | None) -> None:
         """resumed_step: the last step that counts; None starts over."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        kept = -1 if resumed_step is None else resumed_step
-        rows = [row for row in read_rows(run.metrics) if row["step"] <= kept]
-        write_atomically(run.metrics, "".join(map(_line, rows)))
-        self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._events = SummaryWriter(str(run.tensorboard), purge_step=kept + 1)
+        self._run = run
+        self._open(-1 if resumed_step is None else resumed_step)
 
     def write(self, row: Row) -> None:
         self._file.write(_line(row))
@@ -54,9 +49,22 @@ class MetricsWriter:
         """Make the rows so far durable, as a checkpoint that counts on them must."""
         os.fsync(self._file.fileno())
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`: a rollback repeats them."""
+        self.close()
+        self._open(step)
+
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+    def _open(self, kept: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        rows = [row for row in read_rows(self._run.metrics) if row["step"] <= kept]
+        write_atomically(self._run.metrics, "".join(map(_line, rows)))
+        self._file = open(self._run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._events = SummaryWriter(str(self._run.tensorboard), purge_step=kept + 1)
 
 
 def read_rows(path: Path) -> list[Row]:

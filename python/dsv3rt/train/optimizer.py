@@ -81,6 +81,11 @@ class AdamW:
             )
             slot.grad = None
 
+    def drop_gradients(self) -> None:
+        """Forget the gradient sums, as if there had been no backward."""
+        for slot in self._slots.values():
+            slot.grad = None
+
     @torch.no_grad()
     def write_parameters(self) -> None:
         """Round loaded masters into the parameters; FP32 parameters are their own masters."""

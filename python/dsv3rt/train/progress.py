@@ -38,6 +38,13 @@ class Progress:
             self._last_line = now
             say(self._line(loss, tokens_per_s, val_loss, now))
 
+    def rewind(self, step: int) -> None:
+        """The steps after `step` are to be done again."""
+        self._done, self._first = step, min(self._first, step)
+        if not self._bar.disable:
+            self._bar.n = step
+            self._bar.refresh()
+
     def close(self) -> None:
         self._bar.close()
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3rt.config import TrainConfig
-from dsv3rt.train import checkpoint, config_file
+from dsv3rt.train import checkpoint, config_file, manifest
 from dsv3rt.train.checkpoint import RunState
+from dsv3rt.train.progress import say
 from dsv3rt.train.run_dir import RunDir
 
 # What a checkpoint's tensors or its place in the data depend on. All else may change between one start and the next.
@@ -25,12 +26,13 @@ class Resume:
 
 
 def find(run: RunDir, config: TrainConfig) -> Resume | None:
-    """The run's newest checkpoint, if it has one.
+    """The run's newest intact checkpoint, if it has one.
 
     Raises:
-        ValueError: it was made with a configuration that can't be resumed with this one; names the keys.
+        ValueError: there are only damaged ones, or it was made with a configuration that can't be resumed with this
+            one; names the keys.
     """
-    folder = checkpoint.newest(run.checkpoints)
+    folder = newest_intact(run.checkpoints)
     if folder is None:
         return None
     state, config_path = checkpoint.read_state(folder)
@@ -41,6 +43,27 @@ def find(run: RunDir, config: TrainConfig) -> Resume | None:
         differences = ", ".join(f"{key} (was {before.get(key)}, now {now.get(key)})" for key in fixed)
         raise ValueError(f"can't resume {folder} with other {differences}; change back or choose another train.run_dir")
     return Resume(folder, state, tuple(changed))
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written; damaged ones on the way are set aside, and named aloud.
+
+    Raises:
+        ValueError: only damaged ones are left.
+    """
+    for folder in reversed(checkpoint.complete(root)):
+        damage = manifest.damage(folder)
+        if damage is None:
+            return folder
+        aside = checkpoint.set_aside(folder)
+        say(f"damaged checkpoint: {folder / damage}; set aside as {aside.name}, looking for the one before it")
+    damaged = checkpoint.damaged(root)
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise ValueError(
+            f"{root}: no intact checkpoint, only {names}; remove them to start over, or choose another train.run_dir"
+        )
+    return None
 
 
 def check_data(resume: Resume, fingerprint: int) -> None:

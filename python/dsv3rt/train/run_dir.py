@@ -36,6 +36,10 @@ class RunDir:
     def loss_png(self) -> Path:
         return self.path / "loss.png"
 
+    @property
+    def stuck(self) -> Path:
+        return self.path / "stuck.txt"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and hold it; the system lets go when the process ends, however it ends."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +16,24 @@ _EOS_NAMES = (
     "<|eos|>", "<eos>", "</s>", "[EOS]", "[SEP]",
 )  # fmt: skip
 
+# What stands before the prefix, the suffix and the middle of a document; DeepSeek-V3's own first, as above.
+_FIM_NAMES = (
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+)
+
 
 class Tokenizer(Protocol):
-    """What the trainer needs of a tokenizer. `vocab_size` is one above the highest token number."""
+    """What the trainer needs of a tokenizer. `vocab_size` is one above the highest token number.
+
+    identity: the same for the same tokenizer, wherever its file lies. fim: the tokens before the prefix, the suffix and
+    the middle, where it was opened for FIM.
+    """
 
     vocab_size: int
     eos: int
+    identity: str
+    fim: tuple[int, int, int] | None
 
     def encode(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]: ...
 
@@ -28,11 +41,15 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Tokens 0..255 are the bytes themselves; 256 begins and 257 ends a document."""
+    """Tokens 0..255 are the bytes themselves; 256 begins and 257 ends a document; with FIM, 258..260 are its marks."""
 
-    vocab_size = 258
     bos = 256
     eos = 257
+    identity = "bytes"
+
+    def __init__(self, *, fim: bool = False) -> None:
+        self.fim = (258, 259, 260) if fim else None
+        self.vocab_size = 261 if fim else 258
 
     def encode(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
         return [np.frombuffer(document, dtype=np.uint8).astype(np.int64) for document in documents]
@@ -44,7 +61,7 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer.json of the `tokenizers` library; bytes that are not UTF-8 become U+FFFD."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fim: bool = False) -> None:
         import tokenizers
 
         if not path.is_file():
@@ -59,6 +76,8 @@ class FileTokenizer:
         if eos is None:
             raise ValueError(f"data.tokenizer: '{path}' has no end-of-document token, none of {', '.join(_EOS_NAMES)}")
         self.eos = eos
+        self.identity = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        self.fim = _fim_tokens(path, vocabulary) if fim else None
 
     def encode(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
         texts = [document.decode("utf-8", errors="replace") for document in documents]
@@ -69,6 +88,13 @@ class FileTokenizer:
         return str(self._tokenizer.decode(list(tokens)))
 
 
-def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: "bytes" or the path of a tokenizer.json."""
-    return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
+def open_tokenizer(name: str, *, fim: bool = False) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`: "bytes" or the path of a tokenizer.json. `fim`: with the marks of FIM."""
+    return ByteTokenizer(fim=fim) if name == "bytes" else FileTokenizer(Path(name), fim=fim)
+
+
+def _fim_tokens(path: Path, vocabulary: Mapping[str, int]) -> tuple[int, int, int]:
+    for begin, hole, end in _FIM_NAMES:
+        if {begin, hole, end} <= vocabulary.keys():
+            return vocabulary[begin], vocabulary[hole], vocabulary[end]
+    raise ValueError(f"data.fim_rate: must be 0 with '{path}', it has no tokens {' '.join(_FIM_NAMES[-1])}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
+import signal
 import time
 from pathlib import Path
 
 from dsv3rt.config import TrainConfig
+from dsv3rt.errors import StoppedBySignalError
 from dsv3rt.model.flops import parameter_counts
-from dsv3rt.train import checkpoint, config_file, resume
+from dsv3rt.train import checkpoint, config_file, guards, resume
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.corpus import load_corpus
 from dsv3rt.train.data import Samples
@@ -16,7 +21,10 @@ from dsv3rt.train.metrics import MetricsWriter, Row, memory_bytes, peak_flops, r
 from dsv3rt.train.plot import save_loss_png
 from dsv3rt.train.progress import Progress, say
 from dsv3rt.train.run_dir import RunDir, write_atomically
+from dsv3rt.train.saver import CheckpointSaver
+from dsv3rt.train.signals import StopSignals
 from dsv3rt.train.tokenizer import open_tokenizer
+from dsv3rt.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -30,7 +38,7 @@ class Trainer:
         run = config.train
         self.config = config
         self.run = RunDir(Path(run.run_dir))
-        self.tokenizer = open_tokenizer(config.data.tokenizer)
+        self.tokenizer = open_tokenizer(config.data.tokenizer, fim=config.data.fim_rate > 0)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size must be at least the {self.tokenizer.vocab_size} of data.tokenizer "
@@ -46,6 +54,11 @@ class Trainer:
         """Train to `train.steps`, from the newest checkpoint in the run directory where there is one.
 
         Returns whether there was anything left to do.
+
+        Raises:
+            StoppedBySignalError: SIGTERM or SIGINT came; the run is saved as it was at the end of that step.
+            FloatingPointError: more than `guard.max_skipped` steps in a row were not finite.
+            OSError: a file could not be written, the last checkpoint among them.
         """
         with self.run.locked():
             checkpoint.clean(self.run.checkpoints)
@@ -73,33 +86,69 @@ class Trainer:
 
     def _restore(self, found: resume.Resume) -> RunState:
         resume.check_data(found, self._corpus.fingerprint)
-        checkpoint.load(found.folder, self.engine.tensors())
-        self.engine.optimizer.write_parameters()
+        self._load(found.folder)
         changed = f" (changed since: {', '.join(found.changed)})" if found.changed else ""
         say(f"resuming from {found.folder}{changed}")
         return found.state
 
-    def _loop(self, state: RunState, metrics: MetricsWriter) -> None:
-        run, save_every = self.config.train, self.config.checkpoint.every
-        progress = Progress(run.steps, state.step)
-        try:
-            while state.step < run.steps:
-                started = time.perf_counter()
-                result, state = self.engine.step(state)
-                row = self._row(state, result, time.perf_counter() - started)
-                if _is_due(state.step, run.eval_every, run.steps):
-                    row |= self._val_loss()
-                metrics.write(row)
-                progress.update(row["loss"], row["tokens_per_s"], row.get("val_loss"))
-                if _is_due(state.step, save_every, run.steps):
-                    metrics.sync()
-                    self._save(state)
-        finally:
-            progress.close()
+    def _load(self, folder: Path) -> None:
+        checkpoint.load(folder, self.engine.tensors())
+        self.engine.optimizer.write_parameters()
 
-    def _save(self, state: RunState) -> None:
-        text = config_file.to_toml(self.config)
-        checkpoint.save(self.run.checkpoints, state, self.engine.tensors(), text, self.config.checkpoint.keep_latest)
+    def _loop(self, state: RunState, metrics: MetricsWriter) -> None:
+        run, every = self.config.train, self.config.checkpoint.every
+        toml = config_file.to_toml(self.config)
+        save_owed = False
+        with (
+            contextlib.closing(Progress(run.steps, state.step)) as progress,
+            StopSignals() as signals,
+            Watchdog(self.config.guard.step_timeout_s, self.run.stuck) as watchdog,
+            CheckpointSaver(self.run.checkpoints, self.config.checkpoint, toml) as saver,
+        ):
+            while state.step < run.steps:
+                watchdog.beat(f"step {state.step + 1}")
+                started = time.perf_counter()
+                result, after = self.engine.step(state)
+                seconds = time.perf_counter() - started
+                after, spike = guards.judge(self.config.guard, after, result)
+                saver.poll()
+                if spike and (back := self._roll_back(after, saver)) is not None:
+                    state, save_owed = back, False
+                    metrics.rewind(state.step)
+                    progress.rewind(state.step)
+                else:
+                    state = after
+                    row = self._row(state, result, seconds) | ({"spike": True} if spike else {})
+                    if _is_due(state.step, run.eval_every, run.steps):
+                        watchdog.beat(f"the evaluation after step {state.step}")
+                        row |= self._val_loss()
+                    metrics.write(row)
+                    progress.update(result.loss, row["tokens_per_s"], row.get("val_loss"))
+                    save_owed |= _is_due(state.step, every, run.steps)
+                stop = signals.received  # read once: one that comes while saving waits for the next step
+                last = stop is not None or state.step == run.steps
+                # Parameters that give no finite loss are no reason to let go of an older checkpoint.
+                if last or (save_owed and state.skips_in_a_row == 0):
+                    watchdog.beat(f"the checkpoint of step {state.step}")
+                    metrics.sync()
+                    saver.save(state, self.engine.tensors(), needed=last)
+                    save_owed = False
+                if stop is not None:
+                    raise _stopped(stop, state.step, self.run)
+
+    def _roll_back(self, spiked: RunState, saver: CheckpointSaver) -> RunState | None:
+        """Back to the newest checkpoint, and past the samples since; None where the run is to go on as it is."""
+        if self.config.guard.on_spike == "log" or spiked.rollbacks >= self.config.guard.max_rollbacks:
+            return None
+        saver.wait()
+        folder = resume.newest_intact(self.run.checkpoints)
+        if folder is None:
+            say("no checkpoint to roll back to yet; going on")
+            return None
+        state, _ = checkpoint.read_state(folder)
+        self._load(folder)
+        say(f"rolled back to {folder}; samples {state.samples} to {spiked.samples - 1} are left out")
+        return dataclasses.replace(state, samples=spiked.samples, rollbacks=spiked.rollbacks + 1)
 
     def _finish(self) -> None:
         rows = read_rows(self.run.metrics)
@@ -139,23 +188,35 @@ class Trainer:
         absent: Row = dict.fromkeys(
             ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens_per_s", "mfu", "max_expert_load")
         )
-        row = {"step": state.step, "tokens": state.tokens, **absent, **self._val_loss()}
+        row = {"step": state.step, "tokens": state.tokens, **absent, "skipped_steps": 0, **self._val_loss()}
         return {**row, "memory_bytes": memory_bytes(self.engine.device)}
 
     def _row(self, state: RunState, result: StepResult, seconds: float) -> Row:
-        return {
+        row = {
             "step": state.step,
             "tokens": state.tokens,
-            "loss": result.loss,
-            "mtp_loss": result.mtp_loss,
-            "balance_loss": result.balance_loss,
-            "grad_norm": result.grad_norm,
+            "loss": _finite(result.loss),
+            "mtp_loss": _finite(result.mtp_loss),
+            "balance_loss": _finite(result.balance_loss),
+            "grad_norm": _finite(result.grad_norm),
             "lr": result.lr,
             "tokens_per_s": result.tokens / seconds,
             "mfu": None if self._peak_flops is None else result.flops / seconds / self._peak_flops,
             "max_expert_load": result.max_expert_load,
             "memory_bytes": memory_bytes(self.engine.device),
+            "skipped_steps": state.skipped_steps,
         }
+        return row | {"skipped": True} if result.skipped else row
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _stopped(number: signal.Signals, step: int, run: RunDir) -> StoppedBySignalError:
+    where = run.checkpoints / f"step-{step}"
+    message = f"stopped by {number.name}, saved in {where}; the same command resumes from there"
+    return StoppedBySignalError(number, message)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -1,0 +1,35 @@
+"""hf.load: a Transformer from a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsv3rt.hf.checkpoint import Checkpoint, check_duplicate
+from dsv3rt.hf.codec import decode_into
+from dsv3rt.hf.layout import view_of
+from dsv3rt.model.transformer import Transformer
+
+
+@torch.no_grad()
+def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> Transformer:
+    """Read a BF16 or FP8 checkpoint; FP8 weights are dequantised as they are read.
+
+    Args:
+        path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json.
+        dtype: of the parameters; router biases are FP32 in any case.
+        device: where the model goes; beyond the model, memory is about one tensor, and one mapped shard.
+    Raises:
+        ValueError: one line: the file or key, what is allowed, what was found.
+    """
+    checkpoint = Checkpoint(path)
+    model = Transformer(checkpoint.config, dtype=dtype, device="meta").to_empty(device=device)
+    state = model.state_dict()
+    for spec in sorted(checkpoint.specs, key=lambda spec: checkpoint.entries[spec.key].file):
+        if spec.duplicate_of:
+            check_duplicate(checkpoint, spec)
+        else:
+            decode_into(view_of(state, spec), checkpoint.tensor(spec.key), checkpoint.scale(spec))
+    checkpoint.close()
+    return model
