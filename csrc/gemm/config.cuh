@@ -39,6 +39,7 @@ struct GemmConfig {
                                  ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + kScaleBFloats * 4);
 
   static_assert(kBlockScales <= 2);
+  static_assert(kBlockN % 32 == 0, "the epilogue transposes four octets at a time");
   static_assert(kBlockM == 128 || kBlockM == 256);
   static_assert(kWaves * kFragment + kFragment <= 192, "accumulators must leave registers for the rest");
 };

@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* row0, __nv_bfloat16* r
                                            int columns_left, const float (&sum)[C::kFragment]) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
-  for (int octet = 0; octet + 4 <= C::kBlockN / 8; octet += 4) {
+  for (int octet = 0; octet < C::kBlockN / 8; octet += 4) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t words[4];
@@ -46,21 +46,6 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* row0, __nv_bfloat16* r
       if ((half ? in_row8 : in_row0) && column < columns_left) {
         *reinterpret_cast<uint4*>((half ? row8 : row0) + column) = make_uint4(words[0], words[1], words[2], words[3]);
       }
-    }
-  }
-  if constexpr (C::kBlockN % 32 != 0) {  // two octets of two rows
-    constexpr int kOctet = C::kBlockN / 32 * 4;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = (kOctet + i % 2) * 4 + i / 2 * 2;
-      words[i] = pack_bf16(sum[at], sum[at + 1]);
-    }
-    transpose_quad(words);
-    const int column = (kOctet + quad_lane % 2) * 8;
-    if ((quad_lane < 2 ? in_row0 : in_row8) && column < columns_left) {
-      *reinterpret_cast<uint4*>((quad_lane < 2 ? row0 : row8) + column) =
-          make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3rt import Transformer, presets
 from dsv3rt.config import YarnConfig
+from tests.hf.hf_cases import hf_model
 
 SMALL = replace(
     presets.model("tiny"), vocab_size=96, dim=96, num_layers=3, num_heads=3, q_lora_rank=48, kv_lora_rank=32,
@@ -21,28 +21,6 @@ CONFIGS = {
     "all MoE, gates not renormalised": replace(SMALL, num_layers=2, num_dense_layers=0, renormalize_gates=False),
     "yarn": replace(SMALL, yarn=YarnConfig(factor=4.0, original_max_position=16, mscale=0.8, mscale_all_dim=0.6)),
 }
-
-
-def hf_model(config):
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.yarn is not None:
-        yarn = config.yarn
-        rope |= {"rope_type": "yarn", "factor": yarn.factor, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow,
-                 "mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim,
-                 "original_max_position_embeddings": yarn.original_max_position}  # fmt: skip
-    return DeepseekV3ForCausalLM(DeepseekV3Config(
-        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
-        moe_intermediate_size=config.expert_dim, num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads, num_key_value_heads=config.num_heads,
-        n_shared_experts=config.num_shared_experts, n_routed_experts=config.num_experts,
-        routed_scaling_factor=config.route_scale, kv_lora_rank=config.kv_lora_rank, q_lora_rank=config.q_lora_rank,
-        qk_rope_head_dim=config.qk_rope_head_dim, qk_nope_head_dim=config.qk_nope_head_dim,
-        v_head_dim=config.v_head_dim, n_group=config.num_expert_groups, topk_group=config.num_groups_kept,
-        num_experts_per_tok=config.top_k,
-        first_k_dense_replace=config.num_dense_layers, norm_topk_prob=config.renormalize_gates,
-        max_position_embeddings=64, rms_norm_eps=config.norm_eps, rope_parameters=rope, rope_interleave=True,
-        num_mtp_layers=0, attn_implementation="eager",
-    )).eval()  # fmt: skip
 
 
 def hf_name(name):
