@@ -5,29 +5,10 @@
 
 #include "gemm/config.cuh"
 #include "gemm/scheduler.cuh"
+#include "hopper/fragment.cuh"
 #include "hopper/memory.cuh"
 
 namespace dsv3rt {
-
-// Lane q of a quad gives words[j] to lane j and gets word q of lane j in words[j].
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(~0u, odd ? words[i] : words[i + 1], 1);
-    (odd ? words[i] : words[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(~0u, upper ? words[i] : words[i + 2], 2);
-    (upper ? words[i] : words[i + 2]) = got;
-  }
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 template <typename C>
 __device__ __forceinline__ void store_bf16(__nv_bfloat16* row0, __nv_bfloat16* row8, bool in_row0, bool in_row8,
