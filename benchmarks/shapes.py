@@ -171,7 +171,10 @@ ACTIVATIONS = tuple(Matrix(TOKENS, columns) for columns in (512, 1536, 2048, 409
 
 WEIGHTS = tuple(Matrix(gemm.n, gemm.k) for gemm in GEMMS[:8])
 
-ATTENTIONS = (Attention(4096), Attention(8192))
+ATTENTIONS = (Attention(4096), Attention(8192), Attention(16384))
+
+# Documents packed into two sequences of pre-training.
+RAGGED_ATTENTION = (Attention(4001), Attention(17), Attention(1111), Attention(3063))
 
 DECODES = (
     Decode(128, 1, 4096, 128),

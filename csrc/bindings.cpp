@@ -3,6 +3,7 @@
 
 #include "common/build_info.h"
 #include "gemm/bind.h"
+#include "mla/bind.h"
 #include "quant/bind.h"
 
 namespace py = pybind11;
@@ -17,10 +18,11 @@ PYBIND11_MODULE(_C, module) {
     result["cuda_version"] =
         std::to_string(info.cuda_version / 1000) + "." + std::to_string(info.cuda_version % 1000 / 10);
     result["arch"] = info.arch;
-    result["kernels"] =
-        py::make_tuple("quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt");
+    result["kernels"] = py::make_tuple("quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt",
+                                       "k_grouped_fp8_gemm_nt", "mla_prefill");
     return result;
   });
   dsv3rt::bind_gemm(module);
+  dsv3rt::bind_mla(module);
   dsv3rt::bind_quant(module);
 }

@@ -32,7 +32,17 @@ __device__ __forceinline__ void tma_load_2d(void* target, const CUtensorMap& map
       : "memory");
 }
 
-// The same into every CTA of the cluster named in `cta_mask`, at the same offset, counted on each one's barrier.
+// cp.async.bulk.tensor of a 4-dimensional box; x is the innermost coordinate.
+__device__ __forceinline__ void tma_load_4d(void* target, const CUtensorMap& map, Barrier& barrier, int x, int y, int z,
+                                            int w, L2Hint hint = L2Hint::kNormal) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
+// As tma_load_2d, into every CTA of the cluster named in `cta_mask`, at the same offset, counted on each one's barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtensorMap& map, Barrier& barrier, int x,
                                                       int y, uint16_t cta_mask, L2Hint hint = L2Hint::kNormal) {
   asm volatile(

@@ -175,6 +175,21 @@ def test_mla_prefill_is_deterministic() -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_mla_prefill_is_registered(dtype: torch.dtype) -> None:
+    tensors = [x.requires_grad_() for x in inputs(6, 8, dtype)]
+    cu = [ends([2, 4]), ends([3, 5])]
+    arguments = (tensors, cu, SCALE, True)
+    torch.library.opcheck(
+        torch.ops.dsv3rt.mla_prefill.default, arguments, test_utils=["test_schema", "test_faketensor"]
+    )
+    out, lse = torch.ops.dsv3rt.mla_prefill.default(*arguments)
+    arguments = (tensors, [out, lse], [torch.randn_like(out), torch.randn_like(lse)], cu, SCALE, True)
+    torch.library.opcheck(
+        torch.ops.dsv3rt.mla_prefill_backward.default, arguments, test_utils=["test_schema", "test_faketensor"]
+    )  # fmt: skip
+
+
 C = 8  # latent width of the decoding tests
 
 

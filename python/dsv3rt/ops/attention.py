@@ -3,12 +3,99 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3rt.ops.checks import FLOATS, check_same_device, check_tensor, require
 from dsv3rt.ops.reference import attention as reference
+from dsv3rt.ops.registry import register
+
+KERNEL_DIMS = (128, 64, 128)  # N, R, U
+
+
+def _has_kernel(inputs: list[Tensor]) -> bool:
+    q, k_nope, k_rope, v = inputs
+    dims = (k_nope.shape[2], k_rope.shape[1], v.shape[2])
+    return q.is_cuda and q.dtype == torch.bfloat16 and dims == KERNEL_DIMS
+
+
+def _prefill_by_reference(
+    inputs: list[Tensor], cu_seqlens: list[Tensor], scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.mla_prefill(_inputs(inputs), _ends(cu_seqlens), scale, causal)
+
+
+def _prefill_on_cuda(
+    inputs: list[Tensor], cu_seqlens: list[Tensor], scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    if not _has_kernel(inputs):
+        return _prefill_by_reference(inputs, cu_seqlens, scale, causal)
+    from dsv3rt.ops.cuda import attention as cuda
+
+    return cuda.mla_prefill(inputs, cu_seqlens, scale=scale, causal=causal)
+
+
+def _prefill_fake(inputs: list[Tensor], cu_seqlens: list[Tensor], scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    q, _, _, v = inputs
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+_mla_prefill = register(
+    "mla_prefill(Tensor[] inputs, Tensor[] cu_seqlens, float scale, bool causal) -> (Tensor, Tensor)",
+    cpu=_prefill_by_reference,
+    cuda=_prefill_on_cuda,
+    fake=_prefill_fake,
+)
+
+
+def _backward_by_reference(
+    inputs: list[Tensor],
+    results: list[Tensor],
+    gradients: list[Tensor],
+    cu_seqlens: list[Tensor],
+    scale: float,
+    causal: bool,
+) -> list[Tensor]:
+    pairs = (results[0], results[1]), (gradients[0], gradients[1])
+    return reference.mla_prefill_backward(_inputs(inputs), *pairs, _ends(cu_seqlens), scale, causal)
+
+
+def _backward_fake(inputs: list[Tensor], *_: object) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+_mla_prefill_backward = register(
+    "mla_prefill_backward(Tensor[] inputs, Tensor[] results, Tensor[] gradients, Tensor[] cu_seqlens, float scale,"
+    " bool causal) -> Tensor[]",
+    cpu=_backward_by_reference,
+    cuda=_backward_by_reference,
+    fake=_backward_fake,
+)
+
+
+class _Prefill(torch.autograd.Function):
+    """Inputs are q, k_nope, k_rope, v; the gradients of both results are wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cu_seqlens: tuple[Tensor, Tensor], scale: float, causal: bool, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _mla_prefill(list(inputs), list(cu_seqlens), scale, causal)
+        ctx.save_for_backward(*inputs, out, lse, *cu_seqlens)
+        ctx.scale, ctx.causal = scale, causal
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        inputs, results, cu_seqlens = list(saved[:4]), list(saved[4:6]), list(saved[6:])
+        gradients = _mla_prefill_backward(inputs, results, [dout, dlse], cu_seqlens, ctx.scale, ctx.causal)
+        return None, None, None, *gradients
 
 
 def mla_prefill(
@@ -37,9 +124,14 @@ def mla_prefill(
         out_THU (T, H, U) in q's dtype, and lse_TH (T, H) fp32 (fp64 for fp64 inputs), the natural logarithm of the
         sum of the exponentiated scaled scores. A query with no key gives 0 and -inf.
     Raises:
-        ValueError: shape, or cu_seqlens that do not rise from 0 to the number of rows.
+        ValueError: shape, or cu_seqlens that do not rise from 0 to the number of rows. For the kernel also a scale that
+            is not positive, columns that are not contiguous, strides that are not multiples of 8; the numbers in
+            cu_seqlens stay on the device and are not checked.
         TypeError: dtype outside the above.
-    Numerics: fp32 scores, softmax and sums.
+        BackendUnavailableError: what the kernel is for, no extension.
+    Numerics: fp32 scores, softmax and sums; the kernel rounds the weights to bf16 before they meet the values. It runs
+        on CUDA for bf16 with N, R, U = 128, 64, 128, k_nope and v in any strides (so that both may be views of one
+        projection), and is bitwise repeatable; the backward pass and everything else are the reference.
     Source: DeepSeek-V2 report (arXiv 2405.04434) sec. 2.1; FlashMLA dense prefill.
     """
     op = "mla_prefill"
@@ -50,14 +142,17 @@ def mla_prefill(
     check_tensor(op, "v_THU", v_THU, (Tk, H, None), (k_nope_THN.dtype,))
     check_tensor(op, "cu_seqlens", cu_seqlens, (None,), (torch.int32,))
     check_same_device(op, q_THC=q_THC, k_nope_THN=k_nope_THN, k_rope_TR=k_rope_TR, v_THU=v_THU, cu_seqlens=cu_seqlens)
-    q_ends = cu_seqlens.tolist()
-    _check_ends(op, "cu_seqlens", q_ends, q_THC.shape[0])
-    k_ends = q_ends
     if cu_seqlens_k is not None:
         check_tensor(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), (torch.int32,))
-        k_ends = cu_seqlens_k.tolist()
-    _check_ends(op, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k", k_ends, Tk)
-    return reference.mla_prefill((q_THC, k_nope_THN, k_rope_TR, v_THU), q_ends, k_ends, scale, causal)
+        check_same_device(op, q_THC=q_THC, cu_seqlens_k=cu_seqlens_k)
+    keys_ends = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    inputs = (q_THC, k_nope_THN, k_rope_TR, v_THU)
+    if _has_kernel(list(inputs)):
+        require(scale > 0, op, "scale", "be positive on CUDA", scale)
+    else:
+        _check_ends(op, "cu_seqlens", cu_seqlens.tolist(), q_THC.shape[0])
+        _check_ends(op, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k", keys_ends.tolist(), Tk)
+    return cast(tuple[Tensor, Tensor], _Prefill.apply((cu_seqlens, keys_ends), scale, causal, *inputs))
 
 
 def mla_decode(
@@ -94,6 +189,16 @@ def mla_decode(
         require(low >= 0, op, "lengths", "not be negative", low)
         require(high <= capacity, op, "lengths", f"be at most the {capacity} tokens of block_table", high)
     return reference.mla_decode(q_BLHC, cache, block_table, lengths, scale, latent_dim)
+
+
+def _inputs(tensors: list[Tensor]) -> reference.Inputs:
+    q, k_nope, k_rope, v = tensors
+    return q, k_nope, k_rope, v
+
+
+def _ends(cu_seqlens: list[Tensor]) -> reference.Ends:
+    q_ends, k_ends = cu_seqlens
+    return q_ends.tolist(), k_ends.tolist()
 
 
 def _check_ends(op: str, argument: str, ends: list[int], rows: int) -> None:

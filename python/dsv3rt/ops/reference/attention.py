@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsv3rt.ops.reference.common import at_least_fp32
 
@@ -16,49 +15,64 @@ QUERY_BLOCK = 64  # scores alive at once: B * H * QUERY_BLOCK * keys
 
 # q (B, Sq, H, N + R), k_nope (B, Sk, H, N), k_rope (B, Sk, R), v (B, Sk, H, U); without B where a docstring says so
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor]  # out (B, Sq, H, U), lse (B, Sq, H), or the gradients of both; without B likewise
+Ends = tuple[list[int], list[int]]  # cu_seqlens of queries and of keys, on the host
 
 
-def mla_prefill(
-    inputs: Inputs, q_ends: list[int], k_ends: list[int], scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Inputs have no B; `q_ends` and `k_ends` are cu_seqlens on the host."""
-    q, k_nope, k_rope, v = inputs
+def mla_prefill(inputs: Inputs, ends: Ends, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Inputs have no B."""
+    q, _, _, v = inputs
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
+    lse = at_least_fp32(q[:, :, 0]).new_full(q.shape[:2], -torch.inf)
+    for part in _parts(ends, causal):
+        out_BLHU, lse_BLH = _forward(part.of(inputs), scale, causal)
+        out[part.rows], lse[part.rows] = out_BLHU.flatten(0, 1), lse_BLH.flatten(0, 1)
+    return out, lse
+
+
+def mla_prefill_backward(
+    inputs: Inputs, results: Results, gradients: Results, ends: Ends, scale: float, causal: bool
+) -> list[Tensor]:
+    """Gradients of q, k_nope, k_rope and v, in their dtypes, from out and lse and the gradients of both."""
+    totals = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    for part in _parts(ends, causal):
+        got = _backward(part.of(inputs), part.of_rows(results), part.of_rows(gradients), scale, causal)
+        for total, gradient, where in zip(totals, got, (part.rows, *[part.keys] * 3), strict=True):
+            total[where] = gradient.flatten(0, 1)
+    return totals
+
+
+class _Part(NamedTuple):
+    """`batch` sequences of one length, every query of which sees a key."""
+
+    batch: int
+    rows: slice
+    keys: slice
+
+    def of(self, inputs: Inputs) -> Inputs:
+        q, k_nope, k_rope, v = inputs
+        slices = (q[self.rows], k_nope[self.keys], k_rope[self.keys], v[self.keys])
+        q, k_nope, k_rope, v = (x.unflatten(0, (self.batch, -1)) for x in slices)
+        return q, k_nope, k_rope, v
+
+    def of_rows(self, pair: Results) -> Results:
+        x, y = (x[self.rows].unflatten(0, (self.batch, -1)) for x in pair)
+        return x, y
+
+
+def _parts(ends: Ends, causal: bool) -> Iterator[_Part]:
+    """All sequences together if they are equally long, else one by one without the queries that see no key."""
+    q_ends, k_ends = ends
     B = len(q_ends) - 1
     length = q_ends[1] if B else 0
     if length > 0 and q_ends == k_ends == [length * b for b in range(B + 1)]:
-        out, lse = _attend(_batched(inputs, B), scale, causal)
-        return out.flatten(0, 1), lse.flatten(0, 1)
-    outs = [v.new_zeros(0, *v.shape[1:])]
-    lses = [at_least_fp32(q[:0, :, 0])]
+        yield _Part(B, slice(0, length * B), slice(0, length * B))
+        return
     for b in range(B):
-        q_b = q[q_ends[b] : q_ends[b + 1]]
-        keys = slice(k_ends[b], k_ends[b + 1])
-        out, lse = _attend_one((q_b, k_nope[keys], k_rope[keys], v[keys]), scale, causal)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
-
-
-def _batched(inputs: Inputs, B: int) -> Inputs:
-    q, k_nope, k_rope, v = (x.unflatten(0, (B, -1)) for x in inputs)
-    return q, k_nope, k_rope, v
-
-
-def _attend_one(inputs: Inputs, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """One sequence (inputs have no B), any two lengths; queries that see no key give 0 and -inf."""
-    q, k_nope, k_rope, v = inputs
-    blind = q.shape[0] if k_rope.shape[0] == 0 else max(0, q.shape[0] - k_rope.shape[0]) if causal else 0
-    out = q.new_zeros(blind, q.shape[1], v.shape[2])
-    lse = at_least_fp32(q[:0]).new_full((blind, q.shape[1]), -torch.inf)
-    if blind == q.shape[0]:
-        return out, lse
-    seeing, lse_seeing = _attend(_batched((q[blind:], k_nope, k_rope, v), 1), scale, causal)
-    return torch.cat((out, seeing[0])), torch.cat((lse, lse_seeing[0]))
-
-
-def _attend(inputs: Inputs, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Every query sees at least one key. -> out (B, Sq, H, U) in q's dtype, lse (B, Sq, H), at least FP32."""
-    return cast(tuple[Tensor, Tensor], Attention.apply(*inputs, scale, causal))
+        num_queries, num_keys = q_ends[b + 1] - q_ends[b], k_ends[b + 1] - k_ends[b]
+        blind = num_queries if num_keys == 0 else max(0, num_queries - num_keys) if causal else 0
+        if blind < num_queries:
+            yield _Part(1, slice(q_ends[b] + blind, q_ends[b + 1]), slice(k_ends[b], k_ends[b + 1]))
 
 
 class _Heads(NamedTuple):
@@ -91,46 +105,41 @@ class _Heads(NamedTuple):
         return scores.view(B, H, num_rows, keys)
 
 
-class Attention(torch.autograd.Function):
-    """Backward recomputes the scores from lse, so that nothing of size Sq * Sk is kept."""
+def _forward(inputs: Inputs, scale: float, causal: bool) -> Results:
+    """out (B, Sq, H, U) in q's dtype, lse (B, Sq, H), at least FP32."""
+    q, _, k_rope, v = inputs
+    heads = _Heads.of(inputs, scale)
+    B, H, Sq, _ = heads.q_nope.shape
+    out = heads.v.new_empty(B, Sq, H, v.shape[3])
+    lse = heads.v.new_empty(B, Sq, H)
+    for rows, keys in _blocks(Sq, k_rope.shape[1], causal):
+        scores = heads.scores(rows, keys, causal)
+        weights = torch.softmax(scores, dim=3)
+        out[:, rows] = (weights @ heads.v[:, :, :keys]).transpose(1, 2)
+        # The largest weight is exp(max - lse) and at least 1 / keys, so its logarithm loses nothing.
+        lse[:, rows] = (scores.amax(dim=3) - weights.amax(dim=3).log()).transpose(1, 2)
+    return out.to(q.dtype), lse
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        heads = _Heads.of((q, k_nope, k_rope, v), scale)
-        B, H, Sq, _ = heads.q_nope.shape
-        out = heads.v.new_empty(B, Sq, H, v.shape[3])
-        lse = heads.v.new_empty(B, Sq, H)
-        for rows, keys in _blocks(Sq, k_rope.shape[1], causal):
-            scores = heads.scores(rows, keys, causal)
-            weights = torch.softmax(scores, dim=3)
-            out[:, rows] = (weights @ heads.v[:, :, :keys]).transpose(1, 2)
-            # The largest weight is exp(max - lse) and at least 1 / keys, so its logarithm loses nothing.
-            lse[:, rows] = (scores.amax(dim=3) - weights.amax(dim=3).log()).transpose(1, 2)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k_nope, k_rope, v, out, lse)
-        ctx.scale, ctx.causal = scale, causal
-        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_nope, k_rope, v, out, lse = ctx.saved_tensors
-        heads = _Heads.of((q, k_nope, k_rope, v), ctx.scale)
-        dout_BHSU = at_least_fp32(dout).transpose(1, 2).contiguous()
-        # d lse / d score is the weight, so dlse joins the row term of the softmax's derivative.
-        row_BHS = (at_least_fp32(dout) * out).sum(dim=3).sub_(dlse).transpose(1, 2)
-        gradients = _Heads(*(torch.zeros_like(x) for x in heads))
-        for rows, keys in _blocks(q.shape[1], k_rope.shape[1], ctx.causal):
-            weights = heads.scores(rows, keys, ctx.causal).sub_(lse[:, rows].transpose(1, 2).unsqueeze(3)).exp_()
-            dscores = dout_BHSU[:, :, rows] @ heads.v[:, :, :keys].transpose(2, 3)
-            dscores.sub_(row_BHS[:, :, rows].unsqueeze(3)).mul_(weights)
-            _add_product(gradients.v[:, :, :keys], weights.transpose(2, 3), dout_BHSU[:, :, rows])
-            _add_scores_gradient(gradients, heads, dscores, rows)
-        dq = torch.cat((gradients.q_nope, gradients.q_rope), dim=3).transpose(1, 2) * ctx.scale
-        dk_nope, dv = gradients.k_nope.transpose(1, 2), gradients.v.transpose(1, 2)
-        return dq.to(q.dtype), dk_nope.to(q.dtype), gradients.k_rope.to(q.dtype), dv.to(q.dtype), None, None
+def _backward(inputs: Inputs, results: Results, gradients_of: Results, scale: float, causal: bool) -> Inputs:
+    """Recomputes the scores from lse, so that nothing of size Sq * Sk is kept."""
+    q, _, k_rope, _ = inputs
+    out, lse = results
+    dout, dlse = gradients_of
+    heads = _Heads.of(inputs, scale)
+    dout_BHSU = at_least_fp32(dout).transpose(1, 2).contiguous()
+    # d lse / d score is the weight, so dlse joins the row term of the softmax's derivative.
+    row_BHS = (at_least_fp32(dout) * out).sum(dim=3).sub_(dlse).transpose(1, 2)
+    gradients = _Heads(*(torch.zeros_like(x) for x in heads))
+    for rows, keys in _blocks(q.shape[1], k_rope.shape[1], causal):
+        weights = heads.scores(rows, keys, causal).sub_(lse[:, rows].transpose(1, 2).unsqueeze(3)).exp_()
+        dscores = dout_BHSU[:, :, rows] @ heads.v[:, :, :keys].transpose(2, 3)
+        dscores.sub_(row_BHS[:, :, rows].unsqueeze(3)).mul_(weights)
+        _add_product(gradients.v[:, :, :keys], weights.transpose(2, 3), dout_BHSU[:, :, rows])
+        _add_scores_gradient(gradients, heads, dscores, rows)
+    dq = torch.cat((gradients.q_nope, gradients.q_rope), dim=3).transpose(1, 2) * scale
+    dk_nope, dv = gradients.k_nope.transpose(1, 2), gradients.v.transpose(1, 2)
+    return dq.to(q.dtype), dk_nope.to(q.dtype), gradients.k_rope.to(q.dtype), dv.to(q.dtype)
 
 
 def _blocks(num_queries: int, num_keys: int, causal: bool) -> Iterator[tuple[slice, int]]:

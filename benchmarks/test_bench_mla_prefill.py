@@ -1,0 +1,79 @@
+"""Latent attention for training against cuDNN's attention, which is given the rope key expanded to every head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.shapes import ATTENTIONS, RAGGED_ATTENTION, Attention
+from benchmarks.timing import Case, Peer, time_cuda
+from dsv3rt import ops
+
+Versus = Callable[..., dict[str, Any]]
+N, R, U = 128, 64, 128
+SCALE = (N + R) ** -0.5
+
+
+def draw(length: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k_nope and v are views of one projection, as in the layer."""
+    q, kv, k_rope = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        for shape in [(length, heads, N + R), (length, heads, N + U), (length, R)]
+    )
+    k_nope, v = kv.split([N, U], dim=2)
+    return q, k_nope, k_rope, v
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], object]:
+    def run() -> object:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=SCALE)
+
+    return run
+
+
+def better_cudnn(inputs: tuple[Tensor, ...], causal: bool) -> Peer:
+    """Keys expanded beforehand and not charged; [batch, heads, tokens, dim] dense or in strides of [batch, tokens, ..],
+    whichever is quicker."""
+    q, k_nope, k_rope, v = inputs
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, q.shape[1], -1)), dim=2)
+    tokens_first = [x.contiguous().transpose(0, 1)[None] for x in (q, k, v)]
+    heads_first = [x.contiguous() for x in tokens_first]
+    runs = [cudnn(*arrays, causal) for arrays in (tokens_first, heads_first)]  # type: ignore[arg-type]
+    return Peer("cudnn", min(runs, key=time_cuda))
+
+
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all_keys"])
+def test_bench_mla_prefill(versus: Versus, shape: Attention, causal: bool) -> None:
+    inputs = draw(shape.length, shape.heads)
+    cu = torch.tensor([0, shape.length], dtype=torch.int32, device="cuda")
+    work = shape.forward_flops * (1 if causal else 2)
+    case = Case("mla_prefill" if causal else "mla_prefill, all keys", str(shape), "tflops", work)
+    versus(case, lambda: ops.mla_prefill(*inputs, cu, scale=SCALE, causal=causal), better_cudnn(inputs, causal))
+
+
+def test_bench_mla_prefill_ragged(versus: Versus) -> None:
+    """The peer takes the sequences one by one."""
+    shapes = RAGGED_ATTENTION
+    ends = [0]
+    for shape in shapes:
+        ends.append(ends[-1] + shape.length)
+    inputs = draw(ends[-1], shapes[0].heads)
+    cu = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    peers = [better_cudnn(tuple(x[first:end] for x in inputs), causal=True) for first, end in pairwise(ends)]
+    case = Case(
+        "mla_prefill, ragged",
+        "_".join(str(shape.length) for shape in shapes) + f"tokens_{shapes[0].heads}heads",
+        "tflops",
+        sum(shape.forward_flops for shape in shapes),
+    )
+    peer = Peer("cudnn", lambda: [peer.run() for peer in peers])
+    versus(case, lambda: ops.mla_prefill(*inputs, cu, scale=SCALE), peer)

@@ -1,0 +1,302 @@
+// Runs the prefill kernel on a GPU without Python: correctness on small and awkward batches, then TFLOPS. Build and
+// run:
+//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a --ptxas-options=--register-usage-level=10 -Icsrc
+//        csrc/mla/launch.cu tests/csrc/check_mla_prefill.cu -o build/check_mla_prefill && build/check_mla_prefill
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "mla/params.h"
+
+namespace {
+
+using dsv3rt::kNopeDim;
+using dsv3rt::kQueryDim;
+using dsv3rt::kRopeDim;
+using dsv3rt::kValueDim;
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+template <typename T>
+struct Buffer {
+  T* data = nullptr;
+  size_t count;
+  explicit Buffer(size_t elements) : count(elements) {
+    check(cudaMalloc(&data, std::max<size_t>(count, 1) * sizeof(T)), "malloc");
+  }
+  explicit Buffer(const std::vector<T>& host) : Buffer(host.size()) {
+    check(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data); }
+};
+
+// Roughly normal: the sum of three hashes.
+__global__ void fill(__nv_bfloat16* target, size_t count, uint32_t seed, float size) {
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
+    float sum = 0;
+    uint32_t bits = static_cast<uint32_t>(i) * 2654435761u ^ seed * 40503u;
+    for (int k = 0; k < 3; ++k) {
+      bits ^= bits >> 16, bits *= 0x7feb352du, bits ^= bits >> 15, bits *= 0x846ca68bu, bits ^= bits >> 16;
+      sum += bits * (2.0f / 4294967296.0f) - 1;
+    }
+    target[i] = __float2bfloat16(sum * size);
+  }
+}
+
+struct Sample {
+  int query, head, key, seen;  // rows of q and of the first key, and how many keys are seen
+};
+
+struct Arrays {
+  const __nv_bfloat16 *q, *kv, *k_rope;  // (Tq, H, 192), (Tk, H, 256), (Tk, 64)
+  int heads;
+};
+
+// One block a sample, in FP64; scores in shared memory.
+__global__ void reference(Arrays a, const Sample* samples, double scale, double* out, double* lse) {
+  extern __shared__ double scores[];
+  const Sample s = samples[blockIdx.x];
+  const __nv_bfloat16* q = a.q + (size_t(s.query) * a.heads + s.head) * kQueryDim;
+  const auto kv_row = [&](int j) { return a.kv + (size_t(s.key + j) * a.heads + s.head) * (kNopeDim + kValueDim); };
+  for (int j = threadIdx.x; j < s.seen; j += blockDim.x) {
+    double sum = 0;
+    for (int c = 0; c < kNopeDim; ++c) sum += double(__bfloat162float(q[c])) * double(__bfloat162float(kv_row(j)[c]));
+    for (int c = 0; c < kRopeDim; ++c) {
+      sum += double(__bfloat162float(q[kNopeDim + c])) *
+             double(__bfloat162float(a.k_rope[size_t(s.key + j) * kRopeDim + c]));
+    }
+    scores[j] = sum * scale;
+  }
+  __syncthreads();
+  double peak = -INFINITY, total = 0, value = 0;
+  for (int j = 0; j < s.seen; ++j) peak = fmax(peak, scores[j]);
+  for (int j = 0; j < s.seen; ++j) {
+    const double weight = exp(scores[j] - peak);
+    total += weight;
+    value += weight * double(__bfloat162float(kv_row(j)[kNopeDim + threadIdx.x]));
+  }
+  out[size_t(blockIdx.x) * kValueDim + threadIdx.x] = s.seen == 0 ? 0 : value / total;
+  if (threadIdx.x == 0) lse[blockIdx.x] = s.seen == 0 ? -INFINITY : peak + log(total);
+}
+
+struct Case {
+  const char* name;
+  std::vector<int> q_lengths, k_lengths;
+  int heads;
+  bool causal;
+  float size = 1;      // of q and k
+  int nan_sequence = -1;
+};
+
+struct Problem {
+  explicit Problem(const Case& c)
+      : q_ends(ends(c.q_lengths)),
+        k_ends(ends(c.k_lengths)),
+        Tq(q_ends.back()),
+        Tk(k_ends.back()),
+        heads(c.heads),
+        q(size_t(Tq) * heads * kQueryDim),
+        kv(size_t(Tk) * heads * (kNopeDim + kValueDim)),
+        k_rope(size_t(Tk) * kRopeDim),
+        out(size_t(Tq + kGuardRows) * heads * kValueDim),
+        lse(size_t(Tq + kGuardRows) * heads),
+        counter(1),
+        device_q_ends(q_ends),
+        device_k_ends(k_ends) {
+    fill<<<256, 256>>>(q.data, q.count, 1, c.size);
+    fill<<<256, 256>>>(kv.data, kv.count, 2, 1);
+    fill<<<256, 256>>>(k_rope.data, k_rope.count, 3, c.size);
+    check(cudaMemset(out.data, 0xff, out.count * 2), "poison");  // NaN
+    check(cudaMemset(lse.data, 0xff, lse.count * 4), "poison");
+    if (c.nan_sequence >= 0) {
+      const size_t first_q = q_ends[c.nan_sequence], end_q = q_ends[c.nan_sequence + 1];
+      const size_t first_k = k_ends[c.nan_sequence], end_k = k_ends[c.nan_sequence + 1];
+      poison(q, first_q * heads * kQueryDim, end_q * heads * kQueryDim);
+      poison(kv, first_k * heads * 256, end_k * heads * 256);
+      poison(k_rope, first_k * kRopeDim, end_k * kRopeDim);
+    }
+    params.q = {q.data, int64_t(heads) * kQueryDim, kQueryDim};
+    params.k_nope = {kv.data, int64_t(heads) * 256, 256};
+    params.v = {kv.data + kNopeDim, int64_t(heads) * 256, 256};
+    params.k_rope = {k_rope.data, kRopeDim, kRopeDim};
+    params.out = out.data;
+    params.lse = lse.data;
+    params.q_ends = device_q_ends.data;
+    params.k_ends = device_k_ends.data;
+    params.tile_counter = counter.data;
+    params.num_queries = Tq;
+    params.num_keys = Tk;
+    params.num_heads = heads;
+    params.num_sequences = static_cast<int>(c.q_lengths.size());
+    params.scale = 1 / std::sqrt(192.0f);
+    params.causal = c.causal;
+  }
+
+  static constexpr int kGuardRows = 8;
+  static std::vector<int> ends(const std::vector<int>& lengths) {
+    std::vector<int> result{0};
+    for (const int length : lengths) result.push_back(result.back() + length);
+    return result;
+  }
+  static void poison(Buffer<__nv_bfloat16>& buffer, size_t first, size_t end) {
+    check(cudaMemset(buffer.data + first, 0xff, (end - first) * 2), "poison");
+  }
+
+  void run(bool ping_pong) {
+    params.ping_pong = ping_pong;
+    if (const char* error = dsv3rt::mla_prefill(params, nullptr)) {
+      std::printf("launch: %s\n", error);
+      std::exit(1);
+    }
+  }
+
+  std::vector<int> q_ends, k_ends;
+  int Tq, Tk, heads;
+  Buffer<__nv_bfloat16> q, kv, k_rope, out;
+  Buffer<float> lse;
+  Buffer<int> counter, device_q_ends, device_k_ends;
+  dsv3rt::MlaPrefillParams params{};
+};
+
+std::vector<Sample> samples_of(const Case& c, const Problem& p) {
+  std::vector<Sample> samples;
+  uint64_t state = 12345;
+  const auto random = [&](int bound) {
+    return int((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % bound;
+  };
+  for (size_t b = 0; b < c.q_lengths.size(); ++b) {
+    if (int(b) == c.nan_sequence) continue;
+    const int queries = c.q_lengths[b], keys = c.k_lengths[b];
+    for (int n = 0; n < std::min(queries * c.heads, 600); ++n) {
+      const bool all = queries * c.heads <= 600;
+      const int i = all ? n / c.heads : n % 4 == 0 ? queries - 1 - n / 4 % queries : random(queries);
+      const int head = all ? n % c.heads : random(c.heads);
+      const int seen = c.causal ? std::max(0, i + 1 + keys - queries) : keys;
+      samples.push_back({p.q_ends[b] + i, head, p.k_ends[b], seen});
+    }
+  }
+  return samples;
+}
+
+bool verify(const Case& c, bool ping_pong) {
+  Problem p(c);
+  p.run(ping_pong);
+  check(cudaDeviceSynchronize(), c.name);
+  const std::vector<Sample> samples = samples_of(c, p);
+  int most_seen = 0;
+  for (const Sample& s : samples) most_seen = std::max(most_seen, s.seen);
+  Buffer<Sample> device_samples(samples);
+  Buffer<double> expected(samples.size() * kValueDim), expected_lse(samples.size());
+  check(cudaFuncSetAttribute(reference, cudaFuncAttributeMaxDynamicSharedMemorySize, 200000), "reference");
+  reference<<<samples.size(), kValueDim, most_seen * sizeof(double)>>>({p.q.data, p.kv.data, p.k_rope.data, p.heads},
+                                                                       device_samples.data, p.params.scale,
+                                                                       expected.data, expected_lse.data);
+  check(cudaDeviceSynchronize(), "reference");
+  std::vector<double> want(expected.count), want_lse(expected_lse.count);
+  std::vector<__nv_bfloat16> got(p.out.count);
+  std::vector<float> got_lse(p.lse.count);
+  check(cudaMemcpy(want.data(), expected.data, want.size() * 8, cudaMemcpyDeviceToHost), "download");
+  check(cudaMemcpy(want_lse.data(), expected_lse.data, want_lse.size() * 8, cudaMemcpyDeviceToHost), "download");
+  check(cudaMemcpy(got.data(), p.out.data, got.size() * 2, cudaMemcpyDeviceToHost), "download");
+  check(cudaMemcpy(got_lse.data(), p.lse.data, got_lse.size() * 4, cudaMemcpyDeviceToHost), "download");
+
+  double worst = 0, worst_lse = 0;
+  for (size_t n = 0; n < samples.size(); ++n) {
+    const size_t row = size_t(samples[n].query) * p.heads + samples[n].head;
+    for (int column = 0; column < kValueDim; ++column) {
+      const double error = std::abs(__bfloat162float(got[row * kValueDim + column]) - want[n * kValueDim + column]);
+      if (!(error <= worst)) worst = error;  // NaN wins
+    }
+    const bool same = std::isinf(want_lse[n]) && got_lse[row] == want_lse[n];
+    const double error = same ? 0 : std::abs(got_lse[row] - want_lse[n]) / std::max(1.0, std::abs(want_lse[n]));
+    if (!(error <= worst_lse)) worst_lse = error;
+  }
+  bool untouched = true;
+  for (size_t i = size_t(p.Tq) * p.heads * kValueDim; i < got.size(); ++i)
+    untouched &= std::isnan(__bfloat162float(got[i]));
+  for (size_t i = size_t(p.Tq) * p.heads; i < got_lse.size(); ++i) untouched &= std::isnan(got_lse[i]);
+  // Values are up to 3; weights and the result are rounded to 2^-9 each: well inside 3 * 2^-8 + 3 * 2^-9.
+  const bool good = worst < 0.02 && worst_lse < 1e-5 && untouched;
+  std::printf("%-4s %-44s ping_pong %d  out %.2e  lse %.2e%s\n", good ? "ok" : "BAD", c.name, ping_pong, worst,
+              worst_lse, untouched ? "" : "  WROTE PAST THE END");
+  return good;
+}
+
+void measure(const Case& c, bool ping_pong) {
+  Problem p(c);
+  cudaEvent_t start, end;
+  check(cudaEventCreate(&start), "event");
+  check(cudaEventCreate(&end), "event");
+  for (int i = 0; i < 5; ++i) p.run(ping_pong);
+  constexpr int kRounds = 20;
+  std::vector<float> times(kRounds);
+  for (float& ms : times) {
+    check(cudaEventRecord(start), "record");
+    p.run(ping_pong);
+    check(cudaEventRecord(end), "record");
+    check(cudaEventSynchronize(end), c.name);
+    check(cudaEventElapsedTime(&ms, start, end), "elapsed");
+  }
+  std::sort(times.begin(), times.end());
+  double pairs = 0;
+  for (size_t b = 0; b < c.q_lengths.size(); ++b) pairs += double(c.q_lengths[b]) * c.k_lengths[b] / (c.causal ? 2 : 1);
+  const double flops = 2 * c.heads * pairs * (kQueryDim + kValueDim), ms = times[kRounds / 2];
+  std::printf("%-44s ping_pong %d  %.3f ms  %.0f TFLOPS\n", c.name, ping_pong, ms, flops / ms * 1e-9);
+}
+
+}  // namespace
+
+int main() {
+  alarm(120);  // a kernel that hangs ends with its process
+  const std::vector<int> ragged{1, 127, 128, 129, 300, 5, 1000, 64, 63, 65};
+  const std::vector<Case> cases = {
+      {"one tile", {128}, {128}, 1, true},
+      {"one tile, all keys", {128}, {128}, 1, false},
+      {"one token", {1}, {1}, 1, true},
+      {"two blocks of keys", {256}, {256}, 1, true},
+      {"many blocks", {1024}, {1024}, 3, true},
+      {"many blocks, all keys", {1024}, {1024}, 3, false},
+      {"odd length", {777}, {777}, 16, true},
+      {"ragged", ragged, ragged, 3, true},
+      {"ragged, all keys", ragged, ragged, 3, false},
+      {"more keys than queries", {100, 1, 130}, {1000, 513, 131}, 3, true},
+      {"more queries than keys", {1000, 300, 7}, {100, 299, 0}, 3, true},
+      {"no keys", {200}, {0}, 2, true},
+      {"forty sequences", std::vector<int>(40, 33), std::vector<int>(40, 33), 16, true},
+      {"NaN in a neighbour", {100, 77, 130, 128}, {100, 77, 130, 128}, 3, true, 1, 1},
+      {"NaN in a neighbour, all keys", {100, 77, 130, 128}, {100, 77, 130, 128}, 3, false, 1, 1},
+      {"NaN behind the first", {200, 77}, {200, 77}, 3, true, 1, 1},
+      {"small scores", {500}, {500}, 3, true, 1e-4f},
+      {"large scores", {500}, {500}, 3, true, 20},
+      {"128 heads", {1537}, {1537}, 128, true},
+      {"8192 tokens", {8192}, {8192}, 16, true},
+  };
+  bool good = true;
+  for (const Case& c : cases) {
+    for (const bool ping_pong : {false, true}) good &= verify(c, ping_pong);
+  }
+  if (!good) return 1;
+  const std::vector<Case> timed = {
+      {"4096 causal", {4096}, {4096}, 128, true},
+      {"8192 causal", {8192}, {8192}, 128, true},
+      {"16384 causal", {16384}, {16384}, 128, true},
+      {"8192 all keys", {8192}, {8192}, 128, false},
+      {"4 x 1024 causal", {1024, 1024, 1024, 1024}, {1024, 1024, 1024, 1024}, 128, true},
+      {"8192 in ragged pieces", {5000, 17, 1111, 2064}, {5000, 17, 1111, 2064}, 128, true},
+  };
+  for (const Case& c : timed) {
+    for (const bool ping_pong : {false, true}) measure(c, ping_pong);
+  }
+  return 0;
+}
