@@ -1,6 +1,6 @@
 # The kernel library: every .cu of csrc, ahead of time for sm_90a, with its own static CUDA runtime.
 set(CMAKE_CUDA_COMPILER ${DSV3RT_NVCC})
-set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_ARCHITECTURES 90a-real)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)

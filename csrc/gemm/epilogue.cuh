@@ -1,73 +1,115 @@
-// From accumulators to memory, without shared memory: lanes of a quad swap words so that each stores 16 bytes in a row.
+// Finished tiles: a consumer leaves its waves in shared memory and goes on; a warp of its own has the copy engine store
+// them or add them to what is there. Two named barriers a consumer pass the buffer to and fro.
 #pragma once
 
-#include <cuda_bf16.h>
+#include <utility>
 
-#include "gemm/config.cuh"
+#include "gemm/producers.cuh"
 #include "gemm/scheduler.cuh"
 #include "hopper/fragment.cuh"
 #include "hopper/memory.cuh"
+#include "hopper/tma.cuh"
 
 namespace dsv3rt {
 
-template <typename C>
-__device__ __forceinline__ void store_bf16(__nv_bfloat16* row0, __nv_bfloat16* row8, bool in_row0, bool in_row8,
-                                           int columns_left, const float (&sum)[C::kFragment]) {
-  const int quad_lane = threadIdx.x % 4;
-#pragma unroll
-  for (int octet = 0; octet < C::kBlockN / 8; octet += 4) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        words[i] = pack_bf16(sum[(octet + i) * 4 + half * 2], sum[(octet + i) * 4 + half * 2 + 1]);
-      transpose_quad(words);
-      const int column = (octet + quad_lane) * 8;
-      if ((half ? in_row8 : in_row0) && column < columns_left) {
-        *reinterpret_cast<uint4*>((half ? row8 : row0) + column) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    }
-  }
-}
+constexpr int kHandoverThreads = 128 + 32;  // a consumer and the storing warp
 
-template <typename C>
-__device__ __forceinline__ void store_fp32(float* row0, float* row8, bool in_row0, bool in_row8, int columns_left,
-                                           const float (&sum)[C::kFragment]) {
-#pragma unroll
-  for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
-    const int column = octet * 8 + threadIdx.x % 4 * 2;
-    if (column >= columns_left) continue;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!(half ? in_row8 : in_row0)) continue;
-      float* target = (half ? row8 : row0) + column;
-      const float x = sum[octet * 4 + half * 2], y = sum[octet * 4 + half * 2 + 1];
-      if constexpr (C::kOutput == GemmOutput::kFloat32Add) {
-        add_to_global(target, x, y);
-      } else {
-        *reinterpret_cast<float2*>(target) = make_float2(x, y);
-      }
-    }
-  }
-}
+__device__ __forceinline__ int buffer_filled(int consumer) { return 1 + consumer; }
+__device__ __forceinline__ int buffer_free(int consumer) { return 4 + consumer; }
 
+// One wave as slabs of 64 rows of 128 bytes, whose 16-byte chunks are permuted by row % 8 as the copy engine does it.
 template <typename C>
-__device__ __forceinline__ void store_wave(const GemmParams& params, const Tile& tile, int wave,
-                                           const float (&sum)[C::kFragment]) {
-  const int warpgroup = threadIdx.x / 128 - 1;
-  const int row = tile.m + (warpgroup * C::kWaves + wave) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  const bool in_row0 = row < tile.row_end, in_row8 = row + 8 < tile.row_end;
-  const int64_t group = C::kGrouping == Grouping::kDepth ? tile.group : 0;
-  const int64_t offset = (group * params.m + row) * params.stride_d + tile.n;
-  const int columns_left = params.n - tile.n;
+__device__ __forceinline__ void leave_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x % 128 / 32 * 16;
   if constexpr (C::kOutput == GemmOutput::kBFloat16) {
-    auto* target = static_cast<__nv_bfloat16*>(params.d) + offset;
-    store_bf16<C>(target, target + 8 * params.stride_d, in_row0, in_row8, columns_left, sum);
+    const uint32_t row_address = buffer + (warp_row + lane % 16) * 128;
+#pragma unroll
+    for (int octet = 0; octet < C::kBlockN / 8; octet += 2) {
+      const int chunk = octet % 8 + lane / 16;
+      const uint32_t words[4] = {pack_bf16(sum[octet * 4 + 0], sum[octet * 4 + 1]),
+                                 pack_bf16(sum[octet * 4 + 2], sum[octet * 4 + 3]),
+                                 pack_bf16(sum[octet * 4 + 4], sum[octet * 4 + 5]),
+                                 pack_bf16(sum[octet * 4 + 6], sum[octet * 4 + 7])};
+      store_matrices(row_address + octet / 8 * C::kSlabBytes + (chunk ^ (lane % 8)) * 16, words);
+    }
   } else {
-    auto* target = static_cast<float*>(params.d) + offset;
-    store_fp32<C>(target, target + 8 * params.stride_d, in_row0, in_row8, columns_left, sum);
+    const uint32_t row_address = buffer + (warp_row + lane / 4) * 128 + lane % 2 * 8;
+#pragma unroll
+    for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
+      const int chunk = octet % 4 * 2 + lane % 4 / 2;
+      const uint32_t address = row_address + octet / 4 * C::kSlabBytes + (chunk ^ (lane / 4)) * 16;
+      store_shared_pair(address, sum[octet * 4 + 0], sum[octet * 4 + 1]);
+      store_shared_pair(address + 8 * 128, sum[octet * 4 + 2], sum[octet * 4 + 3]);
+    }
   }
+}
+
+template <typename C>
+__device__ __forceinline__ void leave_tile(uint32_t tile_buffer, int consumer,
+                                           const float (&sum)[C::kWaves][C::kFragment]) {
+  named_barrier_sync(buffer_free(consumer), kHandoverThreads);
+#pragma unroll
+  for (int wave = 0; wave < C::kWaves; ++wave) {
+    leave_wave<C>(tile_buffer + (consumer * C::kWaves + wave) * C::kWaveBytes, sum[wave]);
+  }
+  fence_async_proxy();
+  named_barrier_arrive(buffer_filled(consumer), kHandoverThreads);
+}
+
+// Rows and columns past the end of D are clipped by its map, rows past the end of a group wave by wave: what is left of
+// them is padding.
+template <typename C>
+__device__ __forceinline__ void store_waves(uint32_t tile_buffer, const GemmMaps& maps, const Tile& tile,
+                                            int consumer) {
+  const int z = C::kGrouping == Grouping::kDepth ? tile.group : 0;
+#pragma unroll
+  for (int wave = consumer * C::kWaves; wave < (consumer + 1) * C::kWaves; ++wave) {
+    const int row = tile.m + wave * kWaveRows;
+    if (row >= tile.row_end) continue;
+#pragma unroll
+    for (int slab = 0; slab < C::kBlockN / C::kSlabColumns; ++slab) {
+      const uint32_t source = tile_buffer + wave * C::kWaveBytes + slab * C::kSlabBytes;
+      const int column = tile.n + slab * C::kSlabColumns;
+      if constexpr (C::kOutput == GemmOutput::kFloat32Add) {
+        tma_add_3d(maps.d, source, column, row, z);
+      } else {
+        tma_store_3d(maps.d, source, column, row, z);
+      }
+    }
+  }
+  tma_store_commit();
+}
+
+// Hands each buffer back as soon as it has been read; the groups of stores end in the order of the consumers.
+template <typename C, int... kConsumer>
+__device__ __forceinline__ void release_buffers(bool issues, std::integer_sequence<int, kConsumer...>) {
+  const auto release = [&]<int kIndex>() {
+    if (issues) tma_store_wait_read<C::kConsumers - 1 - kIndex>();
+    __syncwarp();
+    named_barrier_arrive(buffer_free(kIndex), kHandoverThreads);
+  };
+  (release.template operator()<kConsumer>(), ...);
+}
+
+template <typename C>
+__device__ __forceinline__ void storer_empty_tiles(GemmStorage<C>& storage, const GemmMaps& maps,
+                                                   TileScheduler<C> scheduler) {
+  const bool issues = threadIdx.x % 32 == 0;
+  const uint32_t tile_buffer = smem_address(storage.tile);
+  Tile tile;
+#pragma unroll
+  for (int consumer = 0; consumer < C::kConsumers; ++consumer) {
+    named_barrier_arrive(buffer_free(consumer), kHandoverThreads);
+  }
+  while (scheduler.next(tile)) {
+#pragma unroll
+    for (int consumer = 0; consumer < C::kConsumers; ++consumer) {
+      named_barrier_sync(buffer_filled(consumer), kHandoverThreads);
+      if (issues) store_waves<C>(tile_buffer, maps, tile, consumer);
+    }
+    release_buffers<C>(issues, std::make_integer_sequence<int, C::kConsumers>{});
+  }
+  if (issues) tma_store_wait_all();
 }
 
 }  // namespace dsv3rt

@@ -1,32 +1,43 @@
 #include "gemm/heuristics.h"
 
-#include <algorithm>
+#include <initializer_list>
 
 #include "common/math.h"
 
 namespace dsv3rt {
 namespace {
 
-// Clocks of one 128-deep step of a tile: the slowest of tensor cores (4096 multiply-adds a clock), shared memory
-// (128 bytes a clock; every 64-row wave reads B again, and the copy engine writes both operands) and L2.
+// Measured clocks of one 128-deep step of a tile without its share of L2 traffic, and of a tile beside its steps
+// (docs/notes/gemm.md).
+struct TileCost {
+  double step, step_row_scaled, tile;
+};
+
+TileCost cost_of(TileShape tile) {
+  if (tile.m == 256) return {1030, 0, 900};
+  if (tile.m == 192) return {753, 0, 700};
+  if (tile.n == 192) return {775, 0, 650};
+  if (tile.n == 128) return {540, 640, 550};
+  return {350, 400, 400};
+}
+
 double step_clocks(const GemmProblem& problem, TileShape tile, Share share) {
-  const double m = tile.m, n = tile.n;
-  const double multiply = m * n * 128 / 4096;
-  const double shared = (m / 64 * (8192 + 128 * n) + 128 * (m + n)) / 128;
-  const double l2_bytes = 128 * (share == Share::kA ? m / 2 + n : share == Share::kB ? m + n / 2 : m + n);
-  const double promote = problem.scale_b_kind == ScaleB::kRow ? m * n / 64 * 0.45 : 0;
-  return std::max({multiply, shared, l2_bytes / 40, promote}) + 24;
+  constexpr double kL2BytesAClock = 400;
+  const int rows_and_columns =
+      share == Share::kA ? tile.m / 2 + tile.n : share == Share::kB ? tile.m + tile.n / 2 : tile.m + tile.n;
+  const TileCost cost = cost_of(tile);
+  const double step = problem.scale_b_kind == ScaleB::kRow ? cost.step_row_scaled : cost.step;
+  return step + 128 * rows_and_columns / kL2BytesAClock;
 }
 
 double tile_overhead(const GemmProblem& problem, TileShape tile) {
-  const double bytes = problem.output == GemmOutput::kBFloat16 ? 2 : 4;
-  return 600 + tile.m * tile.n * bytes / 64;
+  return cost_of(tile).tile * (problem.output == GemmOutput::kBFloat16 ? 1 : 2);
 }
 
 }  // namespace
 
 double predicted_clocks(const GemmProblem& problem, TileShape tile, Share share) {
-  const int64_t groups = std::max(problem.num_groups, 1);
+  const int64_t groups = problem.num_groups > 1 ? problem.num_groups : 1;
   const int64_t m_a_group = problem.grouping == Grouping::kRows ? ceil_div(problem.m, groups) : problem.m;
   const int64_t k_a_tile = problem.grouping == Grouping::kDepth ? ceil_div(problem.k, groups) : problem.k;
   int64_t m_blocks = ceil_div(m_a_group, int64_t(tile.m));
@@ -36,7 +47,7 @@ double predicted_clocks(const GemmProblem& problem, TileShape tile, Share share)
   if (share == Share::kA) n_blocks = ceil_div(n_blocks, int64_t(2)), tiles_a_unit = 2;
   if (share == Share::kB) m_blocks = ceil_div(m_blocks, int64_t(2)), tiles_a_unit = 2;
   const int64_t units = m_blocks * n_blocks * (problem.grouping == Grouping::kDepth ? groups : 1);
-  const int64_t slots = std::max<int64_t>(problem.num_sms / tiles_a_unit, 1);
+  const int64_t slots = problem.num_sms / tiles_a_unit > 1 ? problem.num_sms / tiles_a_unit : 1;
   const double tile_clocks =
       ceil_div(k_a_tile, int64_t(128)) * step_clocks(problem, tile, share) + tile_overhead(problem, tile);
   return ceil_div(units, slots) * tile_clocks;
@@ -47,7 +58,7 @@ GemmChoice choose_gemm(const GemmProblem& problem) {
   double best_clocks = -1;
   for (const TileShape tile : kTileShapes) {
     for (const Share share : {Share::kNone, Share::kA, Share::kB}) {
-      if (share == Share::kB && problem.grouping == Grouping::kRows) continue;  // neighbours may belong to two groups
+      if (!is_compiled(tile, share, problem.scale_b_kind, problem.output, problem.grouping)) continue;
       if (share != Share::kNone && problem.num_sms < 2) continue;
       const double clocks = predicted_clocks(problem, tile, share);
       if (best_clocks < 0 || clocks < best_clocks) {
@@ -58,7 +69,8 @@ GemmChoice choose_gemm(const GemmProblem& problem) {
     }
   }
   // Bands about 2048 rows high keep the operands of one wave of tiles in L2.
-  best.band = std::max(1, 2048 / (best.tile.m * (best.share == Share::kB ? 2 : 1)));
+  const int unit_rows = best.tile.m * (best.share == Share::kB ? 2 : 1);
+  best.band = unit_rows < 2048 ? 2048 / unit_rows : 1;
   return best;
 }
 

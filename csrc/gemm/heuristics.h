@@ -14,9 +14,16 @@ struct TileShape {
   int m, n;
 };
 
-// Every tile that is compiled. Widths are multiples of 64: others take as long as the next one (docs/notes/gemm.md).
-constexpr TileShape kTileShapes[] = {{128, 64}, {128, 128}, {128, 192}, {256, 64}, {256, 128}};
+constexpr TileShape kTileShapes[] = {{128, 64}, {128, 128}, {128, 192}, {192, 128}, {256, 128}};
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(TileShape);
+
+// Which kernels are compiled. Row scales need two partial sums beside the sum, FP32 tiles twice the shared memory: both
+// stop at 128x128. Large tiles always come in clusters. Neighbours along m may belong to two groups of rows.
+constexpr bool is_compiled(TileShape tile, Share share, ScaleB scale_b, GemmOutput output, Grouping grouping) {
+  const bool small = tile.m * tile.n <= 128 * 128;
+  if (!small && (scale_b == ScaleB::kRow || output != GemmOutput::kBFloat16 || share == Share::kNone)) return false;
+  return share != Share::kB || grouping != Grouping::kRows;
+}
 
 struct GemmProblem {
   int64_t m;  // rows; with kRows the expected rows of all groups together

@@ -13,49 +13,45 @@ namespace dsv3rt {
 
 using GemmLauncher = const char* (*)(const GemmParams&, const GemmChoice&, cudaStream_t);
 
+inline MapSpec operand_map(const uint8_t* data, int64_t rows, int64_t k, int64_t stride, int box_rows) {
+  return {data, k, rows, stride, kBlockK, box_rows, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B};
+}
+
+inline MapSpec row_scale_map(const float* scales, int64_t rows, int64_t k_blocks, int64_t stride, int box_rows) {
+  return {scales,   rows, k_blocks, stride * int64_t(sizeof(float)),
+          box_rows, 1,    CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE};
+}
+
+// D as (groups, m, n) in slabs of 64 rows of 128 bytes.
+template <typename C>
+const char* encode_output_map(const GemmParams& params, CUtensorMap& map) {
+  const auto extent = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const int64_t groups = C::kGrouping == Grouping::kDepth ? params.num_groups : 1;
+  const int64_t row_bytes = params.stride_d * C::kElementBytes;
+  return tma_desc::encode<3>(
+      map, params.d,
+      C::kOutput == GemmOutput::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+      CU_TENSOR_MAP_SWIZZLE_128B, {extent(params.n), extent(params.m), extent(groups)},
+      {extent(row_bytes), extent(row_bytes * params.m)}, {cuuint32_t(C::kSlabColumns), cuuint32_t(kWaveRows), 1});
+}
+
 template <typename C>
 const char* encode_maps(const GemmParams& params, GemmMaps& maps) {
   const int64_t k_blocks = ceil_div(params.k, kBlockK);
   const int64_t b_rows = int64_t(params.n) * (C::kGrouping == Grouping::kRows ? params.num_groups : 1);
-  const MapSpec a{params.a,
-                  params.k,
-                  params.m,
-                  params.stride_a,
-                  kBlockK,
-                  C::kShare == Share::kA ? C::kBlockM / 2 : C::kBlockM,
-                  CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                  CU_TENSOR_MAP_SWIZZLE_128B};
-  const MapSpec b{params.b,
-                  params.k,
-                  b_rows,
-                  params.stride_b,
-                  kBlockK,
-                  C::kShare == Share::kB ? C::kBlockN / 2 : C::kBlockN,
-                  CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                  CU_TENSOR_MAP_SWIZZLE_128B};
-  const MapSpec scale_a{params.scale_a,
-                        params.m,
-                        k_blocks,
-                        params.stride_scale_a * 4,
-                        C::kBlockM,
-                        1,
-                        CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                        CU_TENSOR_MAP_SWIZZLE_NONE};
+  const MapSpec a = operand_map(params.a, params.m, params.k, params.stride_a,
+                                   C::kShare == Share::kA ? C::kBlockM / 2 : C::kBlockM);
+  const MapSpec b = operand_map(params.b, b_rows, params.k, params.stride_b,
+                                   C::kShare == Share::kB ? C::kBlockN / 2 : C::kBlockN);
   if (const char* error = encode_map(maps.a, a)) return error;
   if (const char* error = encode_map(maps.b, b)) return error;
+  const MapSpec scale_a = row_scale_map(params.scale_a, params.m, k_blocks, params.stride_scale_a, C::kBlockM);
   if (const char* error = encode_map(maps.scale_a, scale_a)) return error;
   if (C::kScaleB == ScaleB::kRow) {
-    const MapSpec scale_b{params.scale_b,
-                          params.n,
-                          k_blocks,
-                          params.stride_scale_b * 4,
-                          C::kBlockN,
-                          1,
-                          CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                          CU_TENSOR_MAP_SWIZZLE_NONE};
+    const MapSpec scale_b = row_scale_map(params.scale_b, params.n, k_blocks, params.stride_scale_b, C::kBlockN);
     if (const char* error = encode_map(maps.scale_b, scale_b)) return error;
   }
-  return nullptr;
+  return encode_output_map<C>(params, maps.d);
 }
 
 template <typename C>
@@ -64,7 +60,6 @@ const char* launch_gemm(const GemmParams& params, const GemmChoice& choice, cuda
   if (const char* error = encode_maps<C>(params, maps)) return error;
   constexpr int kSharedBytes = sizeof(GemmStorage<C>);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  static_assert(C::kStages >= 3);
   const auto kernel = sm90_fp8_gemm_kernel<C>;
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
 
@@ -75,7 +70,7 @@ const char* launch_gemm(const GemmParams& params, const GemmChoice& choice, cuda
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(std::max(params.num_sms / C::kClusterSize, 1) * C::kClusterSize);
-  config.blockDim = dim3(kGemmThreads);
+  config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
@@ -84,16 +79,22 @@ const char* launch_gemm(const GemmParams& params, const GemmChoice& choice, cuda
   return nullptr;
 }
 
+template <ScaleB kScaleB, GemmOutput kOutput, Grouping kGrouping, int kIndex, Share kShare>
+GemmLauncher compiled_launcher() {
+  constexpr TileShape kShape = kTileShapes[kIndex];
+  if constexpr (is_compiled(kShape, kShare, kScaleB, kOutput, kGrouping)) {
+    return launch_gemm<GemmConfig<kShape.m, kShape.n, kShare, kScaleB, kOutput, kGrouping>>;
+  } else {
+    return nullptr;
+  }
+}
+
 template <ScaleB kScaleB, GemmOutput kOutput, Grouping kGrouping, int kIndex>
 GemmLauncher launcher_of_shape(Share share) {
-  constexpr TileShape kShape = kTileShapes[kIndex];
   switch (share) {
-    case Share::kNone: return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kNone, kScaleB, kOutput, kGrouping>>;
-    case Share::kA: return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kA, kScaleB, kOutput, kGrouping>>;
-    case Share::kB:
-      if constexpr (kGrouping != Grouping::kRows) {
-        return launch_gemm<GemmConfig<kShape.m, kShape.n, Share::kB, kScaleB, kOutput, kGrouping>>;
-      }
+    case Share::kNone: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kNone>();
+    case Share::kA: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kA>();
+    case Share::kB: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kB>();
   }
   return nullptr;
 }

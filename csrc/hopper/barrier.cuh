@@ -10,7 +10,44 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// One phase completes when `count` arrivals and all expected bytes are in. Waits take the parity of the phase awaited.
+// A barrier by its shared address. An address held in a register is not rebuilt in every step of an inner loop.
+class BarrierAddress {
+ public:
+  __device__ __forceinline__ explicit BarrierAddress(uint32_t address) : address_(address) {}
+
+  // mbarrier.try_wait.parity, until it succeeds: takes the parity of the phase awaited
+  __device__ __forceinline__ void wait(uint32_t parity) const {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT_%=:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE_%=;\n"
+        "bra WAIT_%=;\n"
+        "DONE_%=:\n}" ::"r"(address_),
+        "r"(parity)
+        : "memory");
+  }
+
+  // mbarrier.arrive
+  __device__ __forceinline__ void arrive() const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_) : "memory");
+  }
+
+  // mapa + mbarrier.arrive on the same barrier of another CTA of the cluster
+  __device__ __forceinline__ void arrive_at(uint32_t cta_rank) const {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(address_),
+        "r"(cta_rank)
+        : "memory");
+  }
+
+ private:
+  uint32_t address_;
+};
+
+// One phase completes when `count` arrivals and all expected bytes are in.
 class Barrier {
  public:
   // mbarrier.init
@@ -24,33 +61,9 @@ class Barrier {
                  : "memory");
   }
 
-  // mbarrier.arrive
-  __device__ __forceinline__ void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
-  }
-
-  // mapa + mbarrier.arrive on the same barrier of another CTA of the cluster
-  __device__ __forceinline__ void arrive_at(uint32_t cta_rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(this)),
-        "r"(cta_rank)
-        : "memory");
-  }
-
-  // mbarrier.try_wait.parity, until it succeeds
-  __device__ __forceinline__ void wait(uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "WAIT_%=:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE_%=;\n"
-        "bra WAIT_%=;\n"
-        "DONE_%=:\n}" ::"r"(smem_address(this)),
-        "r"(parity)
-        : "memory");
-  }
+  __device__ __forceinline__ BarrierAddress address() const { return BarrierAddress(smem_address(this)); }
+  __device__ __forceinline__ void arrive() { address().arrive(); }
+  __device__ __forceinline__ void wait(uint32_t parity) { address().wait(parity); }
 
  private:
   uint64_t state_;

@@ -1,12 +1,40 @@
-// Global-memory accesses that C++ has no word for.
+// Memory accesses that C++ has no word for.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-stmatrix
 #pragma once
+
+#include <cstdint>
 
 namespace dsv3rt {
 
 // red.global.add.v2.f32: adds without reading back; 8-byte aligned
 __device__ __forceinline__ void add_to_global(float* target, float x, float y) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
+}
+
+// stmatrix.x4: four 8x8 matrices of 16-bit numbers; lane l names the 16-byte row l % 8 of matrix l / 8. A thread's
+// words are laid out as in the accumulators of wgmma.
+__device__ __forceinline__ void store_matrices(uint32_t shared_address, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// ld.shared and st.shared by address
+__device__ __forceinline__ float load_shared(uint32_t shared_address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared_address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t shared_address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(shared_address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared_pair(uint32_t shared_address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address), "f"(x), "f"(y) : "memory");
 }
 
 }  // namespace dsv3rt

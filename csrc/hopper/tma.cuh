@@ -53,16 +53,16 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtens
 }
 
 // cp.async.bulk.tensor, shared -> global
-__device__ __forceinline__ void tma_store_2d(const CUtensorMap& map, const void* source, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
-               "r"(smem_address(source)), "r"(x), "r"(y)
+__device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, uint32_t source, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(source), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
 
 // cp.reduce.async.bulk.tensor .add, shared -> global
-__device__ __forceinline__ void tma_add_2d(const CUtensorMap& map, const void* source, int x, int y) {
-  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
-               "r"(smem_address(source)), "r"(x), "r"(y)
+__device__ __forceinline__ void tma_add_3d(const CUtensorMap& map, uint32_t source, int x, int y, int z) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(source), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
 
@@ -73,6 +73,9 @@ template <int kPending>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
+
+// Waits until all groups have been written.
+__device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // fence.proxy.async: ordinary shared-memory writes become visible to wgmma and the copy engine
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -9,10 +9,17 @@
 namespace dsv3rt {
 
 // Matrix descriptor of a K-major operand in 128-byte swizzle: rows of 128 bytes, atoms of 8 rows (1024 bytes) one after
-// another, base aligned to 1024 bytes. A step of 32 bytes along K adds 2.
-__device__ __forceinline__ uint64_t k_major_swizzle128_descriptor(const void* tile) {
+// another, base aligned to 1024 bytes. Only its low word depends on the address: 16 bytes add one, so that a step of 32
+// bytes along K adds 2.
+__device__ __forceinline__ uint32_t descriptor_base(uint32_t shared_address) { return (shared_address & 0x3ffff) >> 4; }
+
+__device__ __forceinline__ uint64_t k_major_swizzle128_descriptor(uint32_t base) {
   constexpr uint64_t kStrideBytes = 1024, kSwizzle128 = 1;
-  return (smem_address(tile) & 0x3ffff) >> 4 | (kStrideBytes >> 4) << 32 | kSwizzle128 << 62;
+  return base | (kStrideBytes >> 4) << 32 | kSwizzle128 << 62;
+}
+
+__device__ __forceinline__ uint64_t k_major_swizzle128_descriptor(const void* tile) {
+  return k_major_swizzle128_descriptor(descriptor_base(smem_address(tile)));
 }
 
 // wgmma.fence: before the first wgmma, and after any other write to its registers
