@@ -2,11 +2,27 @@
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
 #pragma once
 
+#include <cstdint>
+
 namespace dsv3rt {
 
 // red.global.add.v2.f32: adds without reading back; 8-byte aligned
 __device__ __forceinline__ void add_to_global(float* target, float x, float y) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
+}
+
+// red.global.add.v4.f32: the same for four; 16-byte aligned
+__device__ __forceinline__ void add_to_global(float* target, float x, float y, float z, float w) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+
+// stmatrix.x4: four 8x8 matrices of 16-bit numbers; lane l names the 16-byte row l % 8 of matrix l / 8. A thread's
+// words are laid out as in the accumulators of wgmma.
+__device__ __forceinline__ void store_matrices(uint32_t shared_address, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 }  // namespace dsv3rt
