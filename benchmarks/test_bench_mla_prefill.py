@@ -50,6 +50,35 @@ def better_cudnn(inputs: tuple[Tensor, ...], causal: bool) -> Peer:
     return Peer("cudnn", min(runs, key=time_cuda))
 
 
+def backward_of(out: Tensor, leaves: tuple[Tensor, ...]) -> Callable[[], object]:
+    dout = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def better_cudnn_backward(inputs: tuple[Tensor, ...]) -> Peer:
+    """As `better_cudnn`; the gradient of the expanded key is left expanded."""
+    q, k_nope, k_rope, v = inputs
+    k = torch.cat((k_nope, k_rope[:, None].expand(-1, q.shape[1], -1)), dim=2)
+    tokens_first = [x.contiguous().transpose(0, 1)[None] for x in (q, k, v)]
+    runs = []
+    for arrays in (tokens_first, [x.contiguous() for x in tokens_first]):
+        leaves = tuple(x.detach().requires_grad_() for x in arrays)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = scaled_dot_product_attention(*leaves, is_causal=True, scale=SCALE)
+        runs.append(backward_of(out, leaves))
+    return Peer("cudnn", min(runs, key=time_cuda))
+
+
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_bench_mla_prefill_backward(versus: Versus, shape: Attention) -> None:
+    inputs = draw(shape.length, shape.heads)
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    cu = torch.tensor([0, shape.length], dtype=torch.int32, device="cuda")
+    out, _ = ops.mla_prefill(*leaves, cu, scale=SCALE)  # type: ignore[misc]
+    case = Case("mla_prefill, backward", str(shape), "tflops", shape.backward_flops)
+    versus(case, backward_of(out, leaves), better_cudnn_backward(inputs))
+
+
 @pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all_keys"])
 def test_bench_mla_prefill(versus: Versus, shape: Attention, causal: bool) -> None:

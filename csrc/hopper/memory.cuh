@@ -12,6 +12,12 @@ __device__ __forceinline__ void add_to_global(float* target, float x, float y) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
 }
 
+// red.global.add.v4.f32: the same for four; 16-byte aligned
+__device__ __forceinline__ void add_to_global(float* target, float x, float y, float z, float w) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+
 // stmatrix.x4: four 8x8 matrices of 16-bit numbers; lane l names the 16-byte row l % 8 of matrix l / 8. A thread's
 // words are laid out as in the accumulators of wgmma.
 __device__ __forceinline__ void store_matrices(uint32_t shared_address, const uint32_t (&words)[4]) {

@@ -42,6 +42,14 @@ __device__ __forceinline__ void tma_load_4d(void* target, const CUtensorMap& map
       : "memory");
 }
 
+// cp.async.bulk: consecutive bytes, a multiple of 16, at addresses that are multiples of 16
+__device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes, Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   smem_address(target)),
+               "l"(source), "r"(bytes), "r"(smem_address(&barrier))
+               : "memory");
+}
+
 // As tma_load_2d, into every CTA of the cluster named in `cta_mask`, at the same offset, counted on each one's barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtensorMap& map, Barrier& barrier, int x,
                                                       int y, uint16_t cta_mask, L2Hint hint = L2Hint::kNormal) {

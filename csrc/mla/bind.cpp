@@ -7,54 +7,74 @@
 namespace dsv3rt {
 namespace {
 
-constexpr char kOp[] = "mla_prefill";
+// Checks of one op's arguments, with its name in the messages.
+struct Arguments {
+  const char* op;
 
-HeadsView heads_view(const char* name, const TensorView& view, int64_t rows, int64_t heads, int64_t columns) {
-  ArgCheck(kOp, name, view)
-      .dtype({DataType::kBFloat16})
-      .shape({rows, heads, columns})
-      .strides({kAny, kAny, 1})
-      .stride_multiple_of(0, 8)
-      .stride_multiple_of(1, 8)
-      .aligned(16);
-  return {view.data, view.strides[0], view.strides[1]};
-}
+  HeadsView heads(const char* name, const TensorView& view, int64_t rows, int64_t num_heads, int64_t columns) const {
+    ArgCheck(op, name, view)
+        .dtype({DataType::kBFloat16})
+        .shape({rows, num_heads, columns})
+        .strides({kAny, kAny, 1})
+        .stride_multiple_of(0, 8)
+        .stride_multiple_of(1, 8)
+        .aligned(16);
+    return {view.data, view.strides[0], view.strides[1]};
+  }
 
-const int32_t* ends_of(const char* name, const TensorView& view, int64_t sequences) {
-  ArgCheck(kOp, name, view).dtype({DataType::kInt32}).shape({sequences + 1}).strides({1});
-  return static_cast<const int32_t*>(view.data);
-}
+  HeadsView rope_keys(const TensorView& view) const {
+    ArgCheck(op, "k_rope", view)
+        .dtype({DataType::kBFloat16})
+        .shape({kAny, kRopeDim})
+        .strides({kAny, 1})
+        .stride_multiple_of(0, 8)
+        .aligned(16);
+    return {view.data, view.strides[0], kRopeDim};
+  }
+
+  void* contiguous(const char* name, const TensorView& view, DataType dtype, int64_t rows, int64_t columns) const {
+    ArgCheck(op, name, view).dtype({dtype}).shape({rows, columns}).strides({columns, 1}).aligned(16);
+    return view.data;
+  }
+
+  void* contiguous(const char* name, const TensorView& view, int64_t rows, int64_t num_heads, int64_t columns) const {
+    ArgCheck(op, name, view)
+        .dtype({DataType::kBFloat16})
+        .shape({rows, num_heads, columns})
+        .strides({num_heads * columns, columns, 1})
+        .aligned(16);
+    return view.data;
+  }
+
+  float* scratch(const char* name, const TensorView& view, int64_t numbers) const {
+    ArgCheck(op, name, view).dtype({DataType::kFloat32}).shape({numbers}).strides({1}).aligned(16);
+    return static_cast<float*>(view.data);
+  }
+
+  const int32_t* ends(const char* name, const TensorView& view, int64_t sequences) const {
+    ArgCheck(op, name, view).dtype({DataType::kInt32}).shape({sequences + 1}).strides({1});
+    return static_cast<const int32_t*>(view.data);
+  }
+};
 
 void bound_mla_prefill(const TensorView& q, const TensorView& k_nope, const TensorView& k_rope, const TensorView& v,
                        const TensorView& out, const TensorView& lse, const TensorView& q_ends, const TensorView& k_ends,
                        const TensorView& tile_counter, float scale, bool causal, bool ping_pong,
                        pybind11::handle stream) {
-  ArgCheck(kOp, "q", q).on_cuda().shape({kAny, kAny, kAny});
-  ArgCheck(kOp, "k_rope", k_rope)
-      .dtype({DataType::kBFloat16})
-      .shape({kAny, kRopeDim})
-      .strides({kAny, 1})
-      .stride_multiple_of(0, 8)
-      .aligned(16);
-  ArgCheck(kOp, "q_ends", q_ends).shape({kAny});
-  ArgCheck(kOp, "tile_counter", tile_counter).dtype({DataType::kInt32}).shape({1});
-  const int64_t queries = q.shape[0], keys = k_rope.shape[0], heads = q.shape[1], sequences = q_ends.shape[0] - 1;
-  ArgCheck(kOp, "out", out)
-      .dtype({DataType::kBFloat16})
-      .shape({queries, heads, kValueDim})
-      .strides({heads * kValueDim, kValueDim, 1})
-      .aligned(16);
-  ArgCheck(kOp, "lse", lse).dtype({DataType::kFloat32}).shape({queries, heads}).strides({heads, 1});
-
+  constexpr Arguments arguments{"mla_prefill"};
+  ArgCheck(arguments.op, "q", q).on_cuda().shape({kAny, kAny, kAny});
+  ArgCheck(arguments.op, "q_ends", q_ends).shape({kAny});
+  ArgCheck(arguments.op, "tile_counter", tile_counter).dtype({DataType::kInt32}).shape({1});
   MlaPrefillParams params{};
-  params.q = heads_view("q", q, queries, heads, kQueryDim);
-  params.k_nope = heads_view("k_nope", k_nope, keys, heads, kNopeDim);
-  params.k_rope = {k_rope.data, k_rope.strides[0], kRopeDim};
-  params.v = heads_view("v", v, keys, heads, kValueDim);
-  params.out = out.data;
-  params.lse = static_cast<float*>(lse.data);
-  params.q_ends = ends_of("q_ends", q_ends, sequences);
-  params.k_ends = ends_of("k_ends", k_ends, sequences);
+  params.k_rope = arguments.rope_keys(k_rope);
+  const int64_t queries = q.shape[0], keys = k_rope.shape[0], heads = q.shape[1], sequences = q_ends.shape[0] - 1;
+  params.q = arguments.heads("q", q, queries, heads, kQueryDim);
+  params.k_nope = arguments.heads("k_nope", k_nope, keys, heads, kNopeDim);
+  params.v = arguments.heads("v", v, keys, heads, kValueDim);
+  params.out = arguments.contiguous("out", out, queries, heads, kValueDim);
+  params.lse = static_cast<float*>(arguments.contiguous("lse", lse, DataType::kFloat32, queries, heads));
+  params.q_ends = arguments.ends("q_ends", q_ends, sequences);
+  params.k_ends = arguments.ends("k_ends", k_ends, sequences);
   params.tile_counter = static_cast<int32_t*>(tile_counter.data);
   params.num_queries = static_cast<int>(queries);
   params.num_keys = static_cast<int>(keys);
@@ -64,7 +84,56 @@ void bound_mla_prefill(const TensorView& q, const TensorView& k_nope, const Tens
   params.causal = causal;
   params.ping_pong = ping_pong;
   params.device = q.device.index;
-  throw_on_error(kOp, mla_prefill(params, stream_for(kOp, q, stream)));
+  throw_on_error(arguments.op, mla_prefill(params, stream_for(arguments.op, q, stream)));
+}
+
+void bound_mla_prefill_backward(const TensorView& q, const TensorView& k_nope, const TensorView& k_rope,
+                                const TensorView& v, const TensorView& out, const TensorView& lse,
+                                const TensorView& dout, const TensorView& dlse, const TensorView& dq,
+                                const TensorView& dk_nope, const TensorView& dk_rope, const TensorView& dv,
+                                const TensorView& q_ends, const TensorView& k_ends, const TensorView& statistics,
+                                const TensorView& dq_sum, const TensorView& dk_rope_sum, float scale, bool causal,
+                                pybind11::handle stream) {
+  constexpr Arguments arguments{"mla_prefill_backward"};
+  ArgCheck(arguments.op, "q", q).on_cuda().shape({kAny, kAny, kAny});
+  ArgCheck(arguments.op, "q_ends", q_ends).shape({kAny});
+  MlaBackwardParams params{};
+  params.k_rope = arguments.rope_keys(k_rope);
+  const int64_t queries = q.shape[0], keys = k_rope.shape[0], heads = q.shape[1], sequences = q_ends.shape[0] - 1;
+  const int64_t tiles = heads * (queries / kBackwardQueries + sequences);
+  params.q = arguments.heads("q", q, queries, heads, kQueryDim);
+  params.k_nope = arguments.heads("k_nope", k_nope, keys, heads, kNopeDim);
+  params.v = arguments.heads("v", v, keys, heads, kValueDim);
+  params.out = arguments.heads("out", out, queries, heads, kValueDim);
+  params.dout = arguments.heads("dout", dout, queries, heads, kValueDim);
+  params.lse = static_cast<float*>(arguments.contiguous("lse", lse, DataType::kFloat32, queries, heads));
+  params.dlse = static_cast<float*>(arguments.contiguous("dlse", dlse, DataType::kFloat32, queries, heads));
+  params.dq = arguments.contiguous("dq", dq, queries, heads, kQueryDim);
+  params.dk_rope = arguments.contiguous("dk_rope", dk_rope, DataType::kBFloat16, keys, kRopeDim);
+  const HeadsView dk_view = arguments.heads("dk_nope", dk_nope, keys, heads, kNopeDim);
+  ArgCheck(arguments.op, "dv", dv)
+      .dtype({DataType::kBFloat16})
+      .shape({keys, heads, kValueDim})
+      .strides({dk_view.row_stride, dk_view.head_stride, 1})
+      .aligned(16);
+  params.dk_nope = dk_nope.data;
+  params.dv = dv.data;
+  params.dkv_row_stride = dk_view.row_stride;
+  params.dkv_head_stride = dk_view.head_stride;
+  params.q_ends = arguments.ends("q_ends", q_ends, sequences);
+  params.k_ends = arguments.ends("k_ends", k_ends, sequences);
+  params.statistics = arguments.scratch("statistics", statistics, tiles * 2 * kBackwardQueries);
+  params.dq_sum = arguments.scratch("dq_sum", dq_sum, tiles * kBackwardQueries * kQueryDim);
+  params.dk_rope_sum = arguments.scratch("dk_rope_sum", dk_rope_sum, keys * kRopeDim + 1);
+  params.num_queries = static_cast<int>(queries);
+  params.num_keys = static_cast<int>(keys);
+  params.num_heads = static_cast<int>(heads);
+  params.num_sequences = static_cast<int>(sequences);
+  params.num_tiles = static_cast<int>(queries / kBackwardQueries + sequences);
+  params.scale = scale;
+  params.causal = causal;
+  params.device = q.device.index;
+  throw_on_error(arguments.op, mla_prefill_backward(params, stream_for(arguments.op, q, stream)));
 }
 
 }  // namespace
@@ -76,6 +145,12 @@ void bind_mla(pybind11::module_& module) {
              py::kw_only(), py::arg("scale"), py::arg("causal"), py::arg("ping_pong") = false,
              py::arg("stream") = py::none(),
              "Writes out and lse of every query, on a stream; the ends of sequences stay on the device.");
+  module.def("mla_prefill_backward", &bound_mla_prefill_backward, py::arg("q"), py::arg("k_nope"), py::arg("k_rope"),
+             py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"),
+             py::arg("dk_nope"), py::arg("dk_rope"), py::arg("dv"), py::arg("q_ends"), py::arg("k_ends"),
+             py::arg("statistics"), py::arg("dq_sum"), py::arg("dk_rope_sum"), py::kw_only(), py::arg("scale"),
+             py::arg("causal"), py::arg("stream") = py::none(),
+             "Writes dq, dk_nope, dk_rope and dv, on a stream; the last three arrays are scratch.");
 }
 
 }  // namespace dsv3rt

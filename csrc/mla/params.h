@@ -6,6 +6,7 @@
 namespace dsv3rt {
 
 constexpr int kNopeDim = 128, kRopeDim = 64, kQueryDim = kNopeDim + kRopeDim, kValueDim = 128;
+constexpr int kBackwardQueries = 64;  // of a tile
 
 // A (rows, heads, columns) BF16 array with contiguous columns, 16-byte aligned; strides in elements, multiples of 8.
 struct HeadsView {
@@ -34,5 +35,33 @@ struct MlaPrefillParams {
 
 // Returns null, or what went wrong.
 const char* mla_prefill(const MlaPrefillParams& params, void* stream);
+
+// Gradients of the inputs from those of out and lse. Statistics of queries and sums of dq lie in tiles of 64 queries of
+// one sequence and head; sequence b's first tile has the index tile_of(q_ends[b], b).
+struct MlaBackwardParams {
+  HeadsView q, k_nope, k_rope, v;  // as in the forward pass
+  HeadsView out, dout;             // (Tq, H, 128)
+  const float* lse;                // (Tq, H), contiguous
+  const float* dlse;               // (Tq, H), contiguous
+  void* dq;                        // (Tq, H, 192) BF16, contiguous
+  void* dk_nope;                   // (Tk, H, 128) BF16, in the strides of dkv_*
+  void* dv;                        // (Tk, H, 128) BF16, likewise
+  void* dk_rope;                   // (Tk, 64) BF16, contiguous
+  int64_t dkv_row_stride, dkv_head_stride;
+  const int32_t* q_ends;           // (B + 1,)
+  const int32_t* k_ends;           // (B + 1,)
+  float* statistics;               // scratch (H, tiles, 2, 64): lse * log2(e); sum(out * dout) - dlse
+  float* dq_sum;                   // scratch (H, tiles, 64 * 192), in the order of accumulators
+  float* dk_rope_sum;              // scratch (Tk, 64) and, behind it, one int32: the counter of tiles
+  int num_queries, num_keys;       // Tq, Tk
+  int num_heads, num_sequences;
+  int num_tiles;                   // of queries, at least Tq / 64 + B
+  float scale;
+  bool causal;
+  int device;
+};
+
+// Returns null, or what went wrong.
+const char* mla_prefill_backward(const MlaBackwardParams& params, void* stream);
 
 }  // namespace dsv3rt

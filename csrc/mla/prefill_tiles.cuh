@@ -5,11 +5,11 @@
 
 #include "common/math.h"
 #include "mla/params.h"
+#include "mla/tile_cursor.cuh"
 
 namespace dsv3rt {
 
 constexpr int kTileQueries = 128, kTileKeys = 128;
-constexpr int64_t kL2KeyBytes = 32 << 20;
 
 struct PrefillTile {
   int head;
@@ -27,54 +27,24 @@ class PrefillScheduler {
  public:
   // Used by one whole warp.
   __device__ __forceinline__ explicit PrefillScheduler(const MlaPrefillParams& params)
-      : params_(params), upcoming_(blockIdx.x) {
-    enter_window(0, 0);
-  }
+      : params_(params),
+        cursor_(params.q_ends, params.num_sequences, kTileQueries, params.num_heads),
+        upcoming_(blockIdx.x) {}
 
   __device__ __forceinline__ PrefillTile next() {
-    const int index = __shfl_sync(~0u, upcoming_, 0);
-    if (lane() == 0) upcoming_ = gridDim.x + atomicAdd(params_.tile_counter, 1);  // one tile ahead, to hide its latency
-    while (index >= window_end()) {
-      if (window_ + 32 >= params_.num_sequences) return {0, 0, 0, 0, 0, 0, -1};
-      enter_window(window_ + 32, window_end());
+    const int number = __shfl_sync(~0u, upcoming_, 0);
+    if (threadIdx.x % 32 == 0) {  // one tile ahead, to hide its latency
+      upcoming_ = gridDim.x + atomicAdd(params_.tile_counter, 1);
     }
-    const uint32_t beyond = __ballot_sync(~0u, index < end_);
-    const int owner = __ffs(beyond) - 1;
-    const int first = owner == 0 ? window_begin_ : __shfl_sync(~0u, end_, max(owner - 1, 0));
-    return place(window_ + owner, index - first);
+    const TileCursor::Place found = cursor_.find(number);
+    return found.sequence < 0 ? PrefillTile{0, 0, 0, 0, 0, 0, -1} : place(found.sequence, found.index);
   }
 
  private:
-  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-
-  __device__ __forceinline__ int window_end() const { return __shfl_sync(~0u, end_, 31); }
-
-  __device__ __forceinline__ int length_of(const int32_t* ends, int sequence) const {
-    return max(ends[sequence + 1] - ends[sequence], 0);
-  }
-
-  // Looks at 32 sequences, whose tiles start at `begin`.
-  __device__ __forceinline__ void enter_window(int window, int begin) {
-    window_ = window;
-    window_begin_ = begin;
-    const int sequence = window + lane();
-    end_ = 0;
-    if (sequence < params_.num_sequences) {
-      end_ = ceil_div(length_of(params_.q_ends, sequence), kTileQueries) * params_.num_heads;
-    }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = __shfl_up_sync(~0u, end_, distance);
-      if (lane() >= distance) end_ += below;
-    }
-    end_ += begin;
-  }
-
   __device__ __forceinline__ PrefillTile place(int sequence, int index) const {
     const int num_queries = length_of(params_.q_ends, sequence), num_keys = length_of(params_.k_ends, sequence);
     const int num_blocks = ceil_div(num_queries, kTileQueries);
-    const int64_t head_bytes = int64_t(max(num_keys, 1)) * (kNopeDim + kValueDim) * 2;
-    const int section = static_cast<int>(min(max(kL2KeyBytes / head_bytes, int64_t(1)), int64_t(params_.num_heads)));
+    const int section = heads_in_l2(int64_t(max(num_keys, 1)) * (kNopeDim + kValueDim) * 2, params_.num_heads);
     const int first_head = index / (section * num_blocks) * section;
     const int inside = index % (section * num_blocks), heads = min(section, params_.num_heads - first_head);
     const int first_query = (num_blocks - 1 - inside / heads) * kTileQueries;
@@ -92,9 +62,8 @@ class PrefillScheduler {
   }
 
   const MlaPrefillParams& params_;
-  int upcoming_;  // lane 0: index of the next tile
-  int window_, window_begin_;
-  int end_;  // of the tiles of sequence window_ + lane
+  TileCursor cursor_;
+  int upcoming_;  // lane 0: number of the next tile
 };
 
 }  // namespace dsv3rt

@@ -10,6 +10,7 @@
 #include "hopper/wgmma_bf16.cuh"
 #include "mla/prefill_storage.cuh"
 #include "mla/softmax.cuh"
+#include "mla/store_rows.cuh"
 
 namespace dsv3rt {
 
@@ -236,30 +237,6 @@ __device__ __forceinline__ void attend_tile(PrefillConsumer& self, const Prefill
   ++self.ring.count;
 }
 
-// Lanes of a quad trade words, so that each stores 16 bytes and a quad 64 of a row.
-__device__ __forceinline__ void store_rows(const PrefillConsumer& self, const PrefillTile& tile, const Out& out) {
-  const int row = tile.query + self.row();
-  auto* target = static_cast<__nv_bfloat16*>(self.params.out) +
-                 (int64_t(row) * self.params.num_heads + tile.head) * kValueDim + threadIdx.x % 4 * 8;
-  const int64_t eight_rows = int64_t(8) * self.params.num_heads * kValueDim;
-#pragma unroll
-  for (int octet = 0; octet < kValueDim / 8; octet += 4) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = pack_bf16(out[(octet + i) * 4 + half * 2], out[(octet + i) * 4 + half * 2 + 1]);
-      }
-      transpose_quad(words);
-      if (row + half * 8 < tile.query_end) {
-        *reinterpret_cast<uint4*>(target + half * eight_rows + octet * 8) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    }
-  }
-}
-
 __device__ __forceinline__ void finish_tile(const PrefillConsumer& self, const PrefillTile& tile,
                                             const SoftmaxState& state, Out& out) {
   constexpr float kLn2 = 0.693147180559945309f;
@@ -275,7 +252,9 @@ __device__ __forceinline__ void finish_tile(const PrefillConsumer& self, const P
     }
   }
   scale_rows(out, factor);
-  store_rows(self, tile, out);
+  const int64_t row_stride = int64_t(self.params.num_heads) * kValueDim;
+  auto* target = static_cast<__nv_bfloat16*>(self.params.out) + tile.query * row_stride + tile.head * kValueDim;
+  store_rows<kValueDim / 8>(target, row_stride, self.row(), tile.query_end - tile.query, out, 0, 1.0f);
 }
 
 template <bool kPingPong>

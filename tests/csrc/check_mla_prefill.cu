@@ -1,7 +1,8 @@
 // Runs the prefill kernel on a GPU without Python: correctness on small and awkward batches, then TFLOPS. Build and
 // run:
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a --ptxas-options=--register-usage-level=10 -Icsrc
-//        csrc/mla/launch.cu tests/csrc/check_mla_prefill.cu -o build/check_mla_prefill && build/check_mla_prefill
+//        csrc/mla/launch_*.cu tests/csrc/check_mla_prefill.cu -o build/check_mla_prefill && build/check_mla_prefill
+// Gradients are checked from Python (tests/gpu/test_mla_backward_kernel.py); here they are only timed.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <unistd.h>
@@ -233,26 +234,82 @@ bool verify(const Case& c, bool ping_pong) {
   return good;
 }
 
-void measure(const Case& c, bool ping_pong) {
-  Problem p(c);
+double pairs_of(const Case& c) {
+  double pairs = 0;
+  for (size_t b = 0; b < c.q_lengths.size(); ++b) pairs += double(c.q_lengths[b]) * c.k_lengths[b] / (c.causal ? 2 : 1);
+  return pairs;
+}
+
+// Median of 20 runs in milliseconds.
+template <typename Run>
+float time_of(const char* name, const Run& run) {
   cudaEvent_t start, end;
   check(cudaEventCreate(&start), "event");
   check(cudaEventCreate(&end), "event");
-  for (int i = 0; i < 5; ++i) p.run(ping_pong);
-  constexpr int kRounds = 20;
-  std::vector<float> times(kRounds);
+  for (int i = 0; i < 5; ++i) run();
+  std::vector<float> times(20);
   for (float& ms : times) {
     check(cudaEventRecord(start), "record");
-    p.run(ping_pong);
+    run();
     check(cudaEventRecord(end), "record");
-    check(cudaEventSynchronize(end), c.name);
+    check(cudaEventSynchronize(end), name);
     check(cudaEventElapsedTime(&ms, start, end), "elapsed");
   }
   std::sort(times.begin(), times.end());
-  double pairs = 0;
-  for (size_t b = 0; b < c.q_lengths.size(); ++b) pairs += double(c.q_lengths[b]) * c.k_lengths[b] / (c.causal ? 2 : 1);
-  const double flops = 2 * c.heads * pairs * (kQueryDim + kValueDim), ms = times[kRounds / 2];
-  std::printf("%-44s ping_pong %d  %.3f ms  %.0f TFLOPS\n", c.name, ping_pong, ms, flops / ms * 1e-9);
+  return times[times.size() / 2];
+}
+
+void measure(const Case& c, bool ping_pong) {
+  Problem p(c);
+  const float ms = time_of(c.name, [&] { p.run(ping_pong); });
+  const double flops = 2 * c.heads * pairs_of(c) * (kQueryDim + kValueDim);
+  std::printf("%-32s forward, ping_pong %d  %.3f ms  %.0f TFLOPS\n", c.name, ping_pong, ms, flops / ms * 1e-9);
+}
+
+void measure_backward(const Case& c) {
+  Problem p(c);
+  p.run(false);
+  const size_t heads = c.heads, tiles = heads * (p.Tq / dsv3rt::kBackwardQueries + c.q_lengths.size());
+  Buffer<__nv_bfloat16> dout(p.Tq * heads * kValueDim), dq(p.q.count), dkv(p.kv.count), dk_rope(p.k_rope.count);
+  Buffer<float> dlse(p.Tq * heads), statistics(tiles * 2 * dsv3rt::kBackwardQueries);
+  Buffer<float> dq_sum(tiles * dsv3rt::kBackwardQueries * kQueryDim), dk_rope_sum(p.k_rope.count + 1);
+  fill<<<256, 256>>>(dout.data, dout.count, 4, 1);
+  check(cudaMemset(dlse.data, 0, dlse.count * 4), "zero");
+  dsv3rt::MlaBackwardParams params{};
+  params.q = p.params.q;
+  params.k_nope = p.params.k_nope;
+  params.k_rope = p.params.k_rope;
+  params.v = p.params.v;
+  params.out = {p.out.data, int64_t(heads) * kValueDim, kValueDim};
+  params.dout = {dout.data, int64_t(heads) * kValueDim, kValueDim};
+  params.lse = p.lse.data;
+  params.dlse = dlse.data;
+  params.dq = dq.data;
+  params.dk_nope = dkv.data;
+  params.dv = dkv.data + kNopeDim;
+  params.dk_rope = dk_rope.data;
+  params.dkv_row_stride = int64_t(heads) * 256;
+  params.dkv_head_stride = 256;
+  params.q_ends = p.params.q_ends;
+  params.k_ends = p.params.k_ends;
+  params.statistics = statistics.data;
+  params.dq_sum = dq_sum.data;
+  params.dk_rope_sum = dk_rope_sum.data;
+  params.num_queries = p.Tq;
+  params.num_keys = p.Tk;
+  params.num_heads = c.heads;
+  params.num_sequences = p.params.num_sequences;
+  params.num_tiles = static_cast<int>(tiles / heads);
+  params.scale = p.params.scale;
+  params.causal = c.causal;
+  const float ms = time_of(c.name, [&] {
+    if (const char* error = dsv3rt::mla_prefill_backward(params, nullptr)) {
+      std::printf("launch: %s\n", error);
+      std::exit(1);
+    }
+  });
+  const double flops = 2 * c.heads * pairs_of(c) * (3 * kQueryDim + 2 * kValueDim);
+  std::printf("%-32s backward  %.3f ms  %.0f TFLOPS\n", c.name, ms, flops / ms * 1e-9);
 }
 
 }  // namespace
@@ -298,5 +355,6 @@ int main() {
   for (const Case& c : timed) {
     for (const bool ping_pong : {false, true}) measure(c, ping_pong);
   }
+  for (const Case& c : timed) measure_backward(c);
   return 0;
 }

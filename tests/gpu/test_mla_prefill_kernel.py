@@ -10,32 +10,16 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.ops.cuda.extension import load
+from tests.gpu.mla_cases import BATCHES, SCALE, Lengths, N, R, U, draw, ends
 
 pytestmark = pytest.mark.gpu
 
-N, R, U = 128, 64, 128
-SCALE = (N + R) ** -0.5
 # Weights and the result are each rounded to BF16, 2^-9 of their size: together at most 2^-8 of the values' weighted
 # magnitude, sum(w |v|). FP32 sums of up to 8192 terms and ex2.approx (2^-22) stay far below; 2^-12 is room for them.
 OUT_RELATIVE = 2.0**-8 + 2.0**-12
 # FP32 scores: 192 products, each rounded at 2^-24 of the sum of magnitudes, which is |q| |k| scale at most.
 SCORE_RELATIVE = 192 * 2.0**-24
 LSE_ABSOLUTE = 1e-5  # sums of up to 8192 positive FP32 numbers, partly in order
-
-Lengths = list[int]
-
-
-def ends(lengths: Lengths) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)
-
-
-def draw(num_queries: int, num_keys: int, heads: int, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k_nope and v are views of one projection, as in the layer."""
-    q = torch.randn((num_queries, heads, N + R), device="cuda") * size
-    kv = torch.randn((num_keys, heads, N + U), device="cuda") * torch.tensor([size] * N + [1.0] * U, device="cuda")
-    k_rope = torch.randn((num_keys, R), device="cuda") * size
-    k_nope, v = kv.bfloat16().split([N, U], dim=2)
-    return q.bfloat16(), k_nope, k_rope.bfloat16(), v
 
 
 def assert_sequence(
@@ -101,18 +85,6 @@ def assert_batch(q_lengths: Lengths, k_lengths: Lengths, heads: int, causal: boo
         q, k_nope, k_rope, v = inputs
         assert_sequence((q[rows], k_nope[keys], k_rope[keys], v[keys]), out[rows], lse[rows], causal)
         query, key = rows.stop, keys.stop
-
-
-BATCHES = [
-    ([1], [1]),
-    ([128], [128]),
-    ([777], [777]),
-    ([1, 127, 128, 129, 300, 5, 1000, 64, 63, 65], [1, 127, 128, 129, 300, 5, 1000, 64, 63, 65]),
-    ([0, 3, 0, 0, 200, 0], [0, 3, 0, 0, 200, 0]),
-    ([100, 1, 130], [1000, 513, 131]),  # more keys than queries: ends align
-    ([1000, 300, 7], [100, 299, 0]),  # queries without a key
-    ([33] * 70, [33] * 70),  # more than two windows of sequences in the scheduler
-]
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -213,24 +185,6 @@ def test_mla_prefill_kernel_replays_in_a_graph() -> None:
     want, want_lse = ops.mla_prefill(*inputs, cu, scale=SCALE)
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse)
-
-
-def test_mla_prefill_kernel_gradients_match_fp64() -> None:
-    """The kernel's out and lse feed the backward pass; both are rounded, so gradients agree to BF16 precision."""
-    lengths = [200, 77]
-    mine = [x.detach().requires_grad_() for x in draw(277, 277, 3)]
-    theirs = [x.detach().double().requires_grad_() for x in mine]
-    cu = ends(lengths)
-    out, _ = ops.mla_prefill(*mine, cu, scale=SCALE)  # type: ignore[misc]
-    expected, _ = ops.mla_prefill(*theirs, cu, scale=SCALE)  # type: ignore[misc]
-    dout = torch.randn_like(out)
-    out.backward(dout)
-    expected.backward(dout.double())
-    for got, want in zip(mine, theirs, strict=True):
-        assert got.grad is not None
-        assert want.grad is not None
-        # Relative errors near 2^-9 (out in the row term, the gradient itself): calc_diff is half of their square.
-        assert ops.calc_diff(got.grad, want.grad) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3rt import presets
-from dsv3rt.layers.mla import MLA, DecodeStep, Sequences
+from dsv3rt.layers.mla import MLA, DecodeStep, Sequences, SplitColumns
 from dsv3rt.layers.rope import rope_tables
 
 LENGTHS = [70, 1, 130]
@@ -110,3 +110,26 @@ def test_mla_is_causal_and_keeps_sequences_apart():
         after = mla(x_TD, sequences)
     torch.testing.assert_close(after[:80], before[:80], rtol=0, atol=1e-6)
     assert (after[80:] - before[80:]).abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_split_columns_joins_gradients(side_by_side):
+    x = torch.randn(3, 2, 10, requires_grad=True)
+    left, right = SplitColumns.apply(x, 6)
+    assert torch.equal(left, x[..., :6])
+    assert torch.equal(right, x[..., 6:])
+    whole = torch.randn(3, 2, 10)
+    parts = [whole[..., :6], whole[..., 6:]] if side_by_side else [whole[..., :6].clone(), whole[..., 6:].clone()]
+    (gradient,) = torch.autograd.grad((left, right), x, parts)
+    assert torch.equal(gradient, whole)
+    assert (gradient.data_ptr() == whole.data_ptr()) == side_by_side
+
+
+def test_split_columns_does_not_take_overlapping_gradients_for_neighbours():
+    """Rows of 6 + 4 columns that lie 6 apart would overlap: equal strides alone are not enough."""
+    x = torch.randn(3, 10, requires_grad=True)
+    left, right = SplitColumns.apply(x, 6)
+    flat = torch.randn(40)
+    parts = [flat.as_strided((3, 6), (6, 1)), flat.as_strided((3, 4), (6, 1), 6)]
+    (gradient,) = torch.autograd.grad((left, right), x, parts)
+    assert torch.equal(gradient, torch.cat(parts, dim=1))

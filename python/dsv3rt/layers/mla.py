@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dsv3rt import ops
 from dsv3rt.config import ModelConfig
@@ -39,6 +41,28 @@ class DecodeStep:
     slots_T: Tensor
     block_table: Tensor
     lengths_B: Tensor
+
+
+class SplitColumns(torch.autograd.Function):
+    """x[..., :first] and x[..., first:]. Gradients that already lie side by side are joined without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return x[..., :first], x[..., first:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, left: Tensor, right: Tensor) -> tuple[Tensor, None]:
+        neighbours = (
+            left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+            and left.storage_offset() + left.shape[-1] == right.storage_offset()
+            and left.stride() == right.stride()
+            and left.stride(-1) == 1
+            and left.stride(-2) >= left.shape[-1] + right.shape[-1]
+        )
+        if not neighbours:
+            return torch.cat((left, right), dim=-1), None
+        return left.as_strided((*left.shape[:-1], left.shape[-1] + right.shape[-1]), left.stride()), None
 
 
 class MLA(nn.Module):
@@ -92,7 +116,7 @@ class MLA(nn.Module):
         q_nope_THN, q_rope_THR = self._queries(x_TD, sequences.cos_TR, sequences.sin_TR)
         latent_TC, k_rope_TR = self._latents(x_TD, sequences.cos_TR, sequences.sin_TR)
         kv = self.kv_b_proj(latent_TC).unflatten(-1, (config.num_heads, -1))
-        k_nope_THN, v_THU = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        k_nope_THN, v_THU = cast(tuple[Tensor, Tensor], SplitColumns.apply(kv, config.qk_nope_head_dim))
         q_THC = torch.cat([q_nope_THN, q_rope_THR], dim=-1)
         out_THU, _ = ops.mla_prefill(
             q_THC, k_nope_THN, k_rope_TR, v_THU, sequences.cu_seqlens, scale=config.softmax_scale

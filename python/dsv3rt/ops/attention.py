@@ -64,6 +64,21 @@ def _backward_by_reference(
     return reference.mla_prefill_backward(_inputs(inputs), *pairs, _ends(cu_seqlens), scale, causal)
 
 
+def _backward_on_cuda(
+    inputs: list[Tensor],
+    results: list[Tensor],
+    gradients: list[Tensor],
+    cu_seqlens: list[Tensor],
+    scale: float,
+    causal: bool,
+) -> list[Tensor]:
+    if not _has_kernel(inputs):
+        return _backward_by_reference(inputs, results, gradients, cu_seqlens, scale, causal)
+    from dsv3rt.ops.cuda import attention as cuda
+
+    return cuda.mla_prefill_backward(inputs, results, gradients, cu_seqlens, scale=scale, causal=causal)
+
+
 def _backward_fake(inputs: list[Tensor], *_: object) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
@@ -72,7 +87,7 @@ _mla_prefill_backward = register(
     "mla_prefill_backward(Tensor[] inputs, Tensor[] results, Tensor[] gradients, Tensor[] cu_seqlens, float scale,"
     " bool causal) -> Tensor[]",
     cpu=_backward_by_reference,
-    cuda=_backward_by_reference,
+    cuda=_backward_on_cuda,
     fake=_backward_fake,
 )
 
@@ -129,9 +144,10 @@ def mla_prefill(
             cu_seqlens stay on the device and are not checked.
         TypeError: dtype outside the above.
         BackendUnavailableError: what the kernel is for, no extension.
-    Numerics: fp32 scores, softmax and sums; the kernel rounds the weights to bf16 before they meet the values. It runs
-        on CUDA for bf16 with N, R, U = 128, 64, 128, k_nope and v in any strides (so that both may be views of one
-        projection), and is bitwise repeatable; the backward pass and everything else are the reference.
+    Numerics: fp32 scores, softmax and sums; the kernels round weights and their gradients to bf16 before they meet the
+        other operand. They run on CUDA for bf16 with N, R, U = 128, 64, 128, k_nope and v in any strides (so that both
+        may be views of one projection); everything else is the reference. The forward pass is bitwise repeatable; dq
+        and dk_rope are sums in no fixed order.
     Source: DeepSeek-V2 report (arXiv 2405.04434) sec. 2.1; FlashMLA dense prefill.
     """
     op = "mla_prefill"

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
 
+QUERY_TILE = 64  # queries whose gradients are summed together
+
 
 def mla_prefill(inputs: list[Tensor], cu_seqlens: list[Tensor], *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) of q, k_nope, k_rope, v, laid out as `dsv3rt.ops.mla_prefill` says."""
@@ -17,3 +19,34 @@ def mla_prefill(inputs: list[Tensor], cu_seqlens: list[Tensor], *, scale: float,
     tile_counter = torch.empty(1, dtype=torch.int32, device=q.device)
     extension.mla_prefill(*inputs, out, lse, *cu_seqlens, tile_counter, scale=scale, causal=causal)
     return out, lse
+
+
+def mla_prefill_backward(
+    inputs: list[Tensor],
+    results: list[Tensor],
+    gradients: list[Tensor],
+    cu_seqlens: list[Tensor],
+    *,
+    scale: float,
+    causal: bool,
+) -> list[Tensor]:
+    """Gradients of q, k_nope, k_rope, v; those of k_nope and v are views of one (Tk, H, N + U)."""
+    extension = load()
+    q, k_nope, k_rope, v = inputs
+    keys, H, N = k_nope.shape
+    dq = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+    dk_rope = torch.empty(k_rope.shape, dtype=torch.bfloat16, device=q.device)
+    dkv = torch.empty((keys, H, N + v.shape[2]), dtype=torch.bfloat16, device=q.device)
+    dk_nope, dv = dkv.split([N, v.shape[2]], dim=2)
+    if q.shape[0] == 0 or keys == 0:  # nobody attends to anything
+        for gradient in (dq, dk_rope, dkv):
+            gradient.zero_()
+        return [dq, dk_nope, dk_rope, dv]
+    tiles = H * (q.shape[0] // QUERY_TILE + len(cu_seqlens[0]) - 1)
+    numbers = (tiles * 2 * QUERY_TILE, tiles * QUERY_TILE * q.shape[2], k_rope.numel() + 1)
+    scratch = [torch.empty(n, dtype=torch.float32, device=q.device) for n in numbers]
+    dense = [gradient.contiguous() for gradient in gradients]
+    extension.mla_prefill_backward(
+        *inputs, *results, *dense, dq, dk_nope, dk_rope, dv, *cu_seqlens, *scratch, scale=scale, causal=causal
+    )  # fmt: skip
+    return [dq, dk_nope, dk_rope, dv]

@@ -1,28 +1,18 @@
-#include "common/launch.h"
-#include "common/tma_desc.h"
+#include "mla/launch.cuh"
 #include "mla/sm90_mla_prefill.cuh"
 
 namespace dsv3rt {
 namespace {
 
-constexpr int kMaxSharedBytes = 232448;
-
 const char* encode_maps(const MlaPrefillParams& params, PrefillMaps& maps) {
-  const auto spec = [](const HeadsView& view, int64_t rows, int heads, int columns, int box_rows) {
-    return SlabMapSpec{view.data, rows, heads, columns, view.row_stride, view.head_stride, box_rows};
-  };
-  const int heads = params.num_heads;
-  if (const char* error = encode_map(maps.q, spec(params.q, params.num_queries, heads, kQueryDim, kTileQueries))) {
+  const int heads = params.num_heads, keys = params.num_keys;
+  if (const char* error = encode_heads(maps.q, params.q, params.num_queries, heads, kQueryDim, kTileQueries)) {
     return error;
   }
-  if (params.num_keys == 0) return nullptr;  // nothing is loaded
-  if (const char* error = encode_map(maps.k_nope, spec(params.k_nope, params.num_keys, heads, kNopeDim, kTileKeys))) {
-    return error;
-  }
-  if (const char* error = encode_map(maps.k_rope, spec(params.k_rope, params.num_keys, 1, kRopeDim, kTileKeys))) {
-    return error;
-  }
-  return encode_map(maps.v, spec(params.v, params.num_keys, heads, kValueDim, kTileKeys));
+  if (keys == 0) return nullptr;  // nothing is loaded
+  if (const char* error = encode_heads(maps.k_nope, params.k_nope, keys, heads, kNopeDim, kTileKeys)) return error;
+  if (const char* error = encode_heads(maps.k_rope, params.k_rope, keys, 1, kRopeDim, kTileKeys)) return error;
+  return encode_heads(maps.v, params.v, keys, heads, kValueDim, kTileKeys);
 }
 
 template <bool kPingPong>
