@@ -31,6 +31,7 @@ struct GemmConfig {
   static constexpr int kThreads = 128 + 128 * kConsumers;
   static constexpr int kWaves = kBlockM / kWaveRows / kConsumers;  // of each consumer
   static constexpr int kFragment = kBlockN / 2;                    // accumulators a thread and wave
+  static constexpr bool kPairedRows = kScaleB == ScaleB::kRow && pairs_rows({kBlockM, kBlockN});
   static constexpr int kBlockScales = kScaleB == ScaleB::kBlock128 ? blocks_touched(kBlockN) : 1;
   static constexpr int kScaleBFloats = kScaleB == ScaleB::kRow ? kBlockN : 4;  // a stage
 

@@ -32,7 +32,8 @@ struct ConsumerView {
     a = __shfl_sync(~0u, descriptor_base(base + offsetof(Storage, a) + first_row * kBlockK), 0);
     b = __shfl_sync(~0u, descriptor_base(base + offsetof(Storage, b)), 0);
     scale_a = base + offsetof(Storage, scale_a) + (first_row + threadIdx.x % 128 / 32 * 16 + lane / 4) * 4;
-    scale_b = base + offsetof(Storage, scale_b) + (C::kScaleB == ScaleB::kRow ? lane % 4 * 8 : 0);
+    scale_b = base + offsetof(Storage, scale_b) +
+              (C::kPairedRows ? lane % 4 * 16 : C::kScaleB == ScaleB::kRow ? lane % 4 * 8 : 0);
     full = base + offsetof(Storage, full);
     empty = base + offsetof(Storage, empty);
     tile = base + offsetof(Storage, tile);
@@ -133,67 +134,84 @@ __device__ __forceinline__ void consume_tile_block_scaled(const ConsumerView<C>&
   }
 }
 
+// Scales of two octets of columns: those of this thread's pair in each.
+template <typename C>
+__device__ __forceinline__ float4 column_scales(uint32_t scale_b, int pair) {
+  if constexpr (C::kPairedRows) return load_shared_quad(scale_b + pair * 64);
+  const float2 first = load_shared_pair(scale_b + pair * 64), second = load_shared_pair(scale_b + pair * 64 + 32);
+  return make_float4(first.x, first.y, second.x, second.y);
+}
+
 template <typename C>
 __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const float (&partial)[C::kFragment],
                                             const float2 scale_a, uint32_t scale_b) {
 #pragma unroll
-  for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
-    const float2 factor = load_shared_pair(scale_b + octet * 32);
-    sum[octet * 4 + 0] += scale_a.x * factor.x * partial[octet * 4 + 0];
-    sum[octet * 4 + 1] += scale_a.x * factor.y * partial[octet * 4 + 1];
-    sum[octet * 4 + 2] += scale_a.y * factor.x * partial[octet * 4 + 2];
-    sum[octet * 4 + 3] += scale_a.y * factor.y * partial[octet * 4 + 3];
+  for (int pair = 0; pair < C::kBlockN / 16; ++pair) {
+    const float4 scales = column_scales<C>(scale_b, pair);
+    const float columns[4] = {scales.x, scales.y, scales.z, scales.w};
+#pragma unroll
+    for (int octet = 0; octet < 2; ++octet) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int index = pair * 8 + octet * 4 + i;
+        sum[index] += (i < 2 ? scale_a.x : scale_a.y) * columns[octet * 2 + i % 2] * partial[index];
+      }
+    }
   }
 }
 
-// Scales of B by rows: promotion takes about as long as multiplication, so each K-block is promoted while the next one
-// of the same consumer multiplies. ptxas serialises a multiplication that is in flight across the end of a loop, hence
-// bodies of several K-blocks that drain at their end.
-template <typename C, int kBlocks>
+// Scales of B by rows: promotion takes about as long as multiplication. Three consumers keep the tensor cores busy by
+// themselves; two have each K-block promoted while their own next one multiplies (kAhead).
+template <typename C, int kBlocks, bool kAhead>
 __device__ __forceinline__ void consume_row_scaled(const ConsumerView<C>& view, RingPosition<C::kStages>& ring,
                                                    float (&sum)[C::kFragment]) {
-  float partial[2][C::kFragment];
-  float2 scale_a[2];
+  constexpr int kPartials = kAhead ? 2 : 1;
+  float partial[kPartials][C::kFragment];
+  float2 scale_a[kPartials];
   const auto multiply = [&]<int kBlock>(const RingPosition<C::kStages>& position) {
     BarrierAddress(view.full + position.stage * sizeof(Barrier)).wait(position.parity);
-    scale_a[kBlock % 2] = view.row_scales(position.stage, 0);
-    view.multiply_wave(partial[kBlock % 2], position.stage, 0);
+    scale_a[kBlock % kPartials] = view.row_scales(position.stage, 0);
+    view.multiply_wave(partial[kBlock % kPartials], position.stage, 0);
   };
   const auto step = [&]<int kBlock>() {
     RingPosition<C::kStages> next = ring;
     next.advance();
-    if constexpr (kBlock + 1 < kBlocks) {
+    if constexpr (!kAhead) multiply.template operator()<kBlock>(ring);
+    if constexpr (kAhead && kBlock + 1 < kBlocks) {
       multiply.template operator()<kBlock + 1>(next);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
     }
-    pin_registers(partial[kBlock % 2]);
-    promote_row<C>(sum, partial[kBlock % 2], scale_a[kBlock % 2],
+    pin_registers(partial[kBlock % kPartials]);
+    promote_row<C>(sum, partial[kBlock % kPartials], scale_a[kBlock % kPartials],
                    view.scale_b + ring.stage * (C::kScaleBFloats * sizeof(float)));
     view.release(ring.stage);
     ring = next;
   };
-  multiply.template operator()<0>(ring);
+  if constexpr (kAhead) multiply.template operator()<0>(ring);
   [&]<int... kBlock>(std::integer_sequence<int, kBlock...>) {
     (step.template operator()<kBlock>(), ...);
   }(std::make_integer_sequence<int, kBlocks>{});
 }
 
+// ptxas serialises a multiplication that is in flight across the end of a loop, hence bodies of several K-blocks that
+// drain at their end.
 template <typename C>
 __device__ __forceinline__ void consume_tile_row_scaled(const ConsumerView<C>& view, const Tile& tile,
                                                         RingPosition<C::kStages>& ring,
                                                         float (&sum)[C::kWaves][C::kFragment]) {
-  static_assert(C::kWaves == 1, "two partial sums beside one sum");
-  constexpr int kUnroll = C::kStages < 4 ? C::kStages : 4;
+  static_assert(C::kWaves == 1);
+  constexpr bool kAhead = C::kConsumers == 2;
+  constexpr int kUnroll = C::kStages < 4 || C::kOutput == GemmOutput::kBFloat16 ? 2 : 4;
   clear_sums<C>(sum);
   int k_block = 0;
 #pragma unroll 1
   for (; k_block + kUnroll <= tile.num_k_blocks; k_block += kUnroll) {
-    consume_row_scaled<C, kUnroll>(view, ring, sum[0]);
+    consume_row_scaled<C, kUnroll, kAhead>(view, ring, sum[0]);
   }
 #pragma unroll 1
-  for (; k_block < tile.num_k_blocks; ++k_block) consume_row_scaled<C, 1>(view, ring, sum[0]);
+  for (; k_block < tile.num_k_blocks; ++k_block) consume_row_scaled<C, 1, kAhead>(view, ring, sum[0]);
 }
 
 template <typename C>

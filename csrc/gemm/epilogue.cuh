@@ -19,28 +19,62 @@ __device__ __forceinline__ int buffer_free(int consumer) { return 4 + consumer; 
 
 // One wave as slabs of 64 rows of 128 bytes, whose 16-byte chunks are permuted by row % 8 as the copy engine does it.
 template <typename C>
-__device__ __forceinline__ void leave_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
+__device__ __forceinline__ void leave_bf16_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x % 128 / 32 * 16;
-  if constexpr (C::kOutput == GemmOutput::kBFloat16) {
-    const uint32_t row_address = buffer + (warp_row + lane % 16) * 128;
+  const uint32_t row_address = buffer + (warp_row + lane % 16) * 128;
 #pragma unroll
-    for (int octet = 0; octet < C::kBlockN / 8; octet += 2) {
-      const int chunk = octet % 8 + lane / 16;
-      const uint32_t words[4] = {pack_bf16(sum[octet * 4 + 0], sum[octet * 4 + 1]),
-                                 pack_bf16(sum[octet * 4 + 2], sum[octet * 4 + 3]),
-                                 pack_bf16(sum[octet * 4 + 4], sum[octet * 4 + 5]),
-                                 pack_bf16(sum[octet * 4 + 6], sum[octet * 4 + 7])};
-      store_matrices(row_address + octet / 8 * C::kSlabBytes + (chunk ^ (lane % 8)) * 16, words);
+  for (int octet = 0; octet < C::kBlockN / 8; octet += 2) {
+    const int chunk = octet % 8 + lane / 16;
+    const uint32_t words[4] = {
+        pack_bf16(sum[octet * 4 + 0], sum[octet * 4 + 1]), pack_bf16(sum[octet * 4 + 2], sum[octet * 4 + 3]),
+        pack_bf16(sum[octet * 4 + 4], sum[octet * 4 + 5]), pack_bf16(sum[octet * 4 + 6], sum[octet * 4 + 7])};
+    store_matrices(row_address + octet / 8 * C::kSlabBytes + (chunk ^ (lane % 8)) * 16, words);
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void leave_fp32_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x % 128 / 32 * 16;
+  const uint32_t row_address = buffer + (warp_row + lane / 4) * 128 + lane % 2 * 8;
+#pragma unroll
+  for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
+    const int chunk = octet % 4 * 2 + lane % 4 / 2;
+    const uint32_t address = row_address + octet / 4 * C::kSlabBytes + (chunk ^ (lane / 4)) * 16;
+    store_shared_pair(address, sum[octet * 4 + 0], sum[octet * 4 + 1]);
+    store_shared_pair(address + 8 * 128, sum[octet * 4 + 2], sum[octet * 4 + 3]);
+  }
+}
+
+// With paired rows a thread holds columns 16i + 4q .. + 4 in octets 2i and 2i + 1, q its place in the quad.
+template <typename C>
+__device__ __forceinline__ void leave_paired_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x % 128 / 32 * 16;
+  const uint32_t row_address = buffer + (warp_row + lane / 4) * 128;
+#pragma unroll
+  for (int pair = 0; pair < C::kBlockN / 16; ++pair) {
+    const int byte = (pair * 16 % C::kSlabColumns + lane % 4 * 4) * C::kElementBytes;
+    const uint32_t address =
+        row_address + pair * 16 / C::kSlabColumns * C::kSlabBytes + ((byte / 16) ^ (lane / 4)) * 16 + byte % 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* values = &sum[pair * 8 + half * 2];
+      if constexpr (C::kOutput == GemmOutput::kBFloat16) {
+        store_shared_pair(address + half * 8 * 128, pack_bf16(values[0], values[1]), pack_bf16(values[4], values[5]));
+      } else {
+        store_shared_quad(address + half * 8 * 128, values[0], values[1], values[4], values[5]);
+      }
     }
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void leave_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
+  if constexpr (C::kPairedRows) {
+    leave_paired_wave<C>(buffer, sum);
+  } else if constexpr (C::kOutput == GemmOutput::kBFloat16) {
+    leave_bf16_wave<C>(buffer, sum);
   } else {
-    const uint32_t row_address = buffer + (warp_row + lane / 4) * 128 + lane % 2 * 8;
-#pragma unroll
-    for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
-      const int chunk = octet % 4 * 2 + lane % 4 / 2;
-      const uint32_t address = row_address + octet / 4 * C::kSlabBytes + (chunk ^ (lane / 4)) * 16;
-      store_shared_pair(address, sum[octet * 4 + 0], sum[octet * 4 + 1]);
-      store_shared_pair(address + 8 * 128, sum[octet * 4 + 2], sum[octet * 4 + 3]);
-    }
+    leave_fp32_wave<C>(buffer, sum);
   }
 }
 

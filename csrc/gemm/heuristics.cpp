@@ -15,10 +15,10 @@ struct TileCost {
 
 TileCost cost_of(TileShape tile) {
   if (tile.m == 256) return {1030, 0, 900};
-  if (tile.m == 192) return {753, 0, 700};
+  if (tile.m == 192) return {780, 1200, 700};
   if (tile.n == 192) return {775, 0, 650};
-  if (tile.n == 128) return {540, 640, 550};
-  return {350, 400, 400};
+  if (tile.n == 128) return {540, 800, 550};
+  return {350, 500, 400};
 }
 
 double step_clocks(const GemmProblem& problem, TileShape tile, Share share) {
@@ -60,6 +60,7 @@ GemmChoice choose_gemm(const GemmProblem& problem) {
     for (const Share share : {Share::kNone, Share::kA, Share::kB}) {
       if (!is_compiled(tile, share, problem.scale_b_kind, problem.output, problem.grouping)) continue;
       if (share != Share::kNone && problem.num_sms < 2) continue;
+      if (problem.scale_b_kind == ScaleB::kRow && pairs_rows(tile) && problem.n % kPairedRowGroup != 0) continue;
       const double clocks = predicted_clocks(problem, tile, share);
       if (best_clocks < 0 || clocks < best_clocks) {
         best_clocks = clocks;

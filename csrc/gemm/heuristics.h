@@ -17,12 +17,18 @@ struct TileShape {
 constexpr TileShape kTileShapes[] = {{128, 64}, {128, 128}, {128, 192}, {192, 128}, {256, 128}};
 constexpr int kNumTileShapes = sizeof(kTileShapes) / sizeof(TileShape);
 
-// Which kernels are compiled. Row scales need two partial sums beside the sum, FP32 tiles twice the shared memory: both
-// stop at 128x128. Large tiles always come in clusters. Neighbours along m may belong to two groups of rows.
+// With row scales on both sides these tiles take the rows of B, 16 at a time, in an order that gives each thread four
+// neighbouring columns of D: their scales are one load, and so is their way out. They need n to be a multiple of 16.
+constexpr int kPairedRowGroup = 16;
+constexpr bool pairs_rows(TileShape tile) { return tile.n == 128; }
+
+// Which kernels are compiled. FP32 tiles and double partial sums take room: they stop at 128x128, or at 192x128 for
+// weight gradients. Large tiles always come in clusters. Neighbours along m may belong to two groups of rows.
 constexpr bool is_compiled(TileShape tile, Share share, ScaleB scale_b, GemmOutput output, Grouping grouping) {
-  const bool small = tile.m * tile.n <= 128 * 128;
-  if (!small && (scale_b == ScaleB::kRow || output != GemmOutput::kBFloat16 || share == Share::kNone)) return false;
-  return share != Share::kB || grouping != Grouping::kRows;
+  if (share == Share::kB && grouping == Grouping::kRows) return false;
+  if (tile.m * tile.n <= 128 * 128) return true;
+  if (scale_b == ScaleB::kRow) return tile.m == 192 && output == GemmOutput::kFloat32Add;
+  return output == GemmOutput::kBFloat16 && share != Share::kNone;
 }
 
 struct GemmProblem {

@@ -22,6 +22,15 @@ inline MapSpec row_scale_map(const float* scales, int64_t rows, int64_t k_blocks
           box_rows, 1,    CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE};
 }
 
+// The rows of B in groups of 16 (see pairs_rows), as (group, half, quad, pair, k).
+inline const char* encode_paired_rows(CUtensorMap& map, const GemmParams& params, int box_rows) {
+  const auto stride = [&](int rows) { return static_cast<cuuint64_t>(params.stride_b * rows); };
+  return tma_desc::encode<5>(map, params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B,
+                             {cuuint64_t(params.k), 2, 4, 2, cuuint64_t(params.n / kPairedRowGroup)},
+                             {stride(1), stride(4), stride(2), stride(kPairedRowGroup)},
+                             {cuuint32_t(kBlockK), 2, 4, 2, cuuint32_t(box_rows / kPairedRowGroup)});
+}
+
 // D as (groups, m, n) in slabs of 64 rows of 128 bytes.
 template <typename C>
 const char* encode_output_map(const GemmParams& params, CUtensorMap& map) {
@@ -38,13 +47,19 @@ const char* encode_output_map(const GemmParams& params, CUtensorMap& map) {
 template <typename C>
 const char* encode_maps(const GemmParams& params, GemmMaps& maps) {
   const int64_t k_blocks = ceil_div(params.k, kBlockK);
-  const int64_t b_rows = int64_t(params.n) * (C::kGrouping == Grouping::kRows ? params.num_groups : 1);
+  [[maybe_unused]] const int64_t b_rows =
+      int64_t(params.n) * (C::kGrouping == Grouping::kRows ? params.num_groups : 1);
   const MapSpec a = operand_map(params.a, params.m, params.k, params.stride_a,
                                    C::kShare == Share::kA ? C::kBlockM / 2 : C::kBlockM);
-  const MapSpec b = operand_map(params.b, b_rows, params.k, params.stride_b,
-                                   C::kShare == Share::kB ? C::kBlockN / 2 : C::kBlockN);
   if (const char* error = encode_map(maps.a, a)) return error;
-  if (const char* error = encode_map(maps.b, b)) return error;
+  constexpr int kBoxB = C::kShare == Share::kB ? C::kBlockN / 2 : C::kBlockN;
+  if constexpr (C::kPairedRows) {
+    if (params.n % kPairedRowGroup != 0) return "this tile needs n to be a multiple of 16";
+    if (const char* error = encode_paired_rows(maps.b, params, kBoxB)) return error;
+  } else {
+    const MapSpec b = operand_map(params.b, b_rows, params.k, params.stride_b, kBoxB);
+    if (const char* error = encode_map(maps.b, b)) return error;
+  }
   const MapSpec scale_a = row_scale_map(params.scale_a, params.m, k_blocks, params.stride_scale_a, C::kBlockM);
   if (const char* error = encode_map(maps.scale_a, scale_a)) return error;
   if (C::kScaleB == ScaleB::kRow) {

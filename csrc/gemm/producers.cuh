@@ -12,26 +12,38 @@ struct GemmMaps {
 };
 
 template <typename C>
+__device__ __forceinline__ void load_b(uint8_t* target, const GemmMaps& maps, Barrier& full, int depth, int row,
+                                       uint32_t cta_rank) {
+  constexpr int kHalf = C::kBlockN / 2;
+  if constexpr (C::kShare == Share::kB) {
+    target += cta_rank * kHalf * kBlockK;
+    row += cta_rank * kHalf;
+  }
+  if constexpr (C::kPairedRows && C::kShare == Share::kB) {
+    tma_load_5d_multicast(target, maps.b, full, depth, row / kPairedRowGroup, 3);
+  } else if constexpr (C::kPairedRows) {
+    tma_load_5d(target, maps.b, full, depth, row / kPairedRowGroup);
+  } else if constexpr (C::kShare == Share::kB) {
+    tma_load_2d_multicast(target, maps.b, full, depth, row, 3);
+  } else {
+    tma_load_2d(target, maps.b, full, depth, row);
+  }
+}
+
+template <typename C>
 __device__ __forceinline__ void load_stage(GemmStorage<C>& storage, const GemmMaps& maps, const Tile& tile, int k_block,
                                            int stage, uint32_t cta_rank) {
   Barrier& full = storage.full[stage];
   full.arrive_and_expect(C::kStageBytes);
   const int depth = (tile.k_block_begin + k_block) * kBlockK;
-  const int b_row = tile.b_row;
   if constexpr (C::kShare == Share::kA) {
     constexpr int kHalf = C::kBlockM / 2;
     tma_load_2d_multicast(&storage.a[stage][cta_rank * kHalf * kBlockK], maps.a, full, depth, tile.m + cta_rank * kHalf,
                           3);
-    tma_load_2d(storage.b[stage], maps.b, full, depth, b_row);
-  } else if constexpr (C::kShare == Share::kB) {
-    constexpr int kHalf = C::kBlockN / 2;
-    tma_load_2d(storage.a[stage], maps.a, full, depth, tile.m);
-    tma_load_2d_multicast(&storage.b[stage][cta_rank * kHalf * kBlockK], maps.b, full, depth, b_row + cta_rank * kHalf,
-                          3);
   } else {
     tma_load_2d(storage.a[stage], maps.a, full, depth, tile.m);
-    tma_load_2d(storage.b[stage], maps.b, full, depth, b_row);
   }
+  load_b<C>(storage.b[stage], maps, full, depth, tile.b_row, cta_rank);
   tma_load_2d(storage.scale_a[stage], maps.scale_a, full, tile.m, tile.k_block_begin + k_block);
   if constexpr (C::kScaleB == ScaleB::kRow) {
     tma_load_2d(storage.scale_b[stage], maps.scale_b, full, tile.n, tile.k_block_begin + k_block);

@@ -39,8 +39,26 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t shared_address) {
   return value;
 }
 
+__device__ __forceinline__ float4 load_shared_quad(uint32_t shared_address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(shared_address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_shared_pair(uint32_t shared_address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_quad(uint32_t shared_address, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared_pair(uint32_t shared_address, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared_address), "r"(x), "r"(y) : "memory");
 }
 
 }  // namespace dsv3rt

@@ -60,6 +60,24 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtens
       : "memory");
 }
 
+// The same of a 5-dimensional box, into one CTA or into those named in `cta_mask`.
+__device__ __forceinline__ void tma_load_5d(void* target, const CUtensorMap& map, Barrier& barrier, int x, int outermost) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(0), "r"(outermost)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load_5d_multicast(void* target, const CUtensorMap& map, Barrier& barrier, int x,
+                                                      int outermost, uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %4, %4, %5}], [%2], %6;" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(0), "r"(outermost), "h"(cta_mask)
+      : "memory");
+}
+
 // cp.async.bulk.tensor, shared -> global
 __device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, uint32_t source, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
