@@ -18,7 +18,8 @@ PYBIND11_MODULE(_C, module) {
         std::to_string(info.cuda_version / 1000) + "." + std::to_string(info.cuda_version % 1000 / 10);
     result["arch"] = info.arch;
     result["kernels"] =
-        py::make_tuple("quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt");
+        py::make_tuple("quantize_1x128", "quantize_128x128", "swiglu_quantize_1x128", "swiglu_backward_quantize_1x128",
+                       "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt");
     return result;
   });
   dsv3rt::bind_gemm(module);
