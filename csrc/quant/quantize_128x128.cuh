@@ -95,7 +95,7 @@ __device__ __forceinline__ void write_transposed(const Quantize128x128Params& pa
 
 template <typename Element, bool kVectorised>
 __global__ void __launch_bounds__(kTileThreads, 2) quantize_blocks_kernel(const Quantize128x128Params params) {
-  __shared__ alignas(16) TransposedTile tile;
+  alignas(16) __shared__ TransposedTile tile;
   __shared__ uint32_t warp_amax[kTileWarps];
   const BlockTile<Element> block(params);
   const int row = block.row_tile * kTile + row_in_tile(), column = block.column_tile * kTile + column_in_tile();

@@ -10,13 +10,13 @@ struct Activation {
   float sigmoid, silu;
 };
 
-// Under this gate the sigmoid stays as it is, 1.8e-35, so that its reciprocal is never subnormal; what silu gains by
-// that is far under the casts' floor of 2^-100.
+// Under this gate the sigmoid, 1.8e-35, is taken as zero: its reciprocal would be subnormal soon, and silu is far under
+// the casts' floor of 2^-100.
 constexpr float kLowestGate = -80.0f;
 
 __device__ __forceinline__ Activation activate(float gate) {
-  const float sigmoid = reciprocal(__fadd_rn(1.0f, expf(-fmaxf(gate, kLowestGate))));
-  return {sigmoid, __fmul_rn(gate, sigmoid)};  // a NaN comes back by way of the product
+  const float sigmoid = gate < kLowestGate ? 0.0f : reciprocal(__fadd_rn(1.0f, expf(-gate)));
+  return {sigmoid, __fmul_rn(gate, sigmoid)};
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

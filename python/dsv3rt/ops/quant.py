@@ -148,8 +148,8 @@ def quantize_128x128(
         ValueError: shape; on CUDA also a last dimension that is not contiguous.
         TypeError: dtype outside the above.
         BackendUnavailableError: CUDA tensor, no extension.
-    Numerics: as quantize_1x128, per block. Kernel and reference agree bitwise. The kernel is fast where D % 16 == 0 and,
-        with the transpose, F % 16 == 0.
+    Numerics: as quantize_1x128, per block. Kernel and reference agree bitwise. The kernel is fast where D % 16 == 0
+        and, with the transpose, F % 16 == 0.
     Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.3.2; DeepGEMM per_block_cast_to_fp8.
     """
     op = "quantize_128x128"

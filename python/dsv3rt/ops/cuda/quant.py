@@ -83,7 +83,7 @@ def swiglu_backward_quantize_1x128(
     pow2_scales: bool,
     with_product: bool,
 ) -> list[Tensor]:
-    """[data, scale, data_t, scale_t] of the gradient, then [data_t, scale_t] of the product, then the weights' gradient."""
+    """[data, scale, data_t, scale_t] of the gradient, [data_t, scale_t] of the product, the gradient of the weights."""
     num_rows, hidden = grad_TF.shape
     results = empty_1x128(x, (num_rows, 2 * hidden), by_rows=True, by_columns=True)
     products = empty_1x128(x, (num_rows, hidden), by_rows=False, by_columns=with_product)

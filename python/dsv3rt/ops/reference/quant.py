@@ -58,7 +58,7 @@ def quantize_128x128(w: Tensor, pow2_scales: bool, with_transpose: bool) -> tupl
     q = _cast(tiles * inverse[..., :, None, :, None])
     data = q.view(*leading, f * TILE, d * TILE)[..., :F, :D]
     parts = [(data, scale), (data.mT, scale.mT)] if with_transpose else [(data, scale)]
-    return tuple(QuantTensor(codes.contiguous(), scales.contiguous(), (TILE, TILE)) for codes, scales in parts)
+    return tuple(QuantTensor(_compact(codes), _compact(scales), (TILE, TILE)) for codes, scales in parts)
 
 
 def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -90,6 +90,11 @@ def empty_128x128(w: Tensor, with_transpose: bool) -> list[Tensor]:
         result.append(w.new_empty(*leading, rows, columns, dtype=torch.float8_e4m3fn))
         result.append(w.new_empty(*leading, row_tiles, column_tiles, dtype=torch.float32))
     return result
+
+
+def _compact(x: Tensor) -> Tensor:
+    """A copy with the strides of a new tensor, also along dimensions of size 1."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _scales(amax: Tensor, pow2_scales: bool) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from dsv3rt.ops.reference.common import rows_with_data
 from dsv3rt.ops.reference.quant import quantize_1x128
 from dsv3rt.ops.types import GroupLayout, QuantTensor, SwigluGradients
 
-# Under this gate the sigmoid stays as it is, 1.8e-35: kernels then need no subnormal reciprocals. What silu gains by
-# that is far under the casts' floor of 2^-100.
+# Under this gate the sigmoid, 1.8e-35, is taken as zero: kernels then need no subnormal reciprocals, and silu is far
+# under the casts' floor of 2^-100.
 LOWEST_GATE = -80.0
 
 
@@ -49,7 +49,7 @@ def swiglu_backward_quantize_1x128(
 
 
 def _sigmoid(gate: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-gate.clamp(min=LOWEST_GATE)))
+    return (1 / (1 + torch.exp(-gate))).masked_fill(gate < LOWEST_GATE, 0.0)
 
 
 def _weighted(rows: Tensor, weight_T: Tensor | None) -> Tensor:
