@@ -69,7 +69,7 @@ class Matrix:
         return read + self.quantized_bytes * (2 if with_transpose else 1)
 
     def swiglu_backward_bytes(self, *, fp8: bool, with_product: bool) -> int:
-        """Least traffic of its backward pass: gate, up and a BF16 gradient read, two gradients written in two layouts."""
+        """Least traffic of its backward pass: gate, up and a BF16 gradient in, two gradients out in two layouts."""
         read = 2 * (self.quantized_bytes if fp8 else 2 * self.rows * self.columns) + 2 * self.rows * self.columns
         return read + self.quantized_bytes * (5 if with_product else 4)
 

@@ -246,6 +246,7 @@ void bound_swiglu_backward_quantize_1x128(const TensorView& x, const TensorView&
     set_transposed(kOp, "output_", x, num_rows, hidden, *output_data_t, *output_scale_t, params.output_t,
                    params.output_scale_t, params.output_scale_t_stride);
   }
+  both_or_none(kOp, "weight and weight_grad", weight.has_value(), weight_grad.has_value());
   if (weight_grad) {
     ArgCheck(kOp, "weight_grad", *weight_grad)
         .on_device_of(x, "x")

@@ -22,9 +22,8 @@ struct TileScale {
   float inverse;  // what x is multiplied by
 };
 
-// Correctly rounded for 2^-126 <= x < 2^126, by the steps that __frcp_rn takes there, without its branch.
-__device__ __forceinline__ float reciprocal(float x) {
-  const float estimate = reciprocal_approx(x);
+// From an estimate of 1 / x to its correct rounding for 2^-126 <= x < 2^126: the step that __frcp_rn takes there, too.
+__device__ __forceinline__ float refine_reciprocal(float x, float estimate) {
   return __fmaf_rn(estimate, -__fmaf_rn(x, estimate, -1.0f), estimate);
 }
 
@@ -37,12 +36,14 @@ __device__ __forceinline__ float divide_by_max(float x) {
 }
 
 // amax_bits: bit pattern of the largest |x|. Patterns of NaN and infinity are the largest, so they win every maximum
-// and poison the tile.
+// and poison the tile. No branches: estimates of 1 / infinity and 1 / NaN are 0 and NaN already.
 __device__ __forceinline__ TileScale tile_scale(uint32_t amax_bits, uint32_t scale_mask) {
+  const bool finite = amax_bits < kInfinityBits;
   const float amax = __uint_as_float(max(amax_bits, __float_as_uint(kAmaxFloor)));
-  const float scale = __uint_as_float((__float_as_uint(divide_by_max(amax)) + scale_mask) & ~scale_mask);
-  // 1 / infinity is 0 and 1 / NaN is NaN in the estimate too.
-  return amax_bits < kInfinityBits ? TileScale{scale, reciprocal(scale)} : TileScale{amax, reciprocal_approx(amax)};
+  const uint32_t rounded = (__float_as_uint(divide_by_max(amax)) + scale_mask) & ~scale_mask;
+  const float scale = finite ? __uint_as_float(rounded) : amax;
+  const float estimate = reciprocal_approx(scale), refined = refine_reciprocal(scale, estimate);
+  return {scale, finite ? refined : estimate};
 }
 
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {

@@ -38,11 +38,11 @@ const char* launch_128x128(const Quantize128x128Params& params, cudaStream_t str
 
 template <typename Type>
 const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
-  const bool with_product = params.output_t != nullptr, with_weight_grad = params.weight_grad != nullptr;
-  const auto kernel = with_product       ? with_weight_grad ? swiglu_backward_kernel<Type, true, true>
-                                                            : swiglu_backward_kernel<Type, true, false>
-                      : with_weight_grad ? swiglu_backward_kernel<Type, false, true>
-                                         : swiglu_backward_kernel<Type, false, false>;
+  const bool with_product = params.output_t != nullptr, weighted = params.in.weight != nullptr;
+  const auto kernel =
+      with_product ? weighted ? swiglu_backward_kernel<Type, true, true> : swiglu_backward_kernel<Type, true, false>
+      : weighted   ? swiglu_backward_kernel<Type, false, true>
+                   : swiglu_backward_kernel<Type, false, false>;
   constexpr int kSharedBytes = sizeof(BackwardStorage<Type>);
   static_assert(kSharedBytes <= 232448, "a block has 227 KB of shared memory");
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

@@ -84,7 +84,7 @@ struct SwigluBackwardParams {
   uint8_t* output_t;  // (F, Tp): the product, transposed, scales output_scale_t[row_tile * stride + column]; or null
   float* output_scale_t;
   int64_t output_scale_t_stride;
-  float* weight_grad;  // (F / 128, T): the sums over each 128 columns; null: not asked for
+  float* weight_grad;  // (F / 128, T): sums over 128 columns each; given if and only if weights are
   int device;
 };
 

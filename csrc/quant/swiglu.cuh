@@ -13,15 +13,18 @@ struct Activation {
 // Under this gate the sigmoid, 1.8e-35, is taken as zero: its reciprocal would be subnormal soon, and silu is far under
 // the casts' floor of 2^-100.
 constexpr float kLowestGate = -80.0f;
+constexpr float kMinusLog2E = -1.4426950408889634f;
 
 __device__ __forceinline__ Activation activate(float gate) {
-  const float sigmoid = gate < kLowestGate ? 0.0f : reciprocal(__fadd_rn(1.0f, expf(-gate)));
+  const float x = __fadd_rn(1.0f, exp2_approx(__fmul_rn(gate, kMinusLog2E)));
+  const float reciprocal = refine_reciprocal(x, reciprocal_approx(x));
+  const float sigmoid = gate < kLowestGate ? 0.0f : reciprocal;
   return {sigmoid, __fmul_rn(gate, sigmoid)};
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return __bfloat16_as_ushort(pair.x) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // Eight neighbouring gates and the eight ups that they belong to.

@@ -14,7 +14,7 @@ struct SwigluGradients {
   float weight;
 };
 
-template <typename Type>
+template <bool kWeighted, typename Type>
 __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in, const Octet<__nv_bfloat16>& grad,
                                                          float weight) {
   float gates[8], ups[8];
@@ -28,13 +28,13 @@ __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in,
     for (int i = 0; i < 2; ++i) {
       const float gate = gates[2 * pair + i], up = ups[2 * pair + i], dy = grad.get(2 * pair + i);
       const Activation a = activate(gate);
-      const float plain = __fmul_rn(a.silu, up), weighted = __fmul_rn(dy, weight);
+      const float plain = __fmul_rn(a.silu, up), weighted = kWeighted ? __fmul_rn(dy, weight) : dy;
       // silu' = sigmoid (1 + gate (1 - sigmoid))
       const float slope = __fmul_rn(a.sigmoid, __fadd_rn(1.0f, __fmul_rn(gate, __fsub_rn(1.0f, a.sigmoid))));
-      product[i] = __fmul_rn(plain, weight);
+      product[i] = kWeighted ? __fmul_rn(plain, weight) : plain;
       d_up[i] = __fmul_rn(weighted, a.silu);
       d_gate[i] = __fmul_rn(__fmul_rn(weighted, up), slope);
-      weight_grad += dy * plain;
+      if (kWeighted) weight_grad += dy * plain;
     }
     gate_words[pair] = pack_bf16(d_gate[0], d_gate[1]);
     up_words[pair] = pack_bf16(d_up[0], d_up[1]);
@@ -104,7 +104,7 @@ __device__ __forceinline__ void write_weight_grad(const SwigluBackwardParams& pa
   }
 }
 
-template <typename Type, bool kWithProduct, bool kWithWeightGrad>
+template <typename Type, bool kWithProduct, bool kWeighted>
 __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& params, TilePlace place,
                                                    const BackwardStage<Type>& stage,
                                                    TileStorage<__nv_bfloat16>& storage) {
@@ -113,14 +113,16 @@ __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& p
   float weight_sums[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    const float weight = params.in.weight == nullptr ? 1.0f : stage.weight[row_in_tile() + r];
-    const SwigluGradients gradients = differentiate(stage.gate_up(r), {stage.grad[r][threadIdx.x]}, weight);
+    const float weight = kWeighted ? stage.weight[row_in_tile() + r] : 1.0f;
+    const SwigluGradients gradients = differentiate<kWeighted>(stage.gate_up(r), {stage.grad[r][threadIdx.x]}, weight);
     d_gate[r] = gradients.gate;
     d_up[r] = gradients.up;
     if (kWithProduct) product[r] = gradients.product;
     weight_sums[r] = gradients.weight;
   }
-  if (kWithWeightGrad) write_weight_grad(params, place, weight_sums);
+  if (kWeighted) write_weight_grad(params, place, weight_sums);
+  write_tile_columns<BFloat16>(params.out, place, d_gate, storage);
+  write_tile_rows<BFloat16>(params.out, place, d_gate);
   if (kWithProduct) {
     QuantOutput out = params.out;
     out.data_t = params.output_t;
@@ -128,11 +130,9 @@ __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& p
     out.scale_t_stride = params.output_scale_t_stride;
     write_tile_columns<BFloat16>(out, place, product, storage);
   }
-  write_tile_rows<BFloat16>(params.out, place, d_gate);
-  write_tile_columns<BFloat16>(params.out, place, d_gate, storage);
   place.first_column += params.in.hidden;
-  write_tile_rows<BFloat16>(params.out, place, d_up);
   write_tile_columns<BFloat16>(params.out, place, d_up, storage);
+  write_tile_rows<BFloat16>(params.out, place, d_up);
 }
 
 template <typename Type>
@@ -143,7 +143,7 @@ struct BackwardStorage {
 
 // Persistent: while a block works on the 128x128 tile of gate, up and gradient in one stage, the next one arrives in
 // the other.
-template <typename Type, bool kWithProduct, bool kWithWeightGrad>
+template <typename Type, bool kWithProduct, bool kWeighted>
 __global__ void __launch_bounds__(kTileThreads, 1) swiglu_backward_kernel(const SwigluBackwardParams params) {
   extern __shared__ uint4 dynamic_storage[];
   auto& storage = *reinterpret_cast<BackwardStorage<Type>*>(dynamic_storage);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) swiglu_backward_kernel(const 
     copy_async_wait<1>();
     __syncwarp();
     if (place.rows.written > 0) {  // else past the last group
-      differentiate_tile<Type, kWithProduct, kWithWeightGrad>(params, place, storage.stages[current], storage.tile);
+      differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage.stages[current], storage.tile);
     }
     __syncwarp();
     place = next;

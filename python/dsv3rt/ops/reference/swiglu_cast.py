@@ -12,6 +12,7 @@ from dsv3rt.ops.types import GroupLayout, QuantTensor, SwigluGradients
 # Under this gate the sigmoid, 1.8e-35, is taken as zero: kernels then need no subnormal reciprocals, and silu is far
 # under the casts' floor of 2^-100.
 LOWEST_GATE = -80.0
+LOG2_E = 1.4426950408889634
 
 
 def swiglu_quantize_1x128(
@@ -49,7 +50,7 @@ def swiglu_backward_quantize_1x128(
 
 
 def _sigmoid(gate: Tensor) -> Tensor:
-    return (1 / (1 + torch.exp(-gate))).masked_fill(gate < LOWEST_GATE, 0.0)
+    return (1 / (1 + torch.exp2(gate * -LOG2_E))).masked_fill(gate < LOWEST_GATE, 0.0)
 
 
 def _weighted(rows: Tensor, weight_T: Tensor | None) -> Tensor:
