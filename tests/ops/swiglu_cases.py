@@ -63,8 +63,8 @@ def exact_gradients(
     gate, up = x.chunk(2, dim=-1)
     product = torch.nn.functional.silu(gate) * up * weight.unsqueeze(1)
     d_x, d_weight = torch.autograd.grad(product, [x, weight], grad_TF.double())
-    # The slope cancels where it crosses zero: some ulps of its largest term, s * max(1, |gate|), remain; the argument of
-    # the exponential is rounded by 2^-24 of itself.
+    # The slope cancels where it crosses zero: some ulps of its largest term, s * max(1, |gate|), remain; the
+    # argument of the exponential is rounded by 2^-24 of itself.
     factor = (grad_TF.double() * weight.unsqueeze(1)).abs() * torch.sigmoid(gate) * gate.abs().clamp(min=1)
     factor = factor * (gate.abs() + 16) * 2**-24
     uncertainty = torch.cat([factor * up.abs(), factor], dim=-1).detach()
