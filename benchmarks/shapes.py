@@ -51,9 +51,27 @@ class Matrix:
 
     def quantize_bytes(self, *, element_bytes: int = 2, with_transpose: bool = False) -> int:
         """Least traffic of a 1x128 quantisation: read once, write FP8 and FP32 scales, once or in both layouts."""
+        return element_bytes * self.rows * self.columns + self.quantized_bytes * (2 if with_transpose else 1)
+
+    @property
+    def quantized_bytes(self) -> int:
+        """FP8 and the FP32 scales of its 1x128 tiles."""
         elements = self.rows * self.columns
-        written = elements + 4 * (elements // 128)
-        return element_bytes * elements + written * (2 if with_transpose else 1)
+        return elements + 4 * (elements // 128)
+
+    def quantize_blocks_bytes(self, *, element_bytes: int, with_transpose: bool) -> int:
+        """Least traffic of a 128x128 quantisation, whose scales are few enough to leave out."""
+        return self.rows * self.columns * (element_bytes + (2 if with_transpose else 1))
+
+    def swiglu_bytes(self, *, fp8: bool, with_transpose: bool) -> int:
+        """Least traffic of SwiGLU with its cast; columns are those of the product."""
+        read = 2 * (self.quantized_bytes if fp8 else 2 * self.rows * self.columns)
+        return read + self.quantized_bytes * (2 if with_transpose else 1)
+
+    def swiglu_backward_bytes(self, *, fp8: bool, with_product: bool) -> int:
+        """Least traffic of its backward pass: gate, up and a BF16 gradient in, two gradients out in two layouts."""
+        read = 2 * (self.quantized_bytes if fp8 else 2 * self.rows * self.columns) + 2 * self.rows * self.columns
+        return read + self.quantized_bytes * (5 if with_product else 4)
 
 
 @dataclass(frozen=True)
@@ -175,6 +193,9 @@ ATTENTIONS = (Attention(4096), Attention(8192), Attention(16384))
 
 # Documents packed into two sequences of pre-training.
 RAGGED_ATTENTION = (Attention(4001), Attention(17), Attention(1111), Attention(3063))
+# Products of gate and up: an expert's, the dense layers', and eight experts' together.
+PRODUCTS = (Matrix(TOKENS, 2048), Matrix(TOKENS, 18432), Matrix(8 * TOKENS, 2048))
+
 
 DECODES = (
     Decode(128, 1, 4096, 128),

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.shapes import ACTIVATIONS, Matrix
+from benchmarks.shapes import ACTIVATIONS, PRODUCTS, WEIGHTS, Matrix
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
+from dsv3rt.ops.types import GroupLayout
 
 Versus = Callable[..., dict[str, Any]]
 LARGE = [shape for shape in ACTIVATIONS if shape.rows * shape.columns >= 2**22] + [Matrix(16384, 7168)]
@@ -27,6 +28,90 @@ def test_bench_quantize_1x128(
     work = shape.quantize_bytes(element_bytes=dtype.itemsize, with_transpose=with_transpose)
     versus(
         Case(name, str(shape), "gbps", work), lambda: ops.quantize_1x128(x, with_transpose=with_transpose), copy_peer
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("with_transpose", [False, True], ids=["rows", "both"])
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_bench_quantize_128x128(
+    versus: Versus, copy_peer: Peer, shape: Matrix, with_transpose: bool, dtype: torch.dtype
+) -> None:
+    w = torch.randn((shape.rows, shape.columns), device="cuda").to(dtype)
+    name = f"quantize_128x128 {'and transpose ' if with_transpose else ''}from {str(dtype).removeprefix('torch.')}"
+    work = shape.quantize_blocks_bytes(element_bytes=dtype.itemsize, with_transpose=with_transpose)
+    versus(
+        Case(name, str(shape), "gbps", work), lambda: ops.quantize_128x128(w, with_transpose=with_transpose), copy_peer
+    )
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("with_transpose", [False, True], ids=["rows", "both"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_bench_swiglu_quantize_1x128(
+    versus: Versus, copy_peer: Peer, shape: Matrix, with_transpose: bool, fp8: bool
+) -> None:
+    gate_up = torch.randn((shape.rows, 2 * shape.columns), device="cuda").bfloat16()
+    x = ops.quantize_1x128(gate_up) if fp8 else gate_up
+    name = f"swiglu_quantize_1x128 {'and transpose ' if with_transpose else ''}from {'fp8' if fp8 else 'bfloat16'}"
+    work = shape.swiglu_bytes(fp8=fp8, with_transpose=with_transpose)
+    versus(
+        Case(name, str(shape), "gbps", work),
+        lambda: ops.swiglu_quantize_1x128(x, with_transpose=with_transpose),
+        copy_peer,
+    )
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("with_product", [False, True], ids=["gradients", "product"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_bench_swiglu_backward_quantize_1x128(
+    versus: Versus, copy_peer: Peer, shape: Matrix, with_product: bool, fp8: bool
+) -> None:
+    gate_up = torch.randn((shape.rows, 2 * shape.columns), device="cuda").bfloat16()
+    x = ops.quantize_1x128(gate_up) if fp8 else gate_up
+    grad = torch.randn((shape.rows, shape.columns), device="cuda").bfloat16()
+    name = f"swiglu_backward_quantize_1x128 {'and product ' if with_product else ''}from {'fp8' if fp8 else 'bfloat16'}"
+    work = shape.swiglu_backward_bytes(fp8=fp8, with_product=with_product)
+    versus(
+        Case(name, str(shape), "gbps", work),
+        lambda: ops.swiglu_backward_quantize_1x128(x, grad, with_product=with_product),
+        copy_peer,
+    )
+
+
+@pytest.mark.parametrize("op", ["quantize_1x128", "swiglu_quantize_1x128", "swiglu_backward_quantize_1x128"])
+def test_bench_casts_of_grouped_rows(versus: Versus, copy_peer: Peer, op: str) -> None:
+    """Thirty-two experts of about a thousand rows (no padding, which would not be read), every output there is."""
+    counts = 128 * (7 + torch.arange(32, dtype=torch.int32) % 3)
+    ends = counts.cumsum(0).int()
+    layout = GroupLayout(counts.cuda(), torch.cat([torch.zeros(1, dtype=torch.int32), ends]).cuda())
+    shape = Matrix(int(ends[-1]), 7168 if op == "quantize_1x128" else 2048)
+    if op == "quantize_1x128":
+        x = torch.randn((shape.rows, shape.columns), device="cuda").bfloat16()
+        work = shape.quantize_bytes(with_transpose=True)
+        versus(
+            Case(f"{op} of groups", str(shape), "gbps", work),
+            lambda: ops.quantize_1x128(x, layout=layout, with_transpose=True),
+            copy_peer,
+        )
+        return
+    x = torch.randn((shape.rows, 2 * shape.columns), device="cuda").bfloat16()
+    if op == "swiglu_quantize_1x128":
+        work = shape.swiglu_bytes(fp8=False, with_transpose=True)
+        versus(
+            Case(f"{op} of groups", str(shape), "gbps", work),
+            lambda: ops.swiglu_quantize_1x128(x, layout=layout, with_transpose=True),
+            copy_peer,
+        )
+        return
+    grad = torch.randn((shape.rows, shape.columns), device="cuda").bfloat16()
+    q = ops.quantize_1x128(x)
+    work = shape.swiglu_backward_bytes(fp8=True, with_product=True)
+    versus(
+        Case(f"{op} of groups from fp8", str(shape), "gbps", work),
+        lambda: ops.swiglu_backward_quantize_1x128(q, grad, layout=layout, with_product=True),
+        copy_peer,
     )
 
 

@@ -7,7 +7,7 @@
 
 #include "gemm/epilogue.cuh"
 #include "gemm/ring.cuh"
-#include "hopper/memory.cuh"
+#include "hopper/shared.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_fp8.cuh"
 

@@ -7,7 +7,7 @@
 #include "gemm/producers.cuh"
 #include "gemm/scheduler.cuh"
 #include "hopper/fragment.cuh"
-#include "hopper/memory.cuh"
+#include "hopper/shared.cuh"
 #include "hopper/tma.cuh"
 
 namespace dsv3rt {

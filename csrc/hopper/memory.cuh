@@ -1,9 +1,12 @@
-// Memory accesses that C++ has no word for.
+// Global-memory accesses that C++ has no word for.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
-// https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-stmatrix
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld-global-nc
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async
 #pragma once
 
 #include <cstdint>
+
+#include "hopper/barrier.cuh"
 
 namespace dsv3rt {
 
@@ -18,47 +21,48 @@ __device__ __forceinline__ void add_to_global(float* target, float x, float y, f
                : "memory");
 }
 
-// stmatrix.x4: four 8x8 matrices of 16-bit numbers; lane l names the 16-byte row l % 8 of matrix l / 8. A thread's
-// words are laid out as in the accumulators of wgmma.
-__device__ __forceinline__ void store_matrices(uint32_t shared_address, const uint32_t (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(words[0]),
-               "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
+// ld.global.nc with an L2 policy (that of createpolicy.fractional.L2::evict_first): for what is read once and written
+// by nobody meanwhile. Such lines make room for others first, so that what a kernel writes stays in the L2 for its
+// reader.
+constexpr uint64_t kReadOncePolicy = 0x12F0000000000000;
+
+__device__ __forceinline__ uint4 load_once_16(const void* source) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(source), "l"(kReadOncePolicy));
+  return words;
 }
 
-// ld.shared and st.shared by address
-__device__ __forceinline__ float load_shared(uint32_t shared_address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared_address) : "memory");
-  return value;
+__device__ __forceinline__ uint2 load_once_8(const void* source) {
+  uint2 words;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(source), "l"(kReadOncePolicy));
+  return words;
 }
 
-__device__ __forceinline__ float2 load_shared_pair(uint32_t shared_address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(shared_address) : "memory");
-  return value;
+// cp.async: global -> shared without passing through registers; zeros where not `valid`. kBytes: 4, 8 or 16.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_once(void* target, const void* source, bool valid) {
+  const int source_bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(smem_address(target)),
+                 "l"(source), "r"(source_bytes), "l"(kReadOncePolicy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem_address(target)), "l"(source), "n"(kBytes),
+                 "r"(source_bytes)
+                 : "memory");
+  }
 }
 
-__device__ __forceinline__ float4 load_shared_quad(uint32_t shared_address) {
-  float4 value;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(shared_address)
-               : "memory");
-  return value;
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-__device__ __forceinline__ void store_shared_pair(uint32_t shared_address, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address), "f"(x), "f"(y) : "memory");
-}
-
-__device__ __forceinline__ void store_shared_quad(uint32_t shared_address, float x, float y, float z, float w) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "f"(x), "f"(y), "f"(z), "f"(w)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared_pair(uint32_t shared_address, uint32_t x, uint32_t y) {
-  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared_address), "r"(x), "r"(y) : "memory");
+// Waits until at most kPending groups of this thread are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace dsv3rt

@@ -10,44 +10,40 @@
 namespace dsv3rt {
 namespace {
 
-constexpr char kOp[] = "quantize_1x128";
-constexpr int64_t kTile = 128;
+namespace py = pybind11;
 
-void check_transposed(Quantize1x128Params& params, const TensorView& x, const TensorView& data_t,
-                      const TensorView& scale_t) {
-  const int64_t num_rows = x.shape[0], num_columns = x.shape[1], padded_rows = round_up(num_rows, kTile);
-  ArgCheck(kOp, "data_t", data_t)
-      .on_device_of(x, "x")
-      .dtype({DataType::kFloat8E4M3, DataType::kUInt8})
-      .shape({num_columns, padded_rows})
-      .strides({padded_rows, 1})
-      .aligned(16);
-  ArgCheck(kOp, "scale_t", scale_t)
-      .on_device_of(x, "x")
-      .dtype({DataType::kFloat32})
-      .shape({num_columns, padded_rows / kTile})
-      .strides({1, kAny})
-      .stride_at_least(1, num_columns);
-  params.data_t = static_cast<uint8_t*>(data_t.data);
-  params.scale_t = static_cast<float*>(scale_t.data);
-  params.scale_t_stride = scale_t.strides[1];
+constexpr int64_t kTile = 128;
+using OptionalView = std::optional<TensorView>;
+
+int64_t alignment_in_elements(DataType dtype) {
+  return dtype == DataType::kFloat32 ? 4 : dtype == DataType::kBFloat16 ? 8 : 16;
 }
 
-void bound_quantize_1x128(const TensorView& x, const TensorView& data, const TensorView& scale,
-                          const std::optional<TensorView>& data_t, const std::optional<TensorView>& scale_t,
-                          bool pow2_scales, pybind11::handle stream) {
-  const ArgCheck check_x(kOp, "x", x);
-  check_x.on_cuda().dtype({DataType::kBFloat16, DataType::kFloat32}).shape({kAny, kAny}).strides({kAny, 1}).aligned(16);
-  const int64_t num_rows = x.shape[0], num_columns = x.shape[1];
-  if (num_columns % 16 != 0) check_x.fail("must have a multiple of 16 columns", std::to_string(num_columns));
-  check_x.stride_multiple_of(0, x.dtype == DataType::kBFloat16 ? 8 : 4);
-  ArgCheck(kOp, "data", data)
+QuantInput input_of(DataType dtype) {
+  return dtype == DataType::kBFloat16  ? QuantInput::kBFloat16
+         : dtype == DataType::kFloat32 ? QuantInput::kFloat32
+                                       : QuantInput::kFloat8;
+}
+
+// An array of rows that kernels read 16 bytes at a time.
+void check_rows(const ArgCheck& check, const TensorView& view) {
+  check.shape({kAny, kAny}).strides({kAny, 1}).aligned(16).stride_multiple_of(0, alignment_in_elements(view.dtype));
+}
+
+void check_codes(const char* op, const char* name, const TensorView& codes, const TensorView& x,
+                 std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides, int alignment) {
+  ArgCheck(op, name, codes)
       .on_device_of(x, "x")
       .dtype({DataType::kFloat8E4M3, DataType::kUInt8})
-      .shape({num_rows, num_columns})
-      .strides({num_columns, 1})
-      .aligned(16);
-  ArgCheck(kOp, "scale", scale)
+      .shape(shape)
+      .strides(strides)
+      .aligned(alignment);
+}
+
+// Scales in the GEMM's layout: rows contiguous, columns a multiple of four numbers apart.
+void check_row_scales(const char* op, const char* name, const TensorView& scale, const TensorView& x, int64_t num_rows,
+                      int64_t num_columns) {
+  ArgCheck(op, name, scale)
       .on_device_of(x, "x")
       .dtype({DataType::kFloat32})
       .shape({num_rows, ceil_div(num_columns, kTile)})
@@ -55,35 +51,241 @@ void bound_quantize_1x128(const TensorView& x, const TensorView& data, const Ten
       .stride_multiple_of(1, 4)
       .stride_at_least(1, num_rows)
       .aligned(16);
-  if (data_t.has_value() != scale_t.has_value()) {
-    throw pybind11::value_error("quantize_1x128: data_t and scale_t must be given together, got one of them");
+}
+
+void both_or_none(const char* op, const char* names, bool first, bool second) {
+  if (first != second) {
+    throw py::value_error(std::string(op) + ": " + names + " must be given together, got one of them");
   }
+}
+
+// Transposed codes (D, Tp) and their scales (D, Tp / 128).
+void set_transposed(const char* op, const std::string& prefix, const TensorView& x, int64_t num_rows,
+                    int64_t num_columns, const TensorView& codes, const TensorView& scale, uint8_t*& data_t,
+                    float*& scale_t, int64_t& stride) {
+  const int64_t padded_rows = round_up(num_rows, kTile);
+  const std::string data_name = prefix + "data_t", scale_name = prefix + "scale_t";
+  check_codes(op, data_name.c_str(), codes, x, {num_columns, padded_rows}, {padded_rows, 1}, 16);
+  ArgCheck(op, scale_name.c_str(), scale)
+      .on_device_of(x, "x")
+      .dtype({DataType::kFloat32})
+      .shape({num_columns, padded_rows / kTile})
+      .strides({1, kAny})
+      .stride_at_least(1, num_columns);
+  data_t = static_cast<uint8_t*>(codes.data);
+  scale_t = static_cast<float*>(scale.data);
+  // Along an axis of one tile a framework may report any stride.
+  stride = scale.strides[1];
+}
+
+QuantOutput output_of(const char* op, const TensorView& x, int64_t num_rows, int64_t num_columns,
+                      const TensorView& data, const TensorView& scale, bool pow2_scales) {
+  check_codes(op, "data", data, x, {num_rows, num_columns}, {num_columns, 1}, 16);
+  check_row_scales(op, "scale", scale, x, num_rows, num_columns);
+  QuantOutput out{};
+  out.data = static_cast<uint8_t*>(data.data);
+  out.scale = static_cast<float*>(scale.data);
+  out.scale_stride = scale.strides[1];
+  out.num_rows = num_rows;
+  out.num_columns = static_cast<int>(num_columns);
+  out.scale_mask = pow2_scales ? kPow2ScaleMask : 0;
+  return out;
+}
+
+RowGroups groups_of(const char* op, const TensorView& x, const OptionalView& counts, const OptionalView& offsets) {
+  both_or_none(op, "counts and offsets", counts.has_value(), offsets.has_value());
+  if (!counts) return {};
+  ArgCheck(op, "counts", *counts).on_device_of(x, "x").dtype({DataType::kInt32}).shape({kAny}).strides({1});
+  const int64_t num_groups = counts->shape[0];
+  ArgCheck(op, "offsets", *offsets).on_device_of(x, "x").dtype({DataType::kInt32}).shape({num_groups + 1}).strides({1});
+  return {static_cast<const int*>(counts->data), static_cast<const int*>(offsets->data), static_cast<int>(num_groups)};
+}
+
+GateUpInput gate_up_of(const char* op, const TensorView& x, const OptionalView& x_scale, const OptionalView& weight) {
+  const ArgCheck check_x(op, "x", x);
+  check_x.on_cuda().dtype({DataType::kBFloat16, DataType::kFloat8E4M3, DataType::kUInt8});
+  check_rows(check_x, x);
+  if (x.shape[1] % 32 != 0) {
+    check_x.fail("must have a multiple of 32 columns, gate and up", std::to_string(x.shape[1]));
+  }
+  GateUpInput in{};
+  in.data = x.data;
+  in.stride = x.strides[0];
+  in.hidden = static_cast<int>(x.shape[1] / 2);
+  in.type = input_of(x.dtype);
+  if ((in.type == QuantInput::kFloat8) != x_scale.has_value()) {
+    throw py::value_error(std::string(op) + ": x_scale must be given with FP8 and only then, got " +
+                          (x_scale ? "it with BF16" : "none"));
+  }
+  if (x_scale) {
+    check_row_scales(op, "x_scale", *x_scale, x, x.shape[0], x.shape[1]);
+    in.scale = static_cast<const float*>(x_scale->data);
+    in.scale_stride = x_scale->strides[1];
+  }
+  if (weight) {
+    ArgCheck(op, "weight", *weight).on_device_of(x, "x").dtype({DataType::kFloat32}).shape({x.shape[0]}).strides({1});
+    in.weight = static_cast<const float*>(weight->data);
+  }
+  return in;
+}
+
+void bound_quantize_1x128(const TensorView& x, const TensorView& data, const TensorView& scale,
+                          const OptionalView& data_t, const OptionalView& scale_t, const OptionalView& counts,
+                          const OptionalView& offsets, bool pow2_scales, py::handle stream) {
+  constexpr char kOp[] = "quantize_1x128";
+  const ArgCheck check_x(kOp, "x", x);
+  check_x.on_cuda().dtype({DataType::kBFloat16, DataType::kFloat32});
+  check_rows(check_x, x);
+  const int64_t num_rows = x.shape[0], num_columns = x.shape[1];
+  if (num_columns % 16 != 0) check_x.fail("must have a multiple of 16 columns", std::to_string(num_columns));
+  both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
 
   Quantize1x128Params params{};
   params.x = x.data;
+  params.x_stride = x.strides[0];
+  params.input = input_of(x.dtype);
+  params.groups = groups_of(kOp, x, counts, offsets);
+  params.out = output_of(kOp, x, num_rows, num_columns, data, scale, pow2_scales);
+  params.device = x.device.index;
+  if (data_t) {
+    set_transposed(kOp, "", x, num_rows, num_columns, *data_t, *scale_t, params.out.data_t, params.out.scale_t,
+                   params.out.scale_t_stride);
+  }
+  throw_on_error(kOp, quantize_1x128(params, stream_for(kOp, x, stream)));
+}
+
+void bound_quantize_128x128(const TensorView& w, const TensorView& data, const TensorView& scale,
+                            const OptionalView& data_t, const OptionalView& scale_t, bool pow2_scales,
+                            py::handle stream) {
+  constexpr char kOp[] = "quantize_128x128";
+  ArgCheck(kOp, "w", w)
+      .on_cuda()
+      .dtype({DataType::kBFloat16, DataType::kFloat32})
+      .shape({kAny, kAny, kAny})
+      .strides({kAny, kAny, 1});
+  const int64_t matrices = w.shape[0], rows = w.shape[1], columns = w.shape[2];
+  const int64_t row_tiles = ceil_div(rows, kTile), column_tiles = ceil_div(columns, kTile);
+  const auto check_scales = [&](const char* name, const TensorView& scales, int64_t first, int64_t second) {
+    ArgCheck(kOp, name, scales)
+        .on_device_of(w, "w")
+        .dtype({DataType::kFloat32})
+        .shape({matrices, first, second})
+        .strides({first * second, second, 1});
+  };
+  check_codes(kOp, "data", data, w, {matrices, rows, columns}, {rows * columns, columns, 1}, 16);
+  check_scales("scale", scale, row_tiles, column_tiles);
+  both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
+
+  Quantize128x128Params params{};
+  params.w = w.data;
   params.data = static_cast<uint8_t*>(data.data);
   params.scale = static_cast<float*>(scale.data);
-  params.x_stride = x.strides[0];
-  // Along an axis of one tile a framework may report any stride; rows of scales are padded to whole float4 in any case.
-  params.scale_stride = scale.strides[1];
-  params.num_rows = num_rows;
-  params.num_columns = static_cast<int>(num_columns);
-  params.input = x.dtype == DataType::kBFloat16 ? QuantInput::kBFloat16 : QuantInput::kFloat32;
-  params.pow2_scales = pow2_scales;
+  if (data_t) {
+    check_codes(kOp, "data_t", *data_t, w, {matrices, columns, rows}, {rows * columns, rows, 1}, 16);
+    check_scales("scale_t", *scale_t, column_tiles, row_tiles);
+    params.data_t = static_cast<uint8_t*>(data_t->data);
+    params.scale_t = static_cast<float*>(scale_t->data);
+  }
+  params.batch_stride = w.strides[0];
+  params.row_stride = w.strides[1];
+  params.num_matrices = static_cast<int>(matrices);
+  params.num_rows = static_cast<int>(rows);
+  params.num_columns = static_cast<int>(columns);
+  params.input = input_of(w.dtype);
+  params.scale_mask = pow2_scales ? kPow2ScaleMask : 0;
+  const int64_t alignment = alignment_in_elements(w.dtype);
+  params.vectorised = columns % 8 == 0 && (!data_t || rows % 16 == 0) && params.row_stride % alignment == 0 &&
+                      params.batch_stride % alignment == 0 && reinterpret_cast<uintptr_t>(w.data) % 16 == 0;
+  params.device = w.device.index;
+  throw_on_error(kOp, quantize_128x128(params, stream_for(kOp, w, stream)));
+}
+
+void bound_swiglu_quantize_1x128(const TensorView& x, const TensorView& data, const TensorView& scale,
+                                 const OptionalView& x_scale, const OptionalView& weight, const OptionalView& data_t,
+                                 const OptionalView& scale_t, const OptionalView& counts, const OptionalView& offsets,
+                                 bool pow2_scales, py::handle stream) {
+  constexpr char kOp[] = "swiglu_quantize_1x128";
+  both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
+  SwigluParams params{};
+  params.in = gate_up_of(kOp, x, x_scale, weight);
+  params.groups = groups_of(kOp, x, counts, offsets);
+  params.out = output_of(kOp, x, x.shape[0], params.in.hidden, data, scale, pow2_scales);
   params.device = x.device.index;
-  if (data_t) check_transposed(params, x, *data_t, *scale_t);
-  throw_on_error(kOp, quantize_1x128(params, stream_for(kOp, x, stream)));
+  if (data_t) {
+    set_transposed(kOp, "", x, x.shape[0], params.in.hidden, *data_t, *scale_t, params.out.data_t, params.out.scale_t,
+                   params.out.scale_t_stride);
+  }
+  throw_on_error(kOp, swiglu_quantize_1x128(params, stream_for(kOp, x, stream)));
+}
+
+void bound_swiglu_backward_quantize_1x128(const TensorView& x, const TensorView& grad, const TensorView& data,
+                                          const TensorView& scale, const TensorView& data_t, const TensorView& scale_t,
+                                          const OptionalView& x_scale, const OptionalView& weight,
+                                          const OptionalView& output_data_t, const OptionalView& output_scale_t,
+                                          const OptionalView& weight_grad, const OptionalView& counts,
+                                          const OptionalView& offsets, bool pow2_scales, py::handle stream) {
+  constexpr char kOp[] = "swiglu_backward_quantize_1x128";
+  SwigluBackwardParams params{};
+  params.in = gate_up_of(kOp, x, x_scale, weight);
+  const int64_t num_rows = x.shape[0], hidden = params.in.hidden;
+  if (hidden % kTile != 0) {
+    ArgCheck(kOp, "x", x).fail("must have a multiple of 256 columns, gate and up", std::to_string(x.shape[1]));
+  }
+  const ArgCheck check_grad(kOp, "grad", grad);
+  check_grad.on_device_of(x, "x").dtype({DataType::kBFloat16});
+  check_rows(check_grad, grad);
+  check_grad.shape({num_rows, hidden});
+  params.grad = grad.data;
+  params.grad_stride = grad.strides[0];
+  params.groups = groups_of(kOp, x, counts, offsets);
+  params.out = output_of(kOp, x, num_rows, 2 * hidden, data, scale, pow2_scales);
+  set_transposed(kOp, "", x, num_rows, 2 * hidden, data_t, scale_t, params.out.data_t, params.out.scale_t,
+                 params.out.scale_t_stride);
+  both_or_none(kOp, "output_data_t and output_scale_t", output_data_t.has_value(), output_scale_t.has_value());
+  if (output_data_t) {
+    set_transposed(kOp, "output_", x, num_rows, hidden, *output_data_t, *output_scale_t, params.output_t,
+                   params.output_scale_t, params.output_scale_t_stride);
+  }
+  both_or_none(kOp, "weight and weight_grad", weight.has_value(), weight_grad.has_value());
+  if (weight_grad) {
+    ArgCheck(kOp, "weight_grad", *weight_grad)
+        .on_device_of(x, "x")
+        .dtype({DataType::kFloat32})
+        .shape({hidden / kTile, num_rows})
+        .strides({num_rows, 1});
+    params.weight_grad = static_cast<float*>(weight_grad->data);
+  }
+  params.device = x.device.index;
+  throw_on_error(kOp, swiglu_backward_quantize_1x128(params, stream_for(kOp, x, stream)));
 }
 
 }  // namespace
 
-void bind_quant(pybind11::module_& module) {
-  namespace py = pybind11;
+void bind_quant(py::module_& module) {
+  const auto none = py::none();
   module.def("quantize_1x128", &bound_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"), py::kw_only(),
-             py::arg("data_t") = py::none(), py::arg("scale_t") = py::none(), py::arg("pow2_scales") = false,
-             py::arg("stream") = py::none(),
-             "Writes the quantised x into data and scale (and x transposed into data_t and scale_t), on a stream. Each "
-             "column of scale needs room for round_up(rows, 4) numbers: the pad is written too.");
+             py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("counts") = none, py::arg("offsets") = none,
+             py::arg("pow2_scales") = false, py::arg("stream") = none,
+             "Writes the quantised x into data and scale (and x transposed into data_t and scale_t), on a stream.");
+  module.def(
+      "quantize_128x128", &bound_quantize_128x128, py::arg("w"), py::arg("data"), py::arg("scale"), py::kw_only(),
+      py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
+      "Writes the matrices w (X, F, D), quantised by blocks, into data and scale (and transposed into data_t and "
+      "scale_t), on a stream.");
+  module.def("swiglu_quantize_1x128", &bound_swiglu_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"),
+             py::kw_only(), py::arg("x_scale") = none, py::arg("weight") = none, py::arg("data_t") = none,
+             py::arg("scale_t") = none, py::arg("counts") = none, py::arg("offsets") = none,
+             py::arg("pow2_scales") = false, py::arg("stream") = none,
+             "Writes the quantised silu(gate) * up of x = (gate, up) into data and scale (and transposed into data_t "
+             "and scale_t), on a stream.");
+  module.def(
+      "swiglu_backward_quantize_1x128", &bound_swiglu_backward_quantize_1x128, py::arg("x"), py::arg("grad"),
+      py::arg("data"), py::arg("scale"), py::arg("data_t"), py::arg("scale_t"), py::kw_only(),
+      py::arg("x_scale") = none, py::arg("weight") = none, py::arg("output_data_t") = none,
+      py::arg("output_scale_t") = none, py::arg("weight_grad") = none, py::arg("counts") = none,
+      py::arg("offsets") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
+      "Writes the quantised gradient of x = (gate, up) into data and scale, and transposed into data_t and "
+      "scale_t, on a stream; on request also the product transposed, and partial sums of the weights' gradient.");
 }
 
 }  // namespace dsv3rt

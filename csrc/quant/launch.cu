@@ -1,38 +1,110 @@
+#include <algorithm>
+
 #include "common/launch.h"
-#include "quant/quantize_1x128.cuh"
+#include "quant/quantize_128x128.cuh"
+#include "quant/swiglu_backward.cuh"
 
 namespace dsv3rt {
 namespace {
 
-unsigned num_blocks(const Quantize1x128Params& params, int block_rows, int block_columns) {
-  return ceil_div(params.num_rows, int64_t(block_rows)) * ceil_div(params.num_columns, block_columns);
+unsigned num_blocks(int64_t rows, int columns, int block_rows, int block_columns) {
+  return ceil_div(rows, int64_t(block_rows)) * ceil_div(columns, block_columns);
+}
+
+template <class Source>
+const char* launch_1x128(const typename Source::Params& in, const RowGroups& groups, const QuantOutput& out,
+                         cudaStream_t stream) {
+  if (out.data_t != nullptr) {
+    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);
+    quantize_both_kernel<Source><<<blocks, kTileThreads, 0, stream>>>(in, groups, out);
+  } else {
+    using Form = RowForm<Source>;
+    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, Form::kBlockRows, Form::kBlockColumns);
+    quantize_rows_kernel<Source><<<blocks, kRowThreads, 0, stream>>>(in, groups, out);
+  }
+  return nullptr;
 }
 
 template <typename Element>
-void launch(const Quantize1x128Params& params, cudaStream_t stream) {
-  if (params.data_t != nullptr) {
-    quantize_both_kernel<Element><<<num_blocks(params, kTile, kTile), kQuantThreads, 0, stream>>>(params);
+const char* launch_128x128(const Quantize128x128Params& params, cudaStream_t stream) {
+  const unsigned blocks = params.num_matrices * num_blocks(params.num_rows, params.num_columns, kTile, kTile);
+  if (params.vectorised) {
+    quantize_blocks_kernel<Element, true><<<blocks, kTileThreads, 0, stream>>>(params);
   } else {
-    using Form = RowForm<Element>;
-    quantize_rows_kernel<Element>
-        <<<num_blocks(params, Form::kBlockRows, Form::kBlockColumns), kQuantThreads, 0, stream>>>(params);
+    quantize_blocks_kernel<Element, false><<<blocks, kTileThreads, 0, stream>>>(params);
   }
+  return nullptr;
+}
+
+template <typename Type>
+const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
+  const bool with_product = params.output_t != nullptr, weighted = params.in.weight != nullptr;
+  const auto kernel =
+      with_product ? weighted ? swiglu_backward_kernel<Type, true, true> : swiglu_backward_kernel<Type, true, false>
+      : weighted   ? swiglu_backward_kernel<Type, false, true>
+                   : swiglu_backward_kernel<Type, false, false>;
+  constexpr int kSharedBytes = sizeof(BackwardStorage<Type>);
+  static_assert(kSharedBytes <= 232448, "a block has 227 KB of shared memory");
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  int num_sms = 0;
+  DSV3RT_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, params.device));
+  const unsigned tiles = num_blocks(params.out.num_rows, params.in.hidden, kTile, kTile);
+  kernel<<<std::min(tiles, static_cast<unsigned>(num_sms)), kTileThreads, kSharedBytes, stream>>>(params);
+  return nullptr;
+}
+
+// Runs `launch`, which returns null or what went wrong, on the device of the data.
+template <class Launch>
+const char* on_device(int device, void* stream, Launch launch) {
+  const DeviceGuard guard(device);
+  DSV3RT_CUDA_CHECK(guard.status());
+  const char* error = launch(static_cast<cudaStream_t>(stream));
+  if (error != nullptr) return error;
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return nullptr;
 }
 
 }  // namespace
 
 const char* quantize_1x128(const Quantize1x128Params& params, void* stream) {
-  if (params.num_rows == 0 || params.num_columns == 0) return nullptr;
-  const DeviceGuard guard(params.device);
-  DSV3RT_CUDA_CHECK(guard.status());
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (params.input == QuantInput::kBFloat16) {
-    launch<__nv_bfloat16>(params, cuda_stream);
-  } else {
-    launch<float>(params, cuda_stream);
-  }
-  DSV3RT_CUDA_CHECK(cudaGetLastError());
-  return nullptr;
+  if (params.out.num_rows == 0 || params.out.num_columns == 0) return nullptr;
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    if (params.input == QuantInput::kBFloat16) {
+      return launch_1x128<PlainSource<__nv_bfloat16>>({params.x, params.x_stride}, params.groups, params.out,
+                                                      cuda_stream);
+    }
+    return launch_1x128<PlainSource<float>>({params.x, params.x_stride}, params.groups, params.out, cuda_stream);
+  });
+}
+
+const char* quantize_128x128(const Quantize128x128Params& params, void* stream) {
+  if (params.num_matrices == 0 || params.num_rows == 0 || params.num_columns == 0) return nullptr;
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    if (params.input == QuantInput::kBFloat16) {
+      return launch_128x128<__nv_bfloat16>(params, cuda_stream);
+    }
+    return launch_128x128<float>(params, cuda_stream);
+  });
+}
+
+const char* swiglu_quantize_1x128(const SwigluParams& params, void* stream) {
+  if (params.out.num_rows == 0 || params.out.num_columns == 0) return nullptr;
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    if (params.in.type == QuantInput::kBFloat16) {
+      return launch_1x128<SwigluSource<__nv_bfloat16>>(params.in, params.groups, params.out, cuda_stream);
+    }
+    return launch_1x128<SwigluSource<__nv_fp8_e4m3>>(params.in, params.groups, params.out, cuda_stream);
+  });
+}
+
+const char* swiglu_backward_quantize_1x128(const SwigluBackwardParams& params, void* stream) {
+  if (params.out.num_rows == 0 || params.in.hidden == 0) return nullptr;
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    if (params.in.type == QuantInput::kBFloat16) {
+      return launch_backward<__nv_bfloat16>(params, cuda_stream);
+    }
+    return launch_backward<__nv_fp8_e4m3>(params, cuda_stream);
+  });
 }
 
 }  // namespace dsv3rt

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.ops import reference
-from dsv3rt.ops.types import QuantTensor, empty_row_scales
+from dsv3rt.ops.types import QuantTensor
+from tests.gpu.quant_cases import (
+    FP8,
+    Guarded,
+    assert_pads_kept,
+    assert_same_bits,
+    columns_up_to,
+    random_layout,
+    random_rows,
+    up_to,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -24,24 +34,6 @@ SHAPES = [
     (1000, 1536),
     (4097, 7168),
 ]
-
-
-def random_rows(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
-    """Values over 24 orders of magnitude between rows, so that every scale differs."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    x = torch.randn(shape, generator=generator, device="cuda")
-    exponents = torch.rand((shape[0], 1), generator=generator, device="cuda") * 24 - 12
-    return (x * 10**exponents).to(dtype)
-
-
-def assert_same_bits(got: QuantTensor, expected: QuantTensor) -> None:
-    assert got.data.shape == expected.data.shape
-    assert got.scale.stride() == expected.scale.stride()
-    nan = expected.data.float().isnan()
-    torch.testing.assert_close(got.data.float().isnan(), nan)
-    bits, expected_bits = got.data.view(torch.uint8), expected.data.view(torch.uint8)
-    assert torch.equal(bits.masked_fill(nan, 0), expected_bits.masked_fill(nan, 0))
-    torch.testing.assert_close(got.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -90,19 +82,81 @@ def test_quantize_1x128_handles_empty_and_zero() -> None:
     assert ops.dequantize(zeros).eq(0).all()
 
 
-def test_quantize_1x128_takes_strided_rows_and_writes_every_element() -> None:
-    wide = random_rows((300, 1024), torch.bfloat16, seed=2)
-    x = wide[:, 256:768]
+@pytest.mark.parametrize(("first", "last"), [(0, 300), (0, 1), (0, 126), (0, 127), (5, 134)])
+def test_quantize_1x128_writes_every_element_and_no_other(first: int, last: int) -> None:
+    x = random_rows((300, 1024), torch.bfloat16, seed=2)[first:last, 256:784]
+    rows, columns = x.shape
+    padded = -(-rows // 128) * 128
     extension = pytest.importorskip("dsv3rt._C")
-    data = torch.full((300, 512), 0x7F, dtype=torch.uint8, device="cuda")
-    scale = empty_row_scales(300, 4, x.device).fill_(float("nan"))
-    data_t = torch.full((512, 384), 0x7F, dtype=torch.uint8, device="cuda")
-    scale_t = empty_row_scales(512, 3, x.device).fill_(float("nan"))
-    extension.quantize_1x128(x, data, scale, data_t=data_t, scale_t=scale_t)
     expected, expected_t = reference.quant.quantize_1x128(x, pow2_scales=False, with_transpose=True)
-    fp8 = torch.float8_e4m3fn
-    assert_same_bits(QuantTensor(data.view(fp8), scale, (1, 128)), expected)
-    assert_same_bits(QuantTensor(data_t.view(fp8), scale_t, (1, 128)), expected_t)
+    for with_transpose in (False, True):
+        room = Guarded()
+        data, scale = room.codes(rows, columns), room.row_scales(rows, 5)
+        data_t, scale_t = room.codes(columns, padded), room.row_scales(columns, padded // 128)
+        transposed = {"data_t": data_t, "scale_t": scale_t} if with_transpose else {}
+        extension.quantize_1x128(x, data, scale, **transposed)
+        assert_same_bits(QuantTensor(data.view(FP8), scale, (1, 128)), expected)
+        assert_pads_kept(scale)
+        if with_transpose:
+            assert_same_bits(QuantTensor(data_t.view(FP8), scale_t, (1, 128)), expected_t)
+        room.assert_intact()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("counts", [[0], [1], [130, 0, 128, 5], [0, 0, 300, 0], [64, 1, 0, 255] * 70], ids=len)
+def test_quantize_1x128_takes_grouped_rows(counts: list[int], dtype: torch.dtype) -> None:
+    layout, spans, total = random_layout(counts, spare=200)
+    used = spans[-1][2]
+    x = random_rows((total, 144), dtype, seed=len(counts))
+    for _, end, padded_end in spans:
+        x[end:padded_end] = torch.nan
+    x[used:] = torch.nan
+    expected, expected_t = reference.quant.quantize_1x128(x, False, True, layout)
+    assert not ops.dequantize(expected).isnan().any()
+    got, got_t = ops.quantize_1x128(x, layout=layout, with_transpose=True)
+    assert_same_bits(up_to(ops.quantize_1x128(x, layout=layout), used), up_to(expected, used))
+    assert_same_bits(up_to(got, used), up_to(expected, used))
+    assert_same_bits(columns_up_to(got_t, used), columns_up_to(expected_t, used))
+
+
+def test_quantize_1x128_leaves_rows_past_the_last_group_alone() -> None:
+    layout, _, total = random_layout([100, 3], spare=129)
+    x = random_rows((total, 256), torch.bfloat16, seed=0)
+    extension = pytest.importorskip("dsv3rt._C")
+    padded = -(-total // 128) * 128
+    room = Guarded()
+    data, scale = room.codes(total, 256), room.row_scales(total, 2)
+    data_t, scale_t = room.codes(256, padded), room.row_scales(256, padded // 128)
+    groups = {"counts": layout.counts_X, "offsets": layout.offsets}
+    for transposed in ({}, {"data_t": data_t, "scale_t": scale_t}):
+        extension.quantize_1x128(x, data, scale, **transposed, **groups)
+        assert data[256:].eq(0x7F).all()
+        assert scale[256:].isnan().all()
+    assert data_t[:, 256:].eq(0x7F).all()
+    assert scale_t[:, 2:].isnan().all()
+    room.assert_intact()
+
+
+def test_quantize_1x128_rounds_every_mantissa() -> None:
+    """All 2^23 mantissas as amax: the kernel divides by 448, and inverts the scale, by steps of its own."""
+    for start in range(0, 2**23, 2**20):
+        mantissas = torch.arange(start, start + 2**20, device="cuda", dtype=torch.int32)
+        x = torch.zeros((2**20, 16), device="cuda")
+        x[:, 0] = (mantissas + (127 << 23)).view(torch.float32)
+        x[:, 1] = x[:, 0] * 0.3
+        got = ops.quantize_1x128(x)
+        scale = x[:, 0] / torch.full_like(x[:, 0], 448.0)
+        assert torch.equal(got.scale[:, 0], scale)
+        inverse = torch.ones_like(scale) / scale
+        assert torch.equal(got.data.view(torch.uint8), (x * inverse[:, None]).to(FP8).view(torch.uint8))
+
+
+def test_quantize_1x128_keeps_padding_zero_beside_a_poisoned_tile() -> None:
+    x = torch.randn((130, 144), device="cuda")
+    x[129, 3], x[128, 17] = torch.nan, torch.inf
+    _, got_t = ops.quantize_1x128(x, with_transpose=True)
+    assert got_t.data[:, 130:].view(torch.uint8).eq(0).all()
+    assert_same_bits(got_t, reference.quant.quantize_1x128(x, pow2_scales=False, with_transpose=True)[1])
 
 
 def test_quantize_1x128_runs_on_the_current_stream_and_in_a_graph() -> None:
@@ -114,7 +168,7 @@ def test_quantize_1x128_runs_on_the_current_stream_and_in_a_graph() -> None:
     x.copy_(random_rows((256, 1024), torch.bfloat16, seed=4))
     graph.replay()
     torch.cuda.synchronize()
-    assert_same_bits(captured, reference.quant.quantize_1x128(x, pow2_scales=False, with_transpose=False))
+    assert_same_bits(captured, reference.quant.quantize_1x128(x, pow2_scales=False, with_transpose=False)[0])
 
 
 def test_quantize_1x128_compiles() -> None:
@@ -138,7 +192,7 @@ def test_quantize_1x128_takes_cupy_arrays() -> None:
     cupy.cuda.get_current_stream().synchronize()
     got = QuantTensor(torch.from_dlpack(data).view(torch.float8_e4m3fn), torch.from_dlpack(scale), (1, 128))
     x_torch = torch.from_dlpack(x)
-    assert_same_bits(got, reference.quant.quantize_1x128(x_torch, pow2_scales=False, with_transpose=False))
+    assert_same_bits(got, reference.quant.quantize_1x128(x_torch, pow2_scales=False, with_transpose=False)[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
 from dsv3rt.ops.norm import rms_norm, rope, swiglu
 from dsv3rt.ops.optim import adamw_step
 from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
-from dsv3rt.ops.types import AdamWHyper, GroupLayout, Permutation, QuantTensor, Routing
+from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quantize_1x128
+from dsv3rt.ops.types import AdamWHyper, GroupLayout, Permutation, QuantTensor, Routing, SwigluGradients
 
 __all__ = [
     "AdamWHyper",
@@ -19,6 +20,7 @@ __all__ = [
     "Permutation",
     "QuantTensor",
     "Routing",
+    "SwigluGradients",
     "adamw_step",
     "balance_loss",
     "calc_diff",
@@ -37,6 +39,8 @@ __all__ = [
     "rope",
     "route",
     "swiglu",
+    "swiglu_backward_quantize_1x128",
+    "swiglu_quantize_1x128",
     "unpermute",
     "update_bias",
 ]

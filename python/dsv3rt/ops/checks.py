@@ -79,5 +79,16 @@ def check_layout(op: str, layout: GroupLayout, num_groups: int) -> None:
     check_tensor(op, "layout.offsets", layout.offsets, (num_groups + 1,), (torch.int32,))
 
 
+def check_optional_layout(
+    op: str, layout: GroupLayout | None, **tensors: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """counts and offsets, on the device of the tensors; (None, None) without a layout."""
+    if layout is None:
+        return None, None
+    check_layout(op, layout, layout.counts_X.numel())
+    check_same_device(op, **tensors, **{"layout.counts_X": layout.counts_X, "layout.offsets": layout.offsets})
+    return layout.counts_X, layout.offsets
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -44,6 +44,20 @@ class GroupLayout:
 
 
 @dataclass(frozen=True)
+class SwigluGradients:
+    """What `swiglu_backward_quantize_1x128` returns; F is the width of gate and of up.
+
+    gate_up: (T, 2F) by rows; gate_up_t: (2F, Tp), its columns. product_t: (F, Tp), silu(gate) * up by columns, or None.
+    weight_T: float32 gradient of the row weights, or None.
+    """
+
+    gate_up: QuantTensor
+    gate_up_t: QuantTensor
+    product_t: QuantTensor | None
+    weight_T: Tensor | None
+
+
+@dataclass(frozen=True)
 class Permutation:
     """How `permute` placed rows: row_of_TK[t, k] is the row of token t's k-th choice; num_rows is P."""
 

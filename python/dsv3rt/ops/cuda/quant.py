@@ -1,4 +1,7 @@
-"""Quantisation kernels on torch tensors; arguments were checked by `dsv3rt.ops`."""
+"""Quantisation kernels on torch tensors; arguments were checked by `dsv3rt.ops`.
+
+Results are lists of tensors as the registered ops return them; layouts are those that `dsv3rt.ops` documents.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,108 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
-from dsv3rt.ops.types import empty_row_scales
+from dsv3rt.ops.reference.quant import empty_1x128, empty_128x128
+from dsv3rt.ops.types import TILE
+
+Groups = tuple[Tensor | None, Tensor | None]  # counts and offsets of a GroupLayout
 
 
-def quantize_1x128(x_TD: Tensor, *, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
-    """[data, scale] or [data, scale, data_t, scale_t], laid out as `dsv3rt.ops.quantize_1x128` says."""
-    extension = load()
-    num_rows, num_columns = x_TD.shape
-    data = torch.empty((num_rows, num_columns), dtype=torch.float8_e4m3fn, device=x_TD.device)
-    scale = empty_row_scales(num_rows, -(-num_columns // 128), x_TD.device)
-    if not with_transpose:
-        extension.quantize_1x128(x_TD, data.view(torch.uint8), scale, pow2_scales=pow2_scales)
-        return [data, scale]
-    padded_rows = -(-num_rows // 128) * 128
-    data_t = torch.empty((num_columns, padded_rows), dtype=torch.float8_e4m3fn, device=x_TD.device)
-    scale_t = empty_row_scales(num_columns, padded_rows // 128, x_TD.device)
-    extension.quantize_1x128(
+def quantize_1x128(x_TD: Tensor, groups: Groups, *, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    """[data, scale] or [data, scale, data_t, scale_t]."""
+    results = empty_1x128(x_TD, (x_TD.shape[0], x_TD.shape[1]), by_rows=True, by_columns=with_transpose)
+    data, scale, *transposed = _as_bytes(results)
+    data_t, scale_t = transposed or (None, None)
+    load().quantize_1x128(
         x_TD,
-        data.view(torch.uint8),
+        data,
         scale,
-        data_t=data_t.view(torch.uint8),
+        data_t=data_t,
         scale_t=scale_t,
+        counts=groups[0],
+        offsets=groups[1],
         pow2_scales=pow2_scales,
     )
-    return [data, scale, data_t, scale_t]
+    return results
+
+
+def quantize_128x128(w: Tensor, *, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+    """[data, scale] or [data, scale, data_t, scale_t]."""
+    results = empty_128x128(w, with_transpose)
+    batched = results if w.dim() == 3 else [result.unsqueeze(0) for result in results]
+    data, scale, *transposed = _as_bytes(batched)
+    data_t, scale_t = transposed or (None, None)
+    load().quantize_128x128(
+        w if w.dim() == 3 else w.unsqueeze(0), data, scale, data_t=data_t, scale_t=scale_t, pow2_scales=pow2_scales
+    )
+    return results
+
+
+def swiglu_quantize_1x128(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight_T: Tensor | None,
+    groups: Groups,
+    *,
+    pow2_scales: bool,
+    with_transpose: bool,
+) -> list[Tensor]:
+    """[data, scale] or [data, scale, data_t, scale_t] of the product."""
+    results = empty_1x128(x, (x.shape[0], x.shape[1] // 2), by_rows=True, by_columns=with_transpose)
+    data, scale, *transposed = _as_bytes(results)
+    data_t, scale_t = transposed or (None, None)
+    load().swiglu_quantize_1x128(
+        _bytes(x),
+        data,
+        scale,
+        x_scale=x_scale,
+        weight=weight_T,
+        data_t=data_t,
+        scale_t=scale_t,
+        counts=groups[0],
+        offsets=groups[1],
+        pow2_scales=pow2_scales,
+    )
+    return results
+
+
+def swiglu_backward_quantize_1x128(
+    x: Tensor,
+    x_scale: Tensor | None,
+    grad_TF: Tensor,
+    weight_T: Tensor | None,
+    groups: Groups,
+    *,
+    pow2_scales: bool,
+    with_product: bool,
+) -> list[Tensor]:
+    """[data, scale, data_t, scale_t] of the gradient, [data_t, scale_t] of the product, the gradient of the weights."""
+    num_rows, hidden = grad_TF.shape
+    results = empty_1x128(x, (num_rows, 2 * hidden), by_rows=True, by_columns=True)
+    products = empty_1x128(x, (num_rows, hidden), by_rows=False, by_columns=with_product)
+    product_data_t, product_scale_t = _as_bytes(products) or (None, None)
+    partial = None
+    if weight_T is not None:
+        partial = torch.empty((hidden // TILE, num_rows), dtype=torch.float32, device=x.device)
+    load().swiglu_backward_quantize_1x128(
+        _bytes(x),
+        grad_TF,
+        *_as_bytes(results),
+        x_scale=x_scale,
+        weight=weight_T,
+        output_data_t=product_data_t,
+        output_scale_t=product_scale_t,
+        weight_grad=partial,
+        counts=groups[0],
+        offsets=groups[1],
+        pow2_scales=pow2_scales,
+    )
+    return [*results, *products, *([] if partial is None else [partial.sum(dim=0)])]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Not every version of DLPack carries FP8."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _as_bytes(tensors: list[Tensor]) -> list[Tensor]:
+    return [_bytes(tensor) for tensor in tensors]

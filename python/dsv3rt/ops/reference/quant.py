@@ -6,18 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsv3rt.ops.types import TILE, QuantTensor, ceil_div, empty_row_scales, round_up
+from dsv3rt.ops.reference.common import rows_with_data
+from dsv3rt.ops.types import TILE, GroupLayout, QuantTensor, ceil_div, empty_row_scales, round_up
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 2.0**-100
 
 
 def quantize_1x128(
-    x_TD: Tensor, pow2_scales: bool, with_transpose: bool
-) -> QuantTensor | tuple[QuantTensor, QuantTensor]:
+    x_TD: Tensor, pow2_scales: bool, with_transpose: bool, layout: GroupLayout | None = None
+) -> tuple[QuantTensor, ...]:
+    """By rows and, if asked for, by columns. Rows outside the layout's counts are taken as zeros."""
     x = x_TD.float()
+    valid_T = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    if layout is not None:
+        valid_T = rows_with_data(layout, x.shape[0])
+        x = x.where(valid_T.unsqueeze(1), torch.zeros_like(x))
     q = _rowwise(x, pow2_scales)
-    return (q, _columnwise(x, pow2_scales)) if with_transpose else q
+    return (q, _columnwise(x, valid_T, pow2_scales)) if with_transpose else (q,)
 
 
 def _rowwise(x: Tensor, pow2_scales: bool) -> QuantTensor:
@@ -31,27 +37,28 @@ def _rowwise(x: Tensor, pow2_scales: bool) -> QuantTensor:
     return QuantTensor(data[:, :D].contiguous(), scale, (1, TILE))
 
 
-def _columnwise(x: Tensor, pow2_scales: bool) -> QuantTensor:
+def _columnwise(x: Tensor, valid_T: Tensor, pow2_scales: bool) -> QuantTensor:
     T, D = x.shape
     t = ceil_div(T, TILE)
     tiles = pad(x, (0, 0, 0, t * TILE - T)).view(t, TILE, D)
     scale_tD, inverse_tD = _scales(tiles.abs().amax(dim=1), pow2_scales)
     q = (tiles * inverse_tD.unsqueeze(1)).view(t * TILE, D)
     # Zero times a poisoned tile's scale would be NaN; padding stays zero whatever its neighbours are.
-    q[T:] = 0
+    q = q.where(pad(valid_T, (0, t * TILE - T)).unsqueeze(1), torch.zeros_like(q))
     scale = empty_row_scales(D, t, x.device)
     scale.copy_(scale_tD.t())
     return QuantTensor(_cast(q.t().contiguous()), scale, (1, TILE))
 
 
-def quantize_128x128(w: Tensor, pow2_scales: bool) -> QuantTensor:
+def quantize_128x128(w: Tensor, pow2_scales: bool, with_transpose: bool) -> tuple[QuantTensor, ...]:
     *leading, F, D = w.shape
     f, d = ceil_div(F, TILE), ceil_div(D, TILE)
     tiles = pad(w.float(), (0, d * TILE - D, 0, f * TILE - F)).view(*leading, f, TILE, d, TILE)
     scale, inverse = _scales(tiles.abs().amax(dim=(-3, -1)), pow2_scales)
     q = _cast(tiles * inverse[..., :, None, :, None])
     data = q.view(*leading, f * TILE, d * TILE)[..., :F, :D]
-    return QuantTensor(data.contiguous(), scale.contiguous(), (TILE, TILE))
+    parts = [(data, scale), (data.mT, scale.mT)] if with_transpose else [(data, scale)]
+    return tuple(QuantTensor(_compact(codes), _compact(scales), (TILE, TILE)) for codes, scales in parts)
 
 
 def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -62,15 +69,32 @@ def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
     return (q.data.float() * scale).to(dtype)
 
 
-def empty_1x128(x_TD: Tensor, with_transpose: bool) -> list[Tensor]:
-    """[data, scale] or [data, scale, data_t, scale_t] of quantize_1x128 without their values."""
-    T, D = x_TD.shape
-    result = [x_TD.new_empty(T, D, dtype=torch.float8_e4m3fn), empty_row_scales(T, ceil_div(D, TILE), x_TD.device)]
-    if with_transpose:
+def empty_1x128(x: Tensor, shape: tuple[int, int], *, by_rows: bool, by_columns: bool) -> list[Tensor]:
+    """[data, scale] and [data_t, scale_t] of a (T, D) result, on the device of x, without values."""
+    T, D = shape
+    result = []
+    if by_rows:
+        result += [x.new_empty(T, D, dtype=torch.float8_e4m3fn), empty_row_scales(T, ceil_div(D, TILE), x.device)]
+    if by_columns:
         padded = round_up(T, TILE)
-        result.append(x_TD.new_empty(D, padded, dtype=torch.float8_e4m3fn))
-        result.append(empty_row_scales(D, padded // TILE, x_TD.device))
+        result += [x.new_empty(D, padded, dtype=torch.float8_e4m3fn), empty_row_scales(D, padded // TILE, x.device)]
     return result
+
+
+def empty_128x128(w: Tensor, with_transpose: bool) -> list[Tensor]:
+    """[data, scale] or [data, scale, data_t, scale_t] of quantize_128x128 without their values."""
+    *leading, F, D = w.shape
+    f, d = ceil_div(F, TILE), ceil_div(D, TILE)
+    result = []
+    for rows, columns, row_tiles, column_tiles in [(F, D, f, d), (D, F, d, f)][: 1 + with_transpose]:
+        result.append(w.new_empty(*leading, rows, columns, dtype=torch.float8_e4m3fn))
+        result.append(w.new_empty(*leading, row_tiles, column_tiles, dtype=torch.float32))
+    return result
+
+
+def _compact(x: Tensor) -> Tensor:
+    """A copy with the strides of a new tensor, also along dimensions of size 1."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _scales(amax: Tensor, pow2_scales: bool) -> tuple[Tensor, Tensor]:

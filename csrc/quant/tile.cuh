@@ -1,0 +1,201 @@
+// How a block walks over a matrix, and how a 128x128 tile in its registers leaves as FP8 by rows and by columns.
+#pragma once
+
+#include "common/math.h"
+#include "quant/fp8_cast.cuh"
+#include "quant/params.h"
+
+namespace dsv3rt {
+
+// Blocks walk along rows first, in one dimension: any number of rows fits.
+struct BlockPosition {
+  int column;
+  int64_t row;
+
+  __device__ __forceinline__ BlockPosition(unsigned block, int num_columns, int block_columns) {
+    const unsigned blocks_a_row = ceil_div(num_columns, block_columns);
+    column = block % blocks_a_row;
+    row = block / blocks_a_row;
+  }
+};
+
+// How many of a block's rows hold data; those after them, up to `written`, count as zeros.
+struct RowCounts {
+  int read, written;
+};
+
+// Of the `block_rows` rows from first_row, which lie in one segment. A warp searches 32 offsets at a time.
+__device__ __forceinline__ RowCounts count_rows(const RowGroups& groups, int64_t first_row, int64_t num_rows,
+                                                int block_rows) {
+  const int existing = static_cast<int>(min(num_rows - first_row, int64_t(block_rows)));
+  if (groups.counts == nullptr) return {existing, existing};
+  int low = 0, high = groups.num_groups;  // the last offset that is not above first_row lies between
+  while (low < high) {
+    const int step = ceil_div(high - low, 32), index = low + (threadIdx.x % 32 + 1) * step;
+    const bool not_above = index <= high && groups.offsets[index] <= first_row;
+    low += __popc(__ballot_sync(~0u, not_above)) * step;
+    high = min(high, low + step - 1);
+  }
+  if (low == groups.num_groups) return {0, 0};
+  const int before = static_cast<int>(first_row) - groups.offsets[low];
+  const int written = min(existing, groups.offsets[low + 1] - static_cast<int>(first_row));
+  return {max(0, min(groups.counts[low] - before, written)), written};
+}
+
+// Largest amax over the `Width` neighbouring lanes that share a tile.
+template <int Width>
+__device__ __forceinline__ uint32_t lanes_max(uint32_t bits) {
+#pragma unroll
+  for (int distance = Width / 2; distance > 0; distance /= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, distance));
+  return bits;
+}
+
+// Neighbouring scales of one column, `rows_left` of which exist.
+template <int kCount>
+__device__ __forceinline__ void write_scales(float* out, const float (&scales)[kCount], int rows_left) {
+#pragma unroll
+  for (int r = 0; r < kCount; r += 4) {
+    if (r + 4 <= rows_left) {
+      __stwb(reinterpret_cast<float4*>(out + r), make_float4(scales[r], scales[r + 1], scales[r + 2], scales[r + 3]));
+    } else {
+#pragma unroll
+      for (int i = r; i < r + 4; ++i) {
+        if (i < rows_left) out[i] = scales[i];
+      }
+    }
+  }
+}
+
+// A block's 128x128 tile. Thread (warp w, lane) holds rows 8w + 4(lane / 16) .. + 4 of columns 8(lane % 16) .. + 8, so
+// that four rows of a column pack into one word of the transposed tile.
+constexpr int kTileThreads = 512;
+constexpr int kTileWarps = kTileThreads / 32;
+constexpr int kRowsPerThread = 4;
+
+template <typename Element>
+using TileOctets = Octet<Element>[kRowsPerThread];
+
+__device__ __forceinline__ int row_in_tile() { return threadIdx.x / 16 * 4; }
+__device__ __forceinline__ int column_in_tile() { return threadIdx.x % 16 * 8; }
+
+struct TilePlace {
+  int64_t first_row;
+  int first_column;
+  RowCounts rows;
+
+  // Of this thread's rows, counted from its first.
+  __device__ __forceinline__ int rows_to_read() const { return rows.read - row_in_tile(); }
+  __device__ __forceinline__ int rows_to_write() const { return rows.written - row_in_tile(); }
+};
+
+// The transposed tile in shared memory: word [column][row / 4], its place permuted by twice (column / 8). So the 32
+// words that a warp writes at once lie in 32 banks, and so do the eight 16-byte chunks of a column.
+using TransposedTile = uint32_t[kTile][kTile / 4];
+
+__device__ __forceinline__ uint32_t& transposed_word(TransposedTile& tile, int column) {
+  return tile[column][(threadIdx.x / 16) ^ (column / 8 * 2)];
+}
+
+// Rows 16 * chunk .. + 16 of a column.
+__device__ __forceinline__ uint4 transposed_chunk(const TransposedTile& tile, int column, int chunk) {
+  const int octet = column / 8;
+  const uint4 words = reinterpret_cast<const uint4*>(tile[column])[chunk ^ (octet / 2)];
+  return octet % 2 ? make_uint4(words.z, words.w, words.x, words.y) : words;
+}
+
+// Calls write(column in the tile, chunk, words) for every 16-byte chunk of the transposed tile.
+template <class Write>
+__device__ __forceinline__ void for_transposed_chunks(const TransposedTile& tile, Write write) {
+#pragma unroll
+  for (int column = threadIdx.x / 8; column < kTile; column += kTileThreads / 8) {
+    write(column, static_cast<int>(threadIdx.x % 8), transposed_chunk(tile, column, threadIdx.x % 8));
+  }
+}
+
+template <typename Element>
+struct TileStorage {
+  alignas(16) TransposedTile tile;
+  alignas(16) typename Octet<Element>::Pattern warp_amax[kTileWarps][kTile];
+  float inverse[kTile];
+};
+
+template <typename Element>
+__device__ __forceinline__ void write_tile_rows(const QuantOutput& out, const TilePlace& place,
+                                                const TileOctets<Element>& octets) {
+  const int64_t row = place.first_row + row_in_tile();
+  const int column = place.first_column + column_in_tile();
+  const int rows_left = column < out.num_columns ? place.rows_to_write() : 0;
+  uint8_t* target = out.data + row * out.num_columns + column;
+  float scales[kRowsPerThread];
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const TileScale tile = tile_scale(lanes_max<16>(octets[r].amax_bits()), out.scale_mask);
+    scales[r] = tile.scale;
+    if (r < rows_left) *reinterpret_cast<uint2*>(target) = quantize_octet(octets[r], tile.inverse);
+    target += out.num_columns;
+  }
+  if (threadIdx.x % 16 == 0) write_scales(out.scale + (column / kTile) * out.scale_stride + row, scales, rows_left);
+}
+
+// Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales.
+template <typename Element>
+__device__ __forceinline__ void reduce_columns(const QuantOutput& out, const TilePlace& place,
+                                               const TileOctets<Element>& octets, TileStorage<Element>& storage) {
+  using Part = Octet<Element>;
+  uint32_t words[Part::kPatternWords];
+#pragma unroll
+  for (int i = 0; i < Part::kPatternWords; ++i) {
+    words[i] = Part::larger(Part::larger(octets[0].patterns(i), octets[1].patterns(i)),
+                            Part::larger(octets[2].patterns(i), octets[3].patterns(i)));
+    words[i] = Part::larger(words[i], __shfl_xor_sync(~0u, words[i], 16));
+  }
+  if (threadIdx.x % 32 < 16) {
+    auto* target = reinterpret_cast<uint4*>(&storage.warp_amax[threadIdx.x / 32][column_in_tile()]);
+#pragma unroll
+    for (int i = 0; i < Part::kPatternWords; i += 4) {
+      target[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kTile) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int w = 0; w < kTileWarps; ++w) bits = max(bits, Part::float_bits(storage.warp_amax[w][threadIdx.x]));
+    const TileScale tile = tile_scale(bits, out.scale_mask);
+    storage.inverse[threadIdx.x] = tile.inverse;
+    const int column = place.first_column + threadIdx.x;
+    if (column < out.num_columns) out.scale_t[place.first_row / kTile * out.scale_t_stride + column] = tile.scale;
+  }
+  __syncthreads();
+}
+
+// Bytes of the rows that hold data: zero times the inverse of a poisoned scale would be NaN.
+__device__ __forceinline__ uint32_t row_mask(int rows_left) {
+  return rows_left >= 4 ? ~0u : rows_left <= 0 ? 0u : (1u << (8 * rows_left)) - 1;
+}
+
+// Calls may follow each other with the same storage: two barriers lie between the last read and the next write of a
+// part.
+template <typename Element>
+__device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const TilePlace& place,
+                                                   const TileOctets<Element>& octets, TileStorage<Element>& storage) {
+  reduce_columns(out, place, octets, storage);
+  const uint32_t mask = row_mask(place.rows_to_read());
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int column = column_in_tile() + i;
+    const float inverse = storage.inverse[column];
+    transposed_word(storage.tile, column) = mask & pack_e4m3(octets[0].get(i) * inverse, octets[1].get(i) * inverse,
+                                                             octets[2].get(i) * inverse, octets[3].get(i) * inverse);
+  }
+  __syncthreads();
+  const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
+  uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
+  for_transposed_chunks(storage.tile, [&](int column, int chunk, const uint4& words) {
+    if (place.first_column + column < out.num_columns) {
+      reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = words;
+    }
+  });
+}
+
+}  // namespace dsv3rt

@@ -1,0 +1,125 @@
+"""quantize_128x128 on the GPU is bitwise its reference, in both orientations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3rt import ops
+from dsv3rt.ops import reference
+from dsv3rt.ops.types import QuantTensor
+from tests.gpu.quant_cases import FP8, Guarded, assert_same_bits, random_rows
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    (1, 1),
+    (1, 16),
+    (16, 16),
+    (8, 136),
+    (77, 130),
+    (128, 128),
+    (130, 77),
+    (129, 144),
+    (144, 129),
+    (576, 7168),
+    (2112, 512),
+    (3, 130, 200),
+    (5, 64, 272),
+    (2, 33, 7),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pow2_scales", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_128x128_matches_reference(shape: tuple[int, ...], pow2_scales: bool, dtype: torch.dtype) -> None:
+    w = random_rows(shape, dtype, seed=sum(shape))
+    expected, expected_t = reference.quant.quantize_128x128(w, pow2_scales, True)
+    assert_same_bits(ops.quantize_128x128(w, pow2_scales=pow2_scales), expected)
+    got, got_t = ops.quantize_128x128(w, pow2_scales=pow2_scales, with_transpose=True)
+    assert_same_bits(got, expected)
+    assert_same_bits(got_t, expected_t)
+
+
+def test_quantize_128x128_matches_reference_on_many_random_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(200):
+        step = [1, 4, 8, 16][seed % 4]  # which of these divides decides whether rows start on 16 bytes
+        shape = tuple(step * int(torch.randint(1, 400 // step, (), generator=generator)) for _ in range(2))
+        w = random_rows(shape, [torch.bfloat16, torch.float32][seed // 4 % 2], seed)
+        expected, expected_t = reference.quant.quantize_128x128(w, seed % 3 == 0, True)
+        got, got_t = ops.quantize_128x128(w, pow2_scales=seed % 3 == 0, with_transpose=True)
+        assert_same_bits(got, expected)
+        assert_same_bits(got_t, expected_t)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(130, 144), (144, 144), (144, 130), (1, 8), (129, 257)])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_quantize_128x128_takes_views_and_writes_every_element_and_no_other(
+    rows: int, columns: int, offset: int
+) -> None:
+    w = random_rows((2, 200, 512), torch.bfloat16, seed=3)[:, 8 : 8 + rows, offset : offset + columns]
+    extension = pytest.importorskip("dsv3rt._C")
+    f, d = -(-rows // 128), -(-columns // 128)
+    expected, expected_t = reference.quant.quantize_128x128(w, False, True)
+    for with_transpose in (False, True):
+        room = Guarded()
+        data, scale = room.codes(2, rows, columns), room.floats(2, f, d)
+        data_t, scale_t = room.codes(2, columns, rows), room.floats(2, d, f)
+        transposed = {"data_t": data_t, "scale_t": scale_t} if with_transpose else {}
+        extension.quantize_128x128(w, data, scale, **transposed)
+        assert_same_bits(QuantTensor(data.view(FP8), scale, (128, 128)), expected)
+        if with_transpose:
+            assert_same_bits(QuantTensor(data_t.view(FP8), scale_t, (128, 128)), expected_t)
+        room.assert_intact()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-38, 3e38])
+def test_quantize_128x128_poisons_only_the_block_of_a_special_value(value: float) -> None:
+    w = random_rows((2, 300, 272), torch.float32, seed=1)
+    w[1, 150, 270] = value
+    expected = reference.quant.quantize_128x128(w, False, True)
+    for got, want in zip(ops.quantize_128x128(w, with_transpose=True), expected, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_quantize_128x128_handles_empty() -> None:
+    for shape in [(0, 128), (128, 0), (0, 5, 5), (2, 0, 128)]:
+        q, q_t = ops.quantize_128x128(torch.empty(shape, device="cuda"), with_transpose=True)
+        assert q.shape == shape
+        assert q_t.shape == (*shape[:-2], shape[-1], shape[-2])
+
+
+def test_quantize_128x128_replays_in_a_graph() -> None:
+    w = random_rows((256, 1024), torch.bfloat16, seed=3)
+    ops.quantize_128x128(w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.quantize_128x128(w, with_transpose=True)
+    w.copy_(random_rows((256, 1024), torch.bfloat16, seed=4))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, reference.quant.quantize_128x128(w, False, True), strict=True):
+        assert_same_bits(got, want)
+
+
+def test_quantize_128x128_rejects_rows_that_are_not_contiguous() -> None:
+    with pytest.raises(ValueError, match=r"^quantize_128x128: w_FD must have contiguous rows on CUDA, got stride"):
+        ops.quantize_128x128(torch.randn((16, 32), device="cuda").t())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda w: (w.cpu(), w, w), "w must be a CUDA array"),
+        (lambda w: (w.half(), w, w), "w must be bfloat16 or float32|w must be float32 or bfloat16"),
+        (lambda w: (w[0], w, w), r"w must have shape \(any, any, any\), got \(64, 256\)"),
+        (lambda w: (w, w.to(torch.uint8)[:, :3], w), r"data must have shape \(1, 64, 256\), got \(1, 3, 256\)"),
+        (lambda w: (w, w.to(torch.uint8), w), r"scale must have shape \(1, 1, 2\), got \(1, 64, 256\)"),
+    ],
+)
+def test_extension_rejects_bad_arrays(arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    extension = pytest.importorskip("dsv3rt._C")
+    with pytest.raises((ValueError, TypeError), match="quantize_128x128: " + message):
+        extension.quantize_128x128(*arguments(torch.randn((1, 64, 256), device="cuda")))
