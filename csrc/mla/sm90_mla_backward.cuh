@@ -4,9 +4,10 @@
 // by vector reductions, in the order of accumulators, so that registers go out as they are.
 #pragma once
 
-#include "hopper/exp2.cuh"
+#include "hopper/arithmetic.cuh"
 #include "hopper/fragment.cuh"
 #include "hopper/memory.cuh"
+#include "hopper/shared.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_bf16.cuh"

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "hopper/exp2.cuh"
+#include "hopper/arithmetic.cuh"
 
 namespace dsv3rt {
 
