@@ -28,7 +28,7 @@ constexpr bool is_compiled(TileShape tile, Share share, ScaleB scale_b, GemmOutp
   if (share == Share::kB && grouping == Grouping::kRows) return false;
   if (tile.m * tile.n <= 128 * 128) return true;
   if (scale_b == ScaleB::kRow) return tile.m == 192 && output == GemmOutput::kFloat32Add;
-  return output == GemmOutput::kBFloat16 && share != Share::kNone;
+  return output == GemmOutput::kBFloat16;
 }
 
 struct GemmProblem {
