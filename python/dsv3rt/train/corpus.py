@@ -8,16 +8,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv3rt.config import DataConfig
 from dsv3rt.train import shards
-from dsv3rt.train.data import TokenStream
 from dsv3rt.train.fim import Encoder, document_key
 from dsv3rt.train.shards import ShardFolder
 from dsv3rt.train.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsv3rt.train.data import TokenStream  # needs torch, tokenising does not
 
 STDLIB = "python-stdlib"
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -81,7 +81,7 @@ class FileTokenizer:
 
     def encode(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
         texts = [document.decode("utf-8", errors="replace") for document in documents]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
