@@ -143,7 +143,13 @@ def _convert(options: argparse.Namespace) -> int:
     if not 0 < options.max_shard_gb < float("inf"):
         raise ValueError(f"--max-shard-gb: must be a positive number, got {options.max_shard_gb:g}")
     max_shard_bytes = max(int(options.max_shard_gb * 1e9), 1)
-    hf.convert(options.source, options.target, fmt=options.format, max_shard_bytes=max_shard_bytes)
+    hf.convert(
+        options.source,
+        options.target,
+        fmt=options.format,
+        max_shard_bytes=max_shard_bytes,
+        pow2_scales=options.pow2_scales,
+    )
     print(f"{options.target}: written as {options.format}")
     return 0
 
@@ -203,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST", help="folder to make")
     convert.add_argument("--format", required=True, choices=("bf16", "fp8"), help="of the linear layers of the blocks")
     convert.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    convert.add_argument("--pow2-scales", action="store_true", help="with fp8: every scale a power of two (ue8m0)")
     _add_tokenize(commands)
     _add_plan(commands)
     commands.add_parser("doctor", help="say what this installation can do, and what it lacks")
