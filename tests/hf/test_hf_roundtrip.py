@@ -97,6 +97,27 @@ def test_fp8_export_is_stable(dtype: torch.dtype, tmp_path: Path) -> None:
     assert len(cases.digests(tmp_path / "a")) > 4
 
 
+def test_weights_stay_fp8(tmp_path: Path) -> None:
+    """Bit for bit what the file holds, ready for the FP8 GEMM; all else as stored."""
+    dsv3rt.hf.save(cases.random_model(seed=5), tmp_path / "a", fmt="fp8", max_shard_bytes=60_000)
+    stored = cases.tensors_of(tmp_path / "a")
+    found = dict(dsv3rt.hf.weights(tmp_path / "a"))
+    assert found.keys() == {key for key in stored if not key.endswith("_scale_inv")}
+    quantised = {key: value for key, value in found.items() if isinstance(value, ops.QuantTensor)}
+    assert len(quantised) > 20
+    for key, value in found.items():
+        if isinstance(value, ops.QuantTensor):
+            assert torch.equal(value.data.view(torch.uint8), stored[key].view(torch.uint8))
+            assert torch.equal(value.scale, stored[f"{key}_scale_inv"])
+        else:
+            assert torch.equal(value, stored[key])
+    w = quantised["model.layers.0.self_attn.kv_b_proj.weight"]
+    x = ops.quantize_1x128(torch.randn(16, w.data.shape[1]))
+    want = ops.dequantize(x, torch.float64) @ ops.dequantize(w, torch.float64).T
+    # FP32 sums of 16 products err by a few units of 2^-24 of the products' sizes, which are like the result's.
+    assert torch.allclose(ops.fp8_gemm_nt(x, w, out_dtype=torch.float32).double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_fp8_is_close_to_bf16(tmp_path: Path) -> None:
     """E4M3 has 3 mantissa bits: no element of a block errs by more than 2^-4 of itself, or half of the block's least
     step, amax / 448 * 2^-10 (and BF16's 2^-9 on top)."""
