@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from dsv3rt.config import DataConfig
+from dsv3rt.config import DataConfig, MixturePhase
 from dsv3rt.train.corpus import find_documents, load_corpus
-from dsv3rt.train.data import Samples
+from dsv3rt.train.data import Samples, SampleSource
+from dsv3rt.train.mixture import Mixture
 from dsv3rt.train.tokenizer import open_tokenizer
 
 VOCAB_SIZE = 16384
@@ -123,8 +124,15 @@ def time_loading(shards: Path, tokenizer: Path, samples: int, seq_len: int) -> N
     stream = load_corpus(config, open_tokenizer(str(tokenizer)), seq_len + 1).train
     drawn = Samples(stream, seq_len, seed=0)
     print(f"\nloading: {len(stream):,} tokens, {len(drawn):,} samples of {seq_len} an epoch, batches of {BATCH}")
+    time_drawing(drawn, samples, seq_len)
+    print("the same as a mixture of three sources")
+    sources = [drawn, Samples(stream, seq_len, seed=1), Samples(stream, seq_len, seed=2)]
+    time_drawing(Mixture(sources, [MixturePhase((0.7, 0.2, 0.1))], seed=0), samples // 10, seq_len)
+
+
+def time_drawing(drawn: SampleSource, samples: int, seq_len: int) -> None:
     marks = sorted({min(samples, mark) for mark in (1000, samples // 100, samples // 10, samples // 2, samples)})
-    position, started = 0, time.perf_counter()
+    position, load, started = 0, os.getloadavg()[0], time.perf_counter()
     for mark in marks:
         while position < mark:
             drawn.batch(position, BATCH)
@@ -132,6 +140,7 @@ def time_loading(shards: Path, tokenizer: Path, samples: int, seq_len: int) -> N
         speed = position * seq_len / (time.perf_counter() - started)
         memory = ", ".join(f"{name} {kilobytes / 1024:.1f} MiB" for name, kilobytes in resident().items())
         print(f"  {position:>10,} samples  {speed / 1e6:6.2f} M tokens/s  {memory}", flush=True)
+    print(f"  load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
 
 
 def resident() -> dict[str, int]:

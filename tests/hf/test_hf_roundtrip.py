@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ def test_load_matches_transformers(seed: int, sharded: bool, tmp_path: Path) -> 
     config = cases.random_config(seed + 100 * sharded)
     reference = cases.hf_model(config)
     cases.randomise(reference, seed)
-    reference.save_pretrained(tmp_path / "a", max_shard_size="100KB" if sharded else "1GB")
+    stored = copy.deepcopy(reference).to(torch.bfloat16) if sharded else reference  # all weights are BF16 numbers
+    stored.save_pretrained(tmp_path / "a", max_shard_size="100KB" if sharded else "1GB")
     assert (tmp_path / "a" / "model.safetensors.index.json").exists() == sharded
     model = dsv3rt.hf.load(tmp_path / "a", dtype=torch.float32)
     assert model.config == config
@@ -33,7 +35,7 @@ def test_load_matches_transformers(seed: int, sharded: bool, tmp_path: Path) -> 
         cases.assert_close(model(tokens).logits_BTV, reference(tokens).logits)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(20))
 def test_transformers_loads_what_save_writes(seed: int, tmp_path: Path) -> None:
     config = cases.random_config(200 + seed)
     model = cases.random_model(config, seed)
@@ -59,11 +61,15 @@ def test_yarn_without_mscale_matches_transformers(tmp_path: Path) -> None:
         cases.assert_close(model(tokens).logits_BTV, reference(tokens).logits)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(20))
 def test_fp8_load_matches_transformers(seed: int, tmp_path: Path) -> None:
-    """transformers gets the weights dequantised here, element by element of the scales."""
+    """transformers gets the weights dequantised here, element by element of the scales.
+
+    Its own dequantisation divides a weight evenly among its scales, so it refuses kv_a_proj_with_mqa of the release, 576
+    rows in blocks of 128, and is no reference for odd shapes.
+    """
     config = cases.random_config(seed)
-    dsv3rt.hf.save(cases.random_model(config, seed), tmp_path / "a", fmt="fp8")
+    dsv3rt.hf.save(cases.random_model(config, seed), tmp_path / "a", fmt="fp8", pow2_scales=seed % 2 == 1)
     stored = cases.tensors_of(tmp_path / "a")
     state = {}
     for key, value in stored.items():
