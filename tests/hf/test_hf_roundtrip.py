@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def test_load_matches_transformers(seed: int, sharded: bool, tmp_path: Path) -> 
     config = cases.random_config(seed + 100 * sharded)
     reference = cases.hf_model(config)
     cases.randomise(reference, seed)
-    stored = copy.deepcopy(reference).to(torch.bfloat16) if sharded else reference  # all weights are BF16 numbers
-    stored.save_pretrained(tmp_path / "a", max_shard_size="100KB" if sharded else "1GB")
+    stored = deepcopy(reference).to(torch.bfloat16) if sharded else reference  # all weights are BF16 numbers
+    stored.save_pretrained(tmp_path / "a", max_shard_size="40KB" if sharded else "1GB")
     assert (tmp_path / "a" / "model.safetensors.index.json").exists() == sharded
     model = dsv3rt.hf.load(tmp_path / "a", dtype=torch.float32)
     assert model.config == config
@@ -65,8 +65,8 @@ def test_yarn_without_mscale_matches_transformers(tmp_path: Path) -> None:
 def test_fp8_load_matches_transformers(seed: int, tmp_path: Path) -> None:
     """transformers gets the weights dequantised here, element by element of the scales.
 
-    Its own dequantisation divides a weight evenly among its scales, so it refuses kv_a_proj_with_mqa of the release, 576
-    rows in blocks of 128, and is no reference for odd shapes.
+    Its own dequantisation divides a weight evenly among its scales, so it refuses kv_a_proj_with_mqa of the
+    release, 576 rows in blocks of 128, and is no reference for odd shapes.
     """
     config = cases.random_config(seed)
     dsv3rt.hf.save(cases.random_model(config, seed), tmp_path / "a", fmt="fp8", pow2_scales=seed % 2 == 1)
