@@ -203,6 +203,12 @@ def test_interrupt_is_no_traceback(
     assert "resumes" in capsys.readouterr().err
 
 
+def test_tokenising_starts_without_torch() -> None:
+    """Each worker is a process of its own, and torch takes longer to import than a small job to do."""
+    code = "import sys, dsv3rt.cli, dsv3rt.train.tokenise; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"), [(["--version"], 0, "dsv3rt "), (["nonsense"], 2, "dsv3rt: error")]
 )
