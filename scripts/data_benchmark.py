@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from dsv3rt.train.tokenizer import open_tokenizer
 VOCAB_SIZE = 16384
 BATCH = 8
 TEXTS_AT_ONCE = 64
+SHARD_MB = 2
 MB = 1e6
 
 
@@ -37,12 +39,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--copies", type=int, default=1, help="of the standard library, each with other words")
+    parser.add_argument("--rounds", type=int, default=3, help="of tokenising")
     options = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"tokenizers {tokenizers.__version__}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         lines, tokenizer = prepare(Path(folder), options.copies)
-        shards = time_tokenising(Path(folder), lines, tokenizer)
+        shards = time_tokenising(Path(folder), lines, tokenizer, options.rounds)
         time_loading(shards, tokenizer, options.samples, options.seq_len)
 
 
@@ -64,29 +67,38 @@ def prepare(folder: Path, copies: int) -> tuple[Path, Path]:
     return lines, folder / "tokenizer.json"
 
 
-def time_tokenising(folder: Path, lines: Path, tokenizer: Path) -> Path:
-    """MB/s of JSON lines to token files on disk, for ours from the shell's start of the command; returns the shards."""
+def time_tokenising(folder: Path, lines: Path, tokenizer: Path, rounds: int) -> Path:
+    """MB/s of JSON lines to token files on disk, for ours from the shell's start of the command; returns the shards.
 
-    def dsv3rt(name: str, workers: int) -> Callable[[], None]:
-        options = ["--tokenizer", tokenizer, "--workers", workers, "--shard-mb", 4]
-        command = [sys.executable, "-m", "dsv3rt", "tokenize", lines, "--output", folder / name, *options]
-        return lambda: subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL) and None
+    The best of several rounds, in each of which all take their turn: other work on the machine only ever costs time.
+    """
 
-    cases = {
+    def dsv3rt(output: Path, workers: int) -> None:
+        options = ["--tokenizer", tokenizer, "--workers", workers, "--shard-mb", SHARD_MB]
+        command = [sys.executable, "-m", "dsv3rt", "tokenize", lines, "--output", output, *options]
+        shutil.rmtree(output, ignore_errors=True)
+        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+
+    cases: dict[str, Callable[[], None]] = {
         "plain loop, encode": lambda: plain(lines, tokenizer, folder / "a.bin", "encode"),
         "plain loop, encode_batch": lambda: plain(lines, tokenizer, folder / "b.bin", "encode_batch"),
         "plain loop, encode_batch_fast": lambda: plain(lines, tokenizer, folder / "c.bin", "encode_batch_fast"),
-        "dsv3rt tokenize --workers 1": dsv3rt("one", 1),
-        "dsv3rt tokenize --workers 2": dsv3rt("two", 2),
+        "dsv3rt tokenize --workers 1": lambda: dsv3rt(folder / "one", 1),
+        "dsv3rt tokenize --workers 2": lambda: dsv3rt(folder / "two", 2),
     }
     size = lines.stat().st_size / MB
     print(f"\ntokenising {size:.0f} MB of JSON lines, BPE of {VOCAB_SIZE} tokens; plain batches of {TEXTS_AT_ONCE}")
-    for name, case in cases.items():
-        load = os.getloadavg()[0]
-        started = time.perf_counter()
-        case()
-        seconds = time.perf_counter() - started
-        print(f"  {name:32} {size / seconds:6.2f} MB/s  ({seconds:.1f} s, load average before {load:.1f})", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    load = os.getloadavg()[0]
+    for _ in range(rounds):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - started)
+    for name, times in seconds.items():
+        each = ", ".join(f"{size / one:.2f}" for one in times)
+        print(f"  {name:32} {size / min(times):6.2f} MB/s  (rounds: {each})")
+    print(f"  load average {load:.1f} before, {os.getloadavg()[0]:.1f} after", flush=True)
     for output in ("one", "two"):
         shards = np.concatenate([np.fromfile(path, dtype="<u2") for path in sorted((folder / output).glob("*.bin"))])
         for loop in ("a.bin", "b.bin", "c.bin"):
