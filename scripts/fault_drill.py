@@ -2,8 +2,10 @@
 
     python scripts/fault_drill.py --kills 50
 
-Half of the kills (-9) come at random moments of the training, half while a checkpoint is being written. The losses must
-be the same bit for bit, and no damaged checkpoint may be met. A trainer is forked from this process, to start quickly.
+Half of the kills (-9) come at random moments of the training, half while a checkpoint is being written. After every
+third, where an older checkpoint is there, a bit of the newest is flipped or one of its files is cut. The losses must be
+the same bit for bit; the damaged checkpoints met must be just those. A trainer is forked from this process, to start
+quickly.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 import torch.utils.tensorboard  # here, so that no trainer has to
 
-from dsv3rt.train import config_file
+from dsv3rt.train import checkpoint, config_file
 from dsv3rt.train.run_dir import RunDir
 from dsv3rt.train.trainer import Trainer
 
@@ -102,6 +104,29 @@ def live_and_die(settings: dict[str, Any], log: Path, rng: random.Random, in_sav
     return "while saving" if is_saving(run) else "while training"
 
 
+def flip_or_cut(path: Path, rng: random.Random) -> str:
+    """Flip one bit, or cut the file off, anywhere; returns what was done."""
+    content = bytearray(path.read_bytes())
+    position = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        path.write_bytes(content[:position])
+        return f"{path.name} cut off at {position}"
+    bit = rng.randrange(8)
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+    return f"{path.name} bit {bit} of byte {position}"
+
+
+def damage(run: RunDir, rng: random.Random) -> bool:
+    """Harm the newest checkpoint, unless it is the only one; returns whether it did."""
+    checkpoint.clean(run.checkpoints)
+    found = checkpoint.complete(run.checkpoints)
+    if len(found) < 2:
+        return False
+    flip_or_cut(rng.choice(sorted(found[-1].iterdir())), rng)
+    return True
+
+
 def losses(settings: dict[str, Any]) -> list[tuple[int, float | None]]:
     lines = RunDir(Path(settings["train"]["run_dir"])).metrics.read_text().splitlines()
     return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
@@ -122,19 +147,27 @@ def drill(kills: int, seed: int, folder: Path) -> str:
     rng = random.Random(seed)
     log = folder / "killed.log"
     met: Counter[str] = Counter()
+    damaged = 0
     for number in range(kills):
         met[live_and_die(killed, log, rng, in_save=number % 2 == 1)] += 1
+        if number % 3 == 2:
+            damaged += damage(RunDir(Path(killed["train"]["run_dir"])), rng)
     finish(killed, log)
     text = log.read_text()
     if losses(killed) != losses(whole) or len(losses(whole)) != steps + 1:
         raise SystemExit(f"fault_drill: FAILED (seed {seed}): the losses are not those of the undisturbed run")
-    if "damaged" in text:
-        raise SystemExit(f"fault_drill: FAILED (seed {seed}): a damaged checkpoint was met")
+    if (told := text.count("damaged checkpoint: ")) != damaged:
+        raise SystemExit(f"fault_drill: FAILED (seed {seed}): {damaged} checkpoints were damaged, {told} were noticed")
+    if kills >= 6 and damaged == 0:
+        raise SystemExit(f"fault_drill: FAILED (seed {seed}): there never was an older checkpoint to fall back to")
     resumed = text.count("resuming from")
     if resumed == 0:
         raise SystemExit(f"fault_drill: FAILED (seed {seed}): no life was long enough to leave a checkpoint")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(met.items()))
-    return f"{kills} kills ({kinds}), {resumed} resumed, {steps} steps: all losses bitwise equal (seed {seed})"
+    return (
+        f"{kills} kills ({kinds}), {damaged} checkpoints damaged and noticed, {resumed} resumed, {steps} steps: "
+        f"all losses bitwise equal (seed {seed})"
+    )
 
 
 def main() -> None:

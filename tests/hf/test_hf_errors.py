@@ -75,6 +75,9 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
      "quantization_config.weight_block_size must be [128, 128], got [1, 128]"),
     ("fp8 format", config(quantization_config={"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}),
      "quantization_config.fmt must be 'e4m3', got 'e5m2'"),
+    ("scale format", config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128],
+                                                 "scale_fmt": "e4m3"}),
+     "quantization_config.scale_fmt must be 'ue8m0', got 'e4m3'"),
     ("no files", lambda folder: (folder / INDEX).unlink(), f"holds neither {INDEX} nor model.safetensors"),
     ("bad index", lambda folder: (folder / INDEX).write_text('{"weight_map": 3}'), "must map keys to files, got '3'"),
     ("missing shard", lambda folder: (folder / FIRST).unlink(), f"{FIRST}: missing, though {INDEX} names it"),
@@ -93,7 +96,7 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ("scale shape", tensors(**{f"{KEY}_scale_inv": torch.ones(1, 1)}),
      f"model.safetensors: {KEY}_scale_inv must have shape (2, 1), got (1, 1)"),
     ("scale dtype", tensors(**{f"{KEY}_scale_inv": torch.ones(2, 1, dtype=torch.bfloat16)}),
-     f"{KEY}_scale_inv must have dtype F32, got BF16"),
+     f"{KEY}_scale_inv must have dtype F32 or F8_E8M0, got BF16"),
     ("dtype", tensors(**{NORM: torch.ones(136, dtype=torch.int32)}),
      f"{NORM} must have dtype BF16 or F16 or F32, got I32"),
     ("weight dtype", tensors(**{KEY: torch.zeros(136, 20, dtype=torch.int8)}),
@@ -128,6 +131,14 @@ def test_differing_duplicate(copy: str, shared: str, folder: Path) -> None:
     stored[7, 3] += 1
     cases.edit_tensors(folder, **{key: stored})
     with pytest.raises(ValueError, match=f"model.safetensors: {key} must equal {shared}, got other values"):
+        dsv3rt.hf.load(folder)
+
+
+def test_scales_against_their_format(folder: Path) -> None:
+    """Found when the scales are read: a header does not tell."""
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    cases.edit_json(folder / "config.json", quantization_config={**raw, "scale_fmt": "ue8m0"})
+    with pytest.raises(ValueError, match=r"weight_scale_inv must hold powers of two \(scale_fmt 'ue8m0'\), got other"):
         dsv3rt.hf.load(folder)
 
 

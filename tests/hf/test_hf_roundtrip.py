@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def test_load_matches_transformers(seed: int, sharded: bool, tmp_path: Path) -> 
     config = cases.random_config(seed + 100 * sharded)
     reference = cases.hf_model(config)
     cases.randomise(reference, seed)
-    reference.save_pretrained(tmp_path / "a", max_shard_size="100KB" if sharded else "1GB")
+    stored = deepcopy(reference).to(torch.bfloat16) if sharded else reference  # all weights are BF16 numbers
+    stored.save_pretrained(tmp_path / "a", max_shard_size="40KB" if sharded else "1GB")
     assert (tmp_path / "a" / "model.safetensors.index.json").exists() == sharded
     model = dsv3rt.hf.load(tmp_path / "a", dtype=torch.float32)
     assert model.config == config
@@ -33,7 +35,7 @@ def test_load_matches_transformers(seed: int, sharded: bool, tmp_path: Path) -> 
         cases.assert_close(model(tokens).logits_BTV, reference(tokens).logits)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(20))
 def test_transformers_loads_what_save_writes(seed: int, tmp_path: Path) -> None:
     config = cases.random_config(200 + seed)
     model = cases.random_model(config, seed)
@@ -59,11 +61,15 @@ def test_yarn_without_mscale_matches_transformers(tmp_path: Path) -> None:
         cases.assert_close(model(tokens).logits_BTV, reference(tokens).logits)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(20))
 def test_fp8_load_matches_transformers(seed: int, tmp_path: Path) -> None:
-    """transformers gets the weights dequantised here, element by element of the scales."""
+    """transformers gets the weights dequantised here, element by element of the scales.
+
+    Its own dequantisation divides a weight evenly among its scales, so it refuses kv_a_proj_with_mqa of the
+    release, 576 rows in blocks of 128, and is no reference for odd shapes.
+    """
     config = cases.random_config(seed)
-    dsv3rt.hf.save(cases.random_model(config, seed), tmp_path / "a", fmt="fp8")
+    dsv3rt.hf.save(cases.random_model(config, seed), tmp_path / "a", fmt="fp8", pow2_scales=seed % 2 == 1)
     stored = cases.tensors_of(tmp_path / "a")
     state = {}
     for key, value in stored.items():
@@ -95,6 +101,27 @@ def test_fp8_export_is_stable(dtype: torch.dtype, tmp_path: Path) -> None:
     dsv3rt.hf.save(dsv3rt.hf.load(tmp_path / "a", dtype=dtype), tmp_path / "b", fmt="fp8", max_shard_bytes=60_000)
     assert cases.digests(tmp_path / "a") == cases.digests(tmp_path / "b")
     assert len(cases.digests(tmp_path / "a")) > 4
+
+
+def test_weights_stay_fp8(tmp_path: Path) -> None:
+    """Bit for bit what the file holds, ready for the FP8 GEMM; all else as stored."""
+    dsv3rt.hf.save(cases.random_model(seed=5), tmp_path / "a", fmt="fp8", max_shard_bytes=60_000)
+    stored = cases.tensors_of(tmp_path / "a")
+    found = dict(dsv3rt.hf.weights(tmp_path / "a"))
+    assert found.keys() == {key for key in stored if not key.endswith("_scale_inv")}
+    quantised = {key: value for key, value in found.items() if isinstance(value, ops.QuantTensor)}
+    assert len(quantised) > 20
+    for key, value in found.items():
+        if isinstance(value, ops.QuantTensor):
+            assert torch.equal(value.data.view(torch.uint8), stored[key].view(torch.uint8))
+            assert torch.equal(value.scale, stored[f"{key}_scale_inv"])
+        else:
+            assert torch.equal(value, stored[key])
+    w = quantised["model.layers.0.self_attn.kv_b_proj.weight"]
+    x = ops.quantize_1x128(torch.randn(16, w.data.shape[1]))
+    want = ops.dequantize(x, torch.float64) @ ops.dequantize(w, torch.float64).T
+    # FP32 sums of 16 products err by a few units of 2^-24 of the products' sizes, which are like the result's.
+    assert torch.allclose(ops.fp8_gemm_nt(x, w, out_dtype=torch.float32).double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_fp8_is_close_to_bf16(tmp_path: Path) -> None:

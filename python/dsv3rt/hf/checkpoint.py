@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv3rt.config import ModelConfig
-from dsv3rt.hf.config_json import from_json
+from dsv3rt.hf.codec import are_pow2
+from dsv3rt.hf.config_json import from_json, has_pow2_scales
 from dsv3rt.hf.layout import TensorSpec, mtp_prefixes, tensor_specs
 
 CONFIG = "config.json"
@@ -21,6 +23,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FP8 = "F8_E4M3"
 WIDE = ("BF16", "F16", "F32")
+SCALES = ("F32", "F8_E8M0")
+_MAPPED_BYTES = 1 << 28  # read from one mapping before it is made anew: pages that were read stay resident until then
+_ITEM_BYTES = (("F32", 4), ("BF16", 2), ("F16", 2))  # one byte for all others
 _DERIVED = "rotary_emb.inv_freq"  # some exports hold it; it follows from config.json
 
 
@@ -32,11 +37,17 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * dict(_ITEM_BYTES).get(self.dtype, 1)
+
 
 class Checkpoint:
     """An open checkpoint: `raw` is its config.json, `config` the ModelConfig, `specs` the tensors that are there.
 
-    The headers of all files are read and checked at once, the tensors when asked for. One file is mapped at a time.
+    The headers of all files are read and checked at once, the tensors when asked for. One file is mapped at a time, and
+    no more than 256 MiB of it, or one larger tensor, is resident but for the tensors that the caller holds.
+    pow2_scales: config.json says that all scales are powers of two ("ue8m0").
 
     Raises:
         ValueError: what is missing, unexpected, of another shape or type, unsupported, or cut short.
@@ -49,7 +60,9 @@ class Checkpoint:
         self.raw = _read_json(self.path / CONFIG)
         self._open_file = ""
         self._handle: Any = None
+        self._bytes_read = 0
         config = from_json(self.raw, str(self.path / CONFIG))
+        self.pow2_scales = has_pow2_scales(self.raw)
         self.entries = self._read_headers()
         self.config = self._without_absent_mtp(config)
         self.specs = self._checked()
@@ -60,17 +73,26 @@ class Checkpoint:
 
     def tensor(self, key: str) -> Tensor:
         """A tensor as it is stored, mapped from its file."""
-        tensor: Tensor = self._open(self.entries[key].file).get_tensor(key)
+        entry = self.entries[key]
+        if self._bytes_read + entry.num_bytes > _MAPPED_BYTES:
+            self.close()
+        handle = self._open(entry.file)
+        self._bytes_read += entry.num_bytes
+        tensor: Tensor = handle.get_tensor(key)
         return tensor
 
     def scale(self, spec: TensorSpec) -> Tensor | None:
-        """The scales of an FP8 tensor, None of any other."""
+        """The scales of an FP8 tensor in FP32, None of any other."""
         if self.entries[spec.key].dtype != FP8:
             return None
-        return self.tensor(spec.scale_key)
+        scale = self.tensor(spec.scale_key).float()
+        if self.pow2_scales and not are_pow2(scale):
+            file = self.path / self.entries[spec.scale_key].file
+            raise ValueError(f"{file}: {spec.scale_key} must hold powers of two (scale_fmt 'ue8m0'), got other values")
+        return scale
 
     def close(self) -> None:
-        self._open_file, self._handle = "", None
+        self._open_file, self._handle, self._bytes_read = "", None, 0
 
     def _open(self, name: str) -> Any:
         if name != self._open_file:
@@ -144,7 +166,7 @@ class Checkpoint:
             if spec.scale_key not in self.entries:
                 raise ValueError(f"{self.path}: key {spec.scale_key} is missing, though {spec.key} is {FP8}")
             scale_dtype = self.entries[spec.scale_key].dtype
-            self._require(spec.scale_key, "dtype", "F32", scale_dtype, scale_dtype == "F32")
+            self._require(spec.scale_key, "dtype", " or ".join(SCALES), scale_dtype, scale_dtype in SCALES)
             self._require_shape(spec.scale_key, spec.scale_shape)
 
     def _require_shape(self, key: str, shape: tuple[int, ...]) -> None:

@@ -16,9 +16,16 @@ FORMATS = ("bf16", "fp8")
 _PIECE_ELEMENTS = 1 << 18
 
 
-def check_format(op: str, fmt: str) -> None:
+def check_format(op: str, fmt: str, pow2_scales: bool) -> None:
     if fmt not in FORMATS:
         raise ValueError(f"{op}: fmt must be {' or '.join(map(repr, FORMATS))}, got {fmt!r}")
+    if pow2_scales and fmt != "fp8":
+        raise ValueError(f"{op}: pow2_scales must be False with fmt {fmt!r}, which has no scales")
+
+
+def are_pow2(scale: Tensor) -> bool:
+    """Whether every scale is a power of two, as E8M0 holds them."""
+    return bool((torch.frexp(scale).mantissa == 0.5).all())
 
 
 def stored_dtypes(spec: TensorSpec, fmt: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -31,29 +38,45 @@ def stored_dtypes(spec: TensorSpec, fmt: str) -> list[tuple[str, tuple[int, ...]
     return [(spec.key, spec.shape, torch.float32 if spec.role == "bias" else torch.bfloat16)]
 
 
-def encode(spec: TensorSpec, data: Tensor, scale: Tensor | None, fmt: str) -> list[tuple[str, Tensor]]:
+def encode(
+    spec: TensorSpec, data: Tensor, scale: Tensor | None, fmt: str, pow2_scales: bool = False
+) -> list[tuple[str, Tensor]]:
     """The tensors of `stored_dtypes`. FP8 data with its scales stays as it is in an FP8 checkpoint, bit for bit.
 
     Quantisation starts from the BF16 value, so that an FP8 checkpoint of a model is the FP8 conversion of its BF16
     checkpoint, and so that FP8, read back and quantised again, is the same FP8: the largest value of a block is a BF16
-    number, which dequantises to itself.
+    number, which dequantises to itself. `pow2_scales`: scales are powers of two; FP8 whose scales are not is quantised
+    anew.
     """
     dtypes = [dtype for _, _, dtype in stored_dtypes(spec, fmt)]
     if len(dtypes) == 1:
-        if scale is None:
-            return [(spec.key, data.to(dtypes[0]))]
-        result = torch.empty(spec.shape, dtype=dtypes[0])
-        decode_into(result, data, scale)
-        return [(spec.key, result)]
+        return [(spec.key, data.to(dtypes[0]) if scale is None else _decode(data, scale, dtypes[0]))]
     if scale is not None:
-        return [(spec.key, data), (spec.scale_key, scale)]
+        if not pow2_scales or are_pow2(scale):
+            return [(spec.key, data), (spec.scale_key, scale)]
+        data = _decode(data, scale, torch.bfloat16)
     quantized = torch.empty(spec.shape, dtype=dtypes[0])
     scales = torch.empty(spec.scale_shape, dtype=dtypes[1])
     for rows in _pieces(spec.shape):
-        q = ops.quantize_128x128(data[rows].to(device="cpu", dtype=torch.bfloat16))
+        q = _quantize(data[rows].to(device="cpu", dtype=torch.bfloat16), pow2_scales)
         quantized[rows] = q.data
         scales[rows.start // TILE : rows.start // TILE + len(q.scale)] = q.scale
     return [(spec.key, quantized), (spec.scale_key, scales)]
+
+
+def _quantize(w_FD: Tensor, pow2_scales: bool) -> QuantTensor:
+    q = ops.quantize_128x128(w_FD, pow2_scales=pow2_scales)
+    if not pow2_scales:
+        return q
+    # A block's largest value may round to 224, half of what E4M3 holds: half the scale then says the same numbers, and
+    # is what quantising them again gives. Written this way from the start, they keep their bits when they come back.
+    return ops.quantize_128x128(ops.dequantize(q, torch.bfloat16), pow2_scales=True)
+
+
+def _decode(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    result = torch.empty(data.shape, dtype=dtype)
+    decode_into(result, data, scale)
+    return result
 
 
 def decode_into(target: Tensor, data: Tensor, scale: Tensor | None) -> None:

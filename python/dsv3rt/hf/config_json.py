@@ -42,6 +42,7 @@ _OPTIONAL: tuple[tuple[str, str, type, Any], ...] = (
     ("init_std", "initializer_range", float, 0.02),
     ("mtp_depth", "num_nextn_predict_layers", int, 0),
 )
+_POW2_SCALES = "ue8m0"  # the value of quantization_config.scale_fmt in DeepSeek-V3.1's config.json
 _YARN = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # What the model does and no key of ModelConfig says; absent or null means just this.
 _FIXED: tuple[tuple[str, Any], ...] = (
@@ -84,7 +85,12 @@ def from_json(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise ValueError(f"{where}: {error}") from None
 
 
-def to_json(config: ModelConfig, fmt: str) -> dict[str, Any]:
+def has_pow2_scales(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json that `from_json` accepts says that FP8 scales are powers of two."""
+    return (raw.get("quantization_config") or {}).get("scale_fmt") == _POW2_SCALES
+
+
+def to_json(config: ModelConfig, fmt: str, pow2_scales: bool = False) -> dict[str, Any]:
     """config.json for a checkpoint in format "bf16" or "fp8"."""
     raw: dict[str, Any] = dict(_FIXED)
     raw |= {key: getattr(config, name) for name, key, _ in _REQUIRED}
@@ -93,15 +99,16 @@ def to_json(config: ModelConfig, fmt: str) -> dict[str, Any]:
     if config.yarn is not None:
         raw["rope_scaling"] = {"type": "yarn", **{key: getattr(config.yarn, key) for key in _YARN}}
         raw["rope_scaling"]["original_max_position_embeddings"] = config.yarn.original_max_position
-    return with_format(raw, fmt)
+    return with_format(raw, fmt, pow2_scales)
 
 
-def with_format(raw: Mapping[str, Any], fmt: str) -> dict[str, Any]:
-    """The same config.json for a checkpoint in `fmt`; an FP8 one's own quantization_config stays as it is."""
+def with_format(raw: Mapping[str, Any], fmt: str, pow2_scales: bool = False) -> dict[str, Any]:
+    """The same config.json for a checkpoint in `fmt`; an FP8 one's own quantization_config stays, scales aside."""
     result = {key: value for key, value in raw.items() if key not in ("quantization_config", "dtype", "torch_dtype")}
     result["torch_dtype"] = "bfloat16"
     if fmt == "fp8":
-        result["quantization_config"] = raw.get("quantization_config") or dict(QUANTIZATION)
+        quantization = raw.get("quantization_config") or dict(QUANTIZATION)
+        result["quantization_config"] = quantization | ({"scale_fmt": _POW2_SCALES} if pow2_scales else {})
     return dict(sorted(result.items()))
 
 
@@ -124,6 +131,9 @@ def _check_quantization(quantization: Any, where: str) -> None:
         got = quantization.get(key, value if key in ("activation_scheme", "fmt") else None)
         if got != value:
             raise ValueError(f"{where}: quantization_config.{key} must be {value!r}, got {got!r}")
+    scale_fmt = quantization.get("scale_fmt")
+    if scale_fmt not in (None, _POW2_SCALES):
+        raise ValueError(f"{where}: quantization_config.scale_fmt must be {_POW2_SCALES!r}, got {scale_fmt!r}")
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, YarnConfig | None]:

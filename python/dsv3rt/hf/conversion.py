@@ -40,6 +40,7 @@ def convert(
     *,
     fmt: Literal["bf16", "fp8"],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    pow2_scales: bool = False,
     progress: bool | None = None,
 ) -> None:
     """Write the checkpoint `src` as `dst` in another format; what is FP8 already and stays so keeps its bits.
@@ -52,17 +53,19 @@ def convert(
         src, dst: folders; dst must not be there yet.
         fmt: "bf16" or "fp8", as for hf.save.
         max_shard_bytes: tensors of one file; a larger tensor has a file of its own.
+        pow2_scales: as for hf.save; FP8 with other scales is quantised anew, from its BF16 value.
         progress: show a bar; None: where stderr is a terminal.
     Raises:
         ValueError: an argument outside the above, or what hf.load raises; DST.partial of another conversion.
     """
-    check_format("hf.convert", fmt)
+    check_format("hf.convert", fmt, pow2_scales)
     final = Path(dst)
     check_target(final)
     checkpoint = Checkpoint(src)
     shards = plan_shards("hf.convert", checkpoint.specs, fmt, max_shard_bytes)
     partial = final.absolute().with_name(f"{final.name}.partial")
-    done = _begin(partial, _fingerprint(checkpoint, shards, fmt))
+    done = _begin(partial, _fingerprint(checkpoint, shards, fmt, pow2_scales))
+    codec = (fmt, pow2_scales or (checkpoint.pow2_scales and fmt == "fp8"))
     total = sum(shard.num_bytes for shard in shards)
     hidden = None if progress is None else not progress
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"to {fmt}", disable=hidden) as bar:
@@ -70,7 +73,7 @@ def convert(
             if _is_finished(partial / shard.name, done["shards"].get(shard.name)):
                 bar.update(shard.num_bytes)
                 continue
-            write_shard(partial, shard, _tensors(checkpoint, shard, fmt, bar))
+            write_shard(partial, shard, _tensors(checkpoint, shard, codec, bar))
             file = partial / shard.name
             done["shards"][shard.name] = {"bytes": file.stat().st_size, "sha256": checksum(file)}
             write_json(partial / _PROGRESS, done)
@@ -78,7 +81,7 @@ def convert(
     _copy_companions(checkpoint.path, partial)
     write_index(partial, shards)
     raw = checkpoint.raw | {"num_nextn_predict_layers": checkpoint.config.mtp_depth}
-    write_json(partial / CONFIG, with_format(raw, fmt))
+    write_json(partial / CONFIG, with_format(raw, fmt, pow2_scales))
     finish(partial, final)
     (final / _PROGRESS).unlink()  # last: until the folder has its name, the same command must be able to go on
 
@@ -100,11 +103,11 @@ def _begin(partial: Path, fingerprint: str) -> dict[str, Any]:
     raise ValueError(f"{partial}: an unfinished conversion of another source or to another format; remove it")
 
 
-def _fingerprint(checkpoint: Checkpoint, shards: list[Shard], fmt: str) -> str:
+def _fingerprint(checkpoint: Checkpoint, shards: list[Shard], fmt: str, pow2_scales: bool) -> str:
     """Names a conversion: its source's files, and what it makes of them."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     plan = [(shard.name, [(item.key, item.shape) for item in shard.items]) for shard in shards]
-    return hashlib.sha256(json.dumps([fmt, stats, checkpoint.raw, plan]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([fmt, pow2_scales, stats, checkpoint.raw, plan]).encode()).hexdigest()
 
 
 def _is_finished(file: Path, record: dict[str, Any] | None) -> bool:
@@ -113,9 +116,9 @@ def _is_finished(file: Path, record: dict[str, Any] | None) -> bool:
     return checksum(file) == record["sha256"]
 
 
-def _tensors(checkpoint: Checkpoint, shard: Shard, fmt: str, bar: tqdm) -> Iterator[tuple[str, Tensor]]:
+def _tensors(checkpoint: Checkpoint, shard: Shard, codec: tuple[str, bool], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
     for spec in shard.specs:
-        for key, tensor in encode(spec, checkpoint.tensor(spec.key), checkpoint.scale(spec), fmt):
+        for key, tensor in encode(spec, checkpoint.tensor(spec.key), checkpoint.scale(spec), *codec):
             yield key, tensor
             bar.update(tensor.nbytes)
 

@@ -34,6 +34,7 @@ def save(
     *,
     fmt: Literal["bf16", "fp8"] = "bf16",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    pow2_scales: bool = False,
 ) -> None:
     """Write a checkpoint that transformers, vLLM and SGLang read, complete or not at all.
 
@@ -42,10 +43,12 @@ def save(
         path: a folder that is not there yet. An interrupted save leaves `.tmp-NAME` beside it, which the next removes.
         fmt: "bf16", or "fp8": the linear layers of the blocks as E4M3 with one FP32 scale per 128x128 block.
         max_shard_bytes: tensors of one file; a larger tensor has a file of its own.
+        pow2_scales: for fmt "fp8": every scale a power of two, and config.json says so (scale_fmt "ue8m0"), as DeepSeek
+            released V3.1.
     Raises:
-        ValueError: fmt or max_shard_bytes outside the above, or `path` is there already.
+        ValueError: an argument outside the above, or `path` is there already.
     """
-    check_format("hf.save", fmt)
+    check_format("hf.save", fmt, pow2_scales)
     final = Path(path)
     check_target(final)
     shards = plan_shards("hf.save", tensor_specs(model.config), fmt, max_shard_bytes)
@@ -55,12 +58,12 @@ def save(
     temporary.mkdir()
     state = model.state_dict()
     for shard in shards:
-        write_shard(temporary, shard, _tensors(state, shard, fmt))
+        write_shard(temporary, shard, _tensors(state, shard, fmt, pow2_scales))
     write_index(temporary, shards)
-    write_json(temporary / CONFIG, to_json(model.config, fmt))
+    write_json(temporary / CONFIG, to_json(model.config, fmt, pow2_scales))
     finish(temporary, final)
 
 
-def _tensors(state: dict[str, Tensor], shard: Shard, fmt: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(state: dict[str, Tensor], shard: Shard, fmt: str, pow2_scales: bool) -> Iterator[tuple[str, Tensor]]:
     for spec in shard.specs:
-        yield from encode(spec, view_of(state, spec), None, fmt)
+        yield from encode(spec, view_of(state, spec), None, fmt, pow2_scales)

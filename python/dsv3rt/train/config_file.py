@@ -20,7 +20,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from dsv3rt import presets
-from dsv3rt.config import ModelConfig, Segment, TrainConfig
+from dsv3rt.config import MixturePhase, ModelConfig, Segment, TrainConfig
 
 Override = tuple[str, str]  # dotted key, value as text
 _NONE = "none"  # TOML has no null
@@ -109,6 +109,11 @@ def _dataclass_in(hint: Any) -> type | None:
     return None
 
 
+def _item_in(hint: Any) -> type | None:
+    """The dataclass that a field of this type holds a list of, if any."""
+    return Segment if hint == tuple[Segment, ...] else MixturePhase if hint == tuple[MixturePhase, ...] else None
+
+
 def _walk(owner: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, hint in _fields(owner).items():
         yield prefix + name, hint
@@ -130,12 +135,11 @@ def _check_keys(data: Mapping[str, Any], prefix: str = "") -> None:
             raise ValueError(f"{key}: unknown key{_suggestion(key)}")
         if _dataclass_in(known[key]) is not None and isinstance(value, Mapping):
             _check_keys(value, f"{key}.")
-        if known[key] == tuple[Segment, ...] and isinstance(value, list):
-            _check_segment_keys(key, value)
+        if (item := _item_in(known[key])) is not None and isinstance(value, list):
+            _check_item_keys(key, list(_fields(item)), value)
 
 
-def _check_segment_keys(key: str, tables: list[Any]) -> None:
-    names = list(_fields(Segment))
+def _check_item_keys(key: str, names: list[str], tables: list[Any]) -> None:
     for index, table in enumerate(tables):
         for name in table if isinstance(table, Mapping) else ():
             if name not in names:
@@ -154,7 +158,7 @@ def _suggestion(key: str) -> str:
 
 
 def _normalise(owner: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell out the short forms: a number for a schedule, one string for a list of strings, "none" for None."""
+    """Spell out the short forms: a number for a schedule, weights for a mixture, one string for several, "none"."""
     return {name: _normal_value(_fields(owner).get(name), value) for name, value in data.items()}
 
 
@@ -164,11 +168,18 @@ def _normal_value(hint: Any, value: Any) -> Any:
         return _normalise(inner, value)
     if hint == tuple[Segment, ...] and isinstance(value, int | float) and not isinstance(value, bool):
         return [{"value": value}]
+    if hint == tuple[MixturePhase, ...] and _are_numbers(value):
+        return [{"weights": value}]
     if hint == tuple[str, ...] and isinstance(value, str):
         return [value]
     if value == _NONE and type(None) in typing.get_args(hint):
         return None
     return value
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether it is a list of one number or more."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
 
 
 def _with_preset(model: Any) -> Any:
@@ -196,14 +207,15 @@ def _one_line(error: ValidationError) -> str:
     for part in first["loc"]:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if part not in _UNION_BRANCHES else ""
     key = key.lstrip(".")
-    if first["type"] == "value_error":  # our own, from __post_init__: all but Segment know their key
+    if first["type"] == "value_error":  # our own, from __post_init__: all but those in lists know their key
         message = message.removeprefix("Value error, ")
-        return message.replace("segment.", f"{key}.", 1) if message.startswith("segment.") else message
+        owner, dot, rest = message.partition(".")
+        return f"{key}.{rest}" if dot and owner in ("segment", "phase") else message
     message = message.removeprefix("Input should ").removeprefix("be ")
     for pydantic_word, word in (("a valid array", "a list"), ("an object", "a table"), ("a valid int", "an int")):
         message = message.replace(pydantic_word, word)
-    if first["type"] == "tuple_type" and _leaf_types().get(key) == tuple[Segment, ...]:
-        message = "a number or a list of segments"
+    if first["type"] == "tuple_type" and (item := _item_in(_leaf_types().get(key))) is not None:
+        message = "a number or a list of segments" if item is Segment else "a list of weights or of phases"
     return f"{key}: must be {message}, got {_short(first['input'])}"
 
 
@@ -228,5 +240,5 @@ def _plain(value: Any) -> Any:
         first = value[0]
         return first.value if value == (Segment(first.value),) else [_table(segment) for segment in value]
     if isinstance(value, tuple):
-        return list(value)
+        return [_plain(item) for item in value]
     return _table(value) if dataclasses.is_dataclass(value) else value

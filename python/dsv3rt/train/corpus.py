@@ -8,16 +8,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsv3rt.config import DataConfig
 from dsv3rt.train import shards
-from dsv3rt.train.data import TokenStream
-from dsv3rt.train.fim import Encoder, document_key
+from dsv3rt.train.fim import Encoder, document_key, open_encoder
 from dsv3rt.train.shards import ShardFolder
 from dsv3rt.train.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsv3rt.train.data import TokenStream  # needs torch, tokenising does not
 
 STDLIB = "python-stdlib"
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -59,7 +62,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, min_tokens: int) -> Co
         raise ValueError(f"data.paths: must be all text or all token shards, only '{sharded[0]}' holds shards")
     documents = find_documents(config)
     held_out = [is_validation(document.name, config.validation_fraction) for document in documents]
-    tokens = _tokenise(documents, Encoder(tokenizer, config.fim_rate, config.fim_seed))
+    tokens = _tokenise(documents, open_encoder(tokenizer, config))
     train = _join([t for t, held in zip(tokens, held_out, strict=True) if not held], tokenizer)
     validation = _join([t for t, held in zip(tokens, held_out, strict=True) if held], tokenizer)
     what = f"{len(documents)} files, {sum(held_out)} of them for validation"
@@ -88,15 +91,19 @@ def _open_shards(config: DataConfig, tokenizer: Tokenizer, min_tokens: int) -> C
 
 def _check_fits(folder: ShardFolder, config: DataConfig, tokenizer: Tokenizer) -> None:
     """The shards must be what this configuration would make of their text."""
-    made_with, fim = folder.manifest["tokenizer"], folder.manifest["fim"]
+    made_with = folder.manifest["tokenizer"]
     if made_with["identity"] != tokenizer.identity:
         raise ValueError(
             f"data.tokenizer: '{folder.path}' was made with another tokenizer, '{made_with['name']}' "
             f"({made_with['identity'][:19]}), got '{config.tokenizer}' ({tokenizer.identity[:19]})"
         )
-    for name, value in (("rate", config.fim_rate), ("seed", config.fim_seed)):
-        if fim[name] != value and (name == "rate" or config.fim_rate):
-            raise ValueError(f"data.fim_{name} must be {fim[name]}, that of the shards in '{folder.path}', got {value}")
+    for change in ("fim", "newline_split"):
+        made = folder.manifest[change]
+        rate, seed = getattr(config, f"{change}_rate"), getattr(config, f"{change}_seed")
+        for name, value in (("rate", rate), ("seed", seed)):
+            if made[name] != value and (name == "rate" or rate):
+                where = f"that of the shards in '{folder.path}'"
+                raise ValueError(f"data.{change}_{name} must be {made[name]}, {where}, got {value}")
 
 
 def _kept_tokens(total: int, fraction: float, min_tokens: int) -> int:

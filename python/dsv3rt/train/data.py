@@ -5,6 +5,7 @@ Nothing is stored but a position: sample number `position` of a run is found in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsv3rt.train.hashing import mix
+
 _ROUNDS = 6
-_MASK = 2**64 - 1
 
 
 class TokenStream(Protocol):
@@ -23,6 +25,12 @@ class TokenStream(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, where: slice, /) -> NDArray[np.integer]: ...
+
+
+class SampleSource(Protocol):
+    """What a run trains on: any stretch of its samples, found by position."""
+
+    def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -42,21 +50,27 @@ class Permutation:
         while True:
             left, right = index >> half, index & mask
             for round_ in range(_ROUNDS):
-                left, right = right, left ^ (_mix(self.key, round_, right) & mask)
+                left, right = right, left ^ (mix(self.key, round_, right) & mask)
             index = left << half | right
             if index < self.size:
                 return index
 
 
-def _mix(*numbers: int) -> int:
-    """64 well-mixed bits of the numbers (splitmix64, chained)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ number) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
+class JoinedStream:
+    """Streams one after the other as one."""
+
+    def __init__(self, parts: Sequence[TokenStream]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)]).tolist()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, where: slice) -> NDArray[np.integer]:
+        start, stop, step = where.indices(len(self))
+        assert step == 1
+        pairs = zip(self._starts, self._parts, strict=False)
+        return np.concatenate([part[max(start - first, 0) : max(stop - first, 0)] for first, part in pairs])
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,19 @@ class Samples:
     def window_index(self, position: int) -> int:
         """Which window the run's sample number `position` is: every window once an epoch."""
         epoch, index = divmod(position, len(self))
-        return Permutation(len(self), _mix(self.seed, epoch))[index]
+        return Permutation(len(self), mix(self.seed, epoch))[index]
+
+    def window(self, position: int) -> NDArray[np.integer]:
+        """The seq_len + 1 tokens of the run's sample number `position`."""
+        start = self.window_index(position) * self.seq_len
+        return self.tokens[start : start + self.seq_len + 1]
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """tokens_BT and labels_BT (the token after each), int64, of the `count` samples from `position` on."""
-        starts = [self.window_index(position + offset) * self.seq_len for offset in range(count)]
-        windows = np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64)
-        window_BT = torch.from_numpy(windows)
-        return window_BT[:, :-1], window_BT[:, 1:]
+        return as_batch([self.window(position + offset) for offset in range(count)])
+
+
+def as_batch(windows: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
+    """tokens_BT and labels_BT, int64, of windows of the same length."""
+    window_BT = torch.from_numpy(np.stack(windows).astype(np.int64))
+    return window_BT[:, :-1], window_BT[:, 1:]

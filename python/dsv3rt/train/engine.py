@@ -13,7 +13,7 @@ from dsv3rt.config import RunConfig, TrainConfig
 from dsv3rt.model.flops import train_flops_per_token
 from dsv3rt.model.transformer import Transformer
 from dsv3rt.train.checkpoint import RunState
-from dsv3rt.train.data import Samples
+from dsv3rt.train.data import Samples, SampleSource
 from dsv3rt.train.optimizer import AdamW
 from dsv3rt.train.schedule import Schedule, batch_sequences
 
@@ -41,7 +41,7 @@ class StepResult:
 class Engine:
     """The model in training. All that a resumed run needs is `tensors()` and the `RunState` that `step` returns."""
 
-    def __init__(self, config: TrainConfig, samples: Samples) -> None:
+    def __init__(self, config: TrainConfig, samples: SampleSource) -> None:
         run = config.train
         self.config = config
         self.samples = samples

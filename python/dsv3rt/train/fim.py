@@ -1,4 +1,4 @@
-"""Fill in the middle: documents rearranged so that a model learns to write what stands between two texts."""
+"""Documents to tokens: fill in the middle, so that a model learns to write between two texts, and split line breaks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsv3rt.config import DataConfig
+from dsv3rt.train.newlines import NewlineSplit, newline_split
 from dsv3rt.train.tokenizer import Tokenizer
 
 _SHORTEST = 3  # bytes; shorter documents are left as they are
@@ -25,18 +27,22 @@ class Encoder:
     """Documents to tokens, a share `fim_rate` of them as `<begin>prefix<hole>suffix<end>middle` (PSM).
 
     Which documents, and where they are cut, depends on the document's key and the seed alone. Cuts are made in the
-    text, between characters, so that a model learns to begin and end within a token.
+    text, between characters, so that a model learns to begin and end within a token. `newlines` comes after that.
     """
 
     tokenizer: Tokenizer
     fim_rate: float = 0.0
     fim_seed: int = 0
+    newlines: NewlineSplit | None = None
 
     def encode(self, keys: Sequence[int], documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
         """The tokens of each document, without eos."""
         parts = [self._parts(key, document) for key, document in zip(keys, documents, strict=True)]
         encoded = iter(self.tokenizer.encode([part for document in parts for part in document]))
-        return [self._arrange([next(encoded) for _ in document]) for document in parts]
+        arranged = [self._arrange([next(encoded) for _ in document]) for document in parts]
+        if self.newlines is None:
+            return arranged
+        return [self.newlines.apply(key, tokens) for key, tokens in zip(keys, arranged, strict=True)]
 
     def _parts(self, key: int, document: bytes) -> list[bytes]:
         """[document], or [prefix, suffix, middle]."""
@@ -55,6 +61,23 @@ class Encoder:
         assert self.tokenizer.fim is not None, "the tokenizer was opened for FIM"
         marks = [np.array([token], dtype=np.int64) for token in self.tokenizer.fim]
         return np.concatenate([piece for pair in zip(marks, parts, strict=True) for piece in pair])
+
+
+def open_encoder(tokenizer: Tokenizer, config: DataConfig) -> Encoder:
+    """The encoder that the [data] section describes.
+
+    Raises:
+        ValueError: tokens are to be split, and the tokenizer has none that join punctuation and line breaks.
+    """
+    newlines = None
+    if config.newline_split_rate:
+        newlines = newline_split(tokenizer, config.newline_split_rate, config.newline_split_seed)
+        if not newlines.parts:
+            raise ValueError(
+                f"data.newline_split_rate: must be 0 with '{config.tokenizer}', none of its tokens joins punctuation "
+                f"and line breaks, got {config.newline_split_rate}"
+            )
+    return Encoder(tokenizer, config.fim_rate, config.fim_seed, newlines)
 
 
 def _character_start(document: bytes, position: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from dsv3rt.config import TrainConfig
 from dsv3rt.train import checkpoint, config_file, manifest
 from dsv3rt.train.checkpoint import RunState
+from dsv3rt.train.mixture import same_past
 from dsv3rt.train.progress import say
 from dsv3rt.train.run_dir import RunDir
 
@@ -36,9 +37,12 @@ def find(run: RunDir, config: TrainConfig) -> Resume | None:
     if folder is None:
         return None
     state, config_path = checkpoint.read_state(folder)
-    before, now = config_file.flat(config_file.load(config_path)), config_file.flat(config)
+    saved = config_file.load(config_path)
+    before, now = config_file.flat(saved), config_file.flat(config)
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     fixed = [key for key in changed if key.startswith(_FIXED_SECTIONS) or key in _FIXED_KEYS]
+    if saved.data.mixture and same_past(saved.data.mixture, config.data.mixture, state.samples * saved.train.seq_len):
+        fixed = [key for key in fixed if key != "data.mixture"]
     if fixed:
         differences = ", ".join(f"{key} (was {before.get(key)}, now {now.get(key)})" for key in fixed)
         raise ValueError(f"can't resume {folder} with other {differences}; change back or choose another train.run_dir")

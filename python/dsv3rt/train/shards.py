@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress"  # a folder that is there while the shards are being written
-FORMAT = "dsv3rt-shards-1"
+FORMAT = "dsv3rt-shards-2"
 ITEM_BYTES = {"idx": 8, "key": 8}
 _MAPPED_AT_ONCE = 512  # shards; each takes a file descriptor
 

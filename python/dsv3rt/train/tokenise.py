@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dsv3rt.config import DataConfig
 from dsv3rt.train import readers
 from dsv3rt.train.corpus import Document, find_documents
-from dsv3rt.train.fim import Encoder, document_key
+from dsv3rt.train.fim import document_key, open_encoder
 from dsv3rt.train.readers import Chunk
 from dsv3rt.train.run_dir import write_atomically
 from dsv3rt.train.shards import FORMAT, MANIFEST, PROGRESS, ShardFolder
@@ -48,6 +48,8 @@ class Job:
     text_key: str = "text"
     fim_rate: float = 0.0
     fim_seed: int = 0
+    newline_split_rate: float = 0.0
+    newline_split_seed: int = 0
     shard_bytes: int = SHARD_BYTES
 
 
@@ -63,6 +65,7 @@ def tokenise(job: Job, workers: int = 1) -> dict[str, Any]:
         raise ValueError(f"tokenize: --workers and --shard-mb must be positive, got {workers} and {job.shard_bytes}")
     config = _data_config(job)
     tokenizer = open_tokenizer(job.tokenizer, fim=job.fim_rate > 0)
+    open_encoder(tokenizer, config)  # what is wrong with it is said before anything is written
     documents = _find(config)
     shards = readers.divide(documents, job.shard_bytes)
     header = _header(job, tokenizer, documents)
@@ -85,7 +88,13 @@ def tokenise(job: Job, workers: int = 1) -> dict[str, Any]:
 def _data_config(job: Job) -> DataConfig:
     suffixes = (*DataConfig().suffixes, *readers.SUFFIXES)
     return DataConfig(
-        paths=job.inputs, suffixes=suffixes, tokenizer=job.tokenizer, fim_rate=job.fim_rate, fim_seed=job.fim_seed
+        paths=job.inputs,
+        suffixes=suffixes,
+        tokenizer=job.tokenizer,
+        fim_rate=job.fim_rate,
+        fim_seed=job.fim_seed,
+        newline_split_rate=job.newline_split_rate,
+        newline_split_seed=job.newline_split_seed,
     )
 
 
@@ -105,6 +114,7 @@ def _header(job: Job, tokenizer: Tokenizer, documents: Sequence[Document]) -> di
         "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         "text_key": job.text_key,
         "fim": {"rate": job.fim_rate, "seed": job.fim_seed},
+        "newline_split": {"rate": job.newline_split_rate, "seed": job.newline_split_seed},
         "shard_bytes": job.shard_bytes,
         "inputs": [{"name": document.name, "bytes": document.path.stat().st_size} for document in documents],
     }
@@ -188,7 +198,7 @@ def _work(job: Job, task: Task) -> dict[str, Any]:
 
 def _write_shard(job: Job, tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
     index, key, chunks = task
-    encoder = Encoder(tokenizer, job.fim_rate, job.fim_seed)
+    encoder = open_encoder(tokenizer, _data_config(job))
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     parts: list[NDArray[np.integer]] = []
     keys: list[int] = []

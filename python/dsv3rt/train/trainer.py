@@ -14,10 +14,9 @@ from dsv3rt.errors import StoppedBySignalError
 from dsv3rt.model.flops import parameter_counts
 from dsv3rt.train import checkpoint, config_file, guards, resume
 from dsv3rt.train.checkpoint import RunState
-from dsv3rt.train.corpus import load_corpus
-from dsv3rt.train.data import Samples
 from dsv3rt.train.engine import Engine, StepResult
 from dsv3rt.train.metrics import MetricsWriter, Row, memory_bytes, peak_flops, read_rows
+from dsv3rt.train.mixture import open_data
 from dsv3rt.train.plot import save_loss_png
 from dsv3rt.train.progress import Progress, say
 from dsv3rt.train.run_dir import RunDir, write_atomically
@@ -45,9 +44,8 @@ class Trainer:
                 f"'{config.data.tokenizer}', got {config.model.vocab_size}"
             )
         self.prompts = self._encode_prompts()
-        self._corpus = load_corpus(config.data, self.tokenizer, run.seq_len + 1)
-        self._validation = Samples(self._corpus.validation, run.seq_len, seed=0)
-        self.engine = Engine(config, Samples(self._corpus.train, run.seq_len, run.seed))
+        self._data = open_data(config, self.tokenizer)
+        self.engine = Engine(config, self._data.train)
         self._peak_flops = peak_flops(self.engine.device, run.peak_tflops)
 
     def fit(self) -> bool:
@@ -71,7 +69,7 @@ class Trainer:
                 if not self.run.loss_png.exists():  # killed after the last checkpoint
                     self._finish()
                 return False
-            state = RunState(data=self._corpus.fingerprint) if resumed is None else self._restore(resumed)
+            state = RunState(data=self._data.fingerprint) if resumed is None else self._restore(resumed)
             write_atomically(self.run.config, config_file.to_toml(self.config))
             self._describe()
             metrics = MetricsWriter(self.run, None if resumed is None else state.step)
@@ -85,7 +83,7 @@ class Trainer:
             return True
 
     def _restore(self, found: resume.Resume) -> RunState:
-        resume.check_data(found, self._corpus.fingerprint)
+        resume.check_data(found, self._data.fingerprint)
         self._load(found.folder)
         changed = f" (changed since: {', '.join(found.changed)})" if found.changed else ""
         say(f"resuming from {found.folder}{changed}")
@@ -177,10 +175,10 @@ class Trainer:
         say(f"run    {self.run.path}")
         say(f"model  {counts.main:,} parameters{mtp}; {counts.activated:,} active a token")
         say(f"device {self.engine.device}, {dtype}")
-        say(f"data   {self._corpus.description}")
+        say(f"data   {self._data.description}")
 
     def _val_loss(self) -> Row:
-        loss = self.engine.evaluate(self._validation, self.config.train.eval_sequences)
+        loss = self.engine.evaluate(self._data.validation, self.config.train.eval_sequences)
         return {} if loss is None else {"val_loss": loss}
 
     def _first_row(self, state: RunState) -> Row:
