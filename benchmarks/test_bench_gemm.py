@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import GEMMS, K_GROUPED_GEMMS, M_GROUPED_GEMMS, SMALL_GEMMS, WEIGHT_GRADIENTS, Gemm, GroupedGemm
+from benchmarks.shapes import (
+    GEMMS,
+    K_GROUPED_GEMMS,
+    M_GROUPED_GEMMS,
+    MASKED_GEMMS,
+    SMALL_GEMMS,
+    WEIGHT_GRADIENTS,
+    Gemm,
+    GroupedGemm,
+)
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 from dsv3rt.ops.types import GroupLayout, QuantTensor, empty_row_scales
@@ -81,6 +90,26 @@ def test_bench_m_grouped_fp8_gemm_nt(versus: Versus, shape: GroupedGemm) -> None
     versus(
         Case("m_grouped_fp8_gemm_nt", str(shape), "tflops", work), lambda: ops.m_grouped_fp8_gemm_nt(x, w, layout), peer
     )
+
+
+@pytest.mark.parametrize("shape", MASKED_GEMMS, ids=str)
+def test_bench_masked_fp8_gemm_nt(versus: Versus, shape: GroupedGemm) -> None:
+    """Decoding: each expert has room for 256 rows and fills some. The peer gets the rows packed without gaps."""
+    capacity, generator = 256, torch.Generator().manual_seed(0)
+    counts = torch.randint(shape.rows - 32, shape.rows + 33, (shape.groups,), dtype=torch.int32, generator=generator)
+    layout = GroupLayout.of_capacity(counts.cuda(), capacity)
+    x, w = row_scaled(shape.groups * capacity, shape.k), block_scaled(shape.groups, shape.n, shape.k)
+    packed = random_fp8(int(counts.sum()), shape.k)
+    ends = counts.cumsum(0).int().cuda()
+    scale_x, scale_w = torch.rand(len(packed), device="cuda"), torch.rand((shape.groups, shape.n), device="cuda")
+    peer = Peer(
+        "scaled_grouped_mm",
+        lambda: torch._scaled_grouped_mm(
+            packed, w.data.transpose(1, 2), scale_x, scale_w, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+    )
+    case = Case("m_grouped_fp8_gemm_nt, masked", str(shape), "tflops", 2.0 * len(packed) * shape.n * shape.k)
+    versus(case, lambda: ops.m_grouped_fp8_gemm_nt(x, w, layout), peer)
 
 
 @pytest.mark.parametrize("shape", K_GROUPED_GEMMS, ids=str)

@@ -71,16 +71,14 @@ void take_row_scaled_b(const char* op, GemmParams& params, const TensorView& b, 
   params.stride_scale_b = scale_b.strides[1];
 }
 
-void take_layout(const char* op, GemmParams& params, const TensorView& counts, const TensorView* offsets,
+void take_layout(const char* op, GemmParams& params, const TensorView& counts, const TensorView& offsets,
                  int64_t groups) {
   ArgCheck(op, "counts", counts).dtype({DataType::kInt32}).shape({groups}).strides({1});
   if (groups > 512) ArgCheck(op, "counts", counts).fail("must have at most 512 groups", std::to_string(groups));
   params.counts = static_cast<const int32_t*>(counts.data);
   params.num_groups = static_cast<int>(groups);
-  if (offsets != nullptr) {
-    ArgCheck(op, "offsets", *offsets).dtype({DataType::kInt32}).shape({groups + 1}).strides({1});
-    params.offsets = static_cast<const int32_t*>(offsets->data);
-  }
+  ArgCheck(op, "offsets", offsets).dtype({DataType::kInt32}).shape({groups + 1}).strides({1});
+  params.offsets = static_cast<const int32_t*>(offsets.data);
 }
 
 void launch(const char* op, GemmParams& params, int num_sms, const std::optional<Tile>& tile, const TensorView& a,
@@ -116,8 +114,8 @@ void bound_fp8_gemm_nt(const TensorView& a, const TensorView& scale_a, const Ten
 }
 
 void bound_m_grouped(const TensorView& a, const TensorView& scale_a, const TensorView& b, const TensorView& scale_b,
-                     const TensorView& d, const TensorView& counts, const std::optional<TensorView>& offsets,
-                     int64_t capacity, int num_sms, const std::optional<Tile>& tile, py::handle stream) {
+                     const TensorView& d, const TensorView& counts, const TensorView& offsets, int num_sms,
+                      const std::optional<Tile>& tile, py::handle stream) {
   constexpr char kOp[] = "m_grouped_fp8_gemm_nt";
   GemmParams params = params_for(kOp, a, scale_a, d);
   ArgCheck(kOp, "b", b).dtype(kFp8).shape({kAny, kAny, params.k}).aligned(16);
@@ -129,11 +127,7 @@ void bound_m_grouped(const TensorView& a, const TensorView& scale_a, const Tenso
       .shape({groups, n_blocks, k_blocks})
       .strides({n_blocks * k_blocks, k_blocks, 1});
   ArgCheck(kOp, "d", d).shape({params.m, n}).strides({kAny, 1}).stride_multiple_of(0, 8).aligned(16);
-  take_layout(kOp, params, counts, offsets ? &*offsets : nullptr, groups);
-  if (!offsets && capacity * groups != params.m) {
-    throw py::value_error("m_grouped_fp8_gemm_nt: capacity must be rows / groups when offsets is None, got " +
-                          std::to_string(capacity));
-  }
+  take_layout(kOp, params, counts, offsets, groups);
   params.output = output_of(kOp, d, false);
   params.scale_b_kind = ScaleB::kBlock128;
   params.b = static_cast<const uint8_t*>(b.data);
@@ -141,7 +135,6 @@ void bound_m_grouped(const TensorView& a, const TensorView& scale_a, const Tenso
   params.n = static_cast<int>(n);
   params.stride_b = params.k;
   params.stride_d = d.strides[0];
-  params.capacity = capacity;
   params.grouping = Grouping::kRows;
   launch(kOp, params, num_sms, tile, a, stream);
 }
@@ -154,7 +147,7 @@ void bound_k_grouped(const TensorView& a, const TensorView& scale_a, const Tenso
   take_row_scaled_b(kOp, params, b, scale_b);
   const int64_t n = b.shape[0];
   ArgCheck(kOp, "d", d).shape({kAny, params.m, n}).strides({params.m * n, n, 1}).stride_multiple_of(1, 4).aligned(16);
-  take_layout(kOp, params, counts, &offsets, d.shape[0]);
+  take_layout(kOp, params, counts, offsets, d.shape[0]);
   params.output = output_of(kOp, d, true);
   params.b = static_cast<const uint8_t*>(b.data);
   params.scale_b = static_cast<const float*>(scale_b.data);
@@ -173,9 +166,8 @@ void bind_gemm(py::module_& module) {
              py::arg("tile") = py::none(), py::arg("stream") = py::none(),
              "d (+)= a b^T on block-scaled FP8 operands, on a stream; tile overrides the heuristics.");
   module.def("m_grouped_fp8_gemm_nt", &bound_m_grouped, py::arg("a"), py::arg("scale_a"), py::arg("b"),
-             py::arg("scale_b"), py::arg("d"), py::arg("counts"), py::kw_only(), py::arg("offsets") = py::none(),
-             py::arg("capacity") = 0, py::arg("num_sms") = 0, py::arg("tile") = py::none(),
-             py::arg("stream") = py::none(), "Rows of group g times b[g]^T; counts and offsets stay on the device.");
+             py::arg("scale_b"), py::arg("d"), py::arg("counts"), py::arg("offsets"), py::kw_only(),
+             py::arg("num_sms") = 0, py::arg("tile") = py::none(), py::arg("stream") = py::none(), "Rows of group g times b[g]^T; counts and offsets stay on the device.");
   module.def("k_grouped_fp8_gemm_nt", &bound_k_grouped, py::arg("a"), py::arg("scale_a"), py::arg("b"),
              py::arg("scale_b"), py::arg("d"), py::arg("counts"), py::arg("offsets"), py::kw_only(),
              py::arg("num_sms") = 0, py::arg("tile") = py::none(), py::arg("stream") = py::none(),

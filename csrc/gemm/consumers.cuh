@@ -13,20 +13,37 @@
 
 namespace dsv3rt {
 
+// Scales of the one or two 128x128 blocks of B that a tile touches, and what they make of a thread's two row scales.
+template <typename C>
+struct BlockScales {
+  float values[C::kBlockScales];
+};
+
+template <typename C>
+struct BlockFactors {
+  float2 values[C::kBlockScales];
+
+  __device__ __forceinline__ BlockFactors(const BlockScales<C>& scale_b, float2 scale_a) {
+#pragma unroll
+    for (int i = 0; i < C::kBlockScales; ++i) {
+      values[i] = make_float2(scale_a.x * scale_b.values[i], scale_a.y * scale_b.values[i]);
+    }
+  }
+};
+
 // Shared addresses of one consumer, kept in registers. Offsets of a stage are added where they are needed.
 template <typename C>
 struct ConsumerView {
   using Storage = GemmStorage<C>;
 
+  uint32_t base;
   uint32_t a, b;              // descriptors
   uint32_t scale_a, scale_b;  // of this thread's first row, of its first pair of columns
-  uint32_t full, empty;
-  uint32_t tile;
   int consumer;
 
   __device__ __forceinline__ explicit ConsumerView(const Storage& storage) {
     const int lane = threadIdx.x % 32;
-    const uint32_t base = __shfl_sync(~0u, smem_address(&storage), 0);
+    base = __shfl_sync(~0u, smem_address(&storage), 0);
     consumer = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
     const int first_row = consumer * C::kWaves * kWaveRows;
     a = __shfl_sync(~0u, descriptor_base(base + offsetof(Storage, a) + first_row * kBlockK), 0);
@@ -34,9 +51,12 @@ struct ConsumerView {
     scale_a = base + offsetof(Storage, scale_a) + (first_row + threadIdx.x % 128 / 32 * 16 + lane / 4) * 4;
     scale_b = base + offsetof(Storage, scale_b) +
               (C::kPairedRows ? lane % 4 * 16 : C::kScaleB == ScaleB::kRow ? lane % 4 * 8 : 0);
-    full = base + offsetof(Storage, full);
-    empty = base + offsetof(Storage, empty);
-    tile = base + offsetof(Storage, tile);
+  }
+
+  __device__ __forceinline__ uint32_t tile() const { return base + offsetof(Storage, tile); }
+
+  __device__ __forceinline__ void wait(const RingPosition<C::kStages>& ring) const {
+    BarrierAddress(base + offsetof(Storage, full) + ring.stage * sizeof(Barrier)).wait(ring.parity);
   }
 
   __device__ __forceinline__ float2 row_scales(int stage, int wave) const {
@@ -44,9 +64,18 @@ struct ConsumerView {
     return make_float2(load_shared(address), load_shared(address + 8 * 4));
   }
 
+  __device__ __forceinline__ BlockScales<C> block_scales(int stage) const {
+    BlockScales<C> scales;
+#pragma unroll
+    for (int i = 0; i < C::kBlockScales; ++i) {
+      scales.values[i] = load_shared(scale_b + stage * (C::kScaleBFloats * 4) + i * 4);
+    }
+    return scales;
+  }
+
   // Frees a stage for the producers that write it: the own one and, where an operand is shared, the peer's.
   __device__ __forceinline__ void release(int stage) const {
-    const BarrierAddress barrier(empty + stage * sizeof(Barrier));
+    const BarrierAddress barrier(base + offsetof(Storage, empty) + stage * sizeof(Barrier));
     const int lane = threadIdx.x % 32;
     if constexpr (C::kShare == Share::kNone) {
       if (lane == 0) barrier.arrive();
@@ -82,55 +111,19 @@ __device__ __forceinline__ void clear_sums(float (&sum)[C::kWaves][C::kFragment]
 // One body for each place where a tile can cross into the next block of scales: no selection inside.
 template <typename C, int kFirstColumns = gcd(C::kBlockN, 128)>
 __device__ __forceinline__ void promote_block(float (&sum)[C::kFragment], const float (&partial)[C::kFragment],
-                                              const float2 (&factor)[C::kBlockScales], int first_columns) {
+                                              const BlockFactors<C>& factors, int first_columns) {
   if constexpr (kFirstColumns < 128) {
     if (first_columns != kFirstColumns) {
-      return promote_block<C, kFirstColumns + gcd(C::kBlockN, 128)>(sum, partial, factor, first_columns);
+      return promote_block<C, kFirstColumns + gcd(C::kBlockN, 128)>(sum, partial, factors, first_columns);
     }
   }
 #pragma unroll
   for (int octet = 0; octet < C::kBlockN / 8; ++octet) {
-    const float2 scale = factor[octet * 8 < kFirstColumns ? 0 : 1];
+    const float2 scale = factors.values[octet * 8 < kFirstColumns ? 0 : 1];
     sum[octet * 4 + 0] += scale.x * partial[octet * 4 + 0];
     sum[octet * 4 + 1] += scale.x * partial[octet * 4 + 1];
     sum[octet * 4 + 2] += scale.y * partial[octet * 4 + 2];
     sum[octet * 4 + 3] += scale.y * partial[octet * 4 + 3];
-  }
-}
-
-// Scales of B by blocks: few registers are left beside the sums, so a consumer multiplies and promotes wave by wave and
-// leaves it to the other consumers to keep the tensor cores busy meanwhile.
-template <typename C>
-__device__ __forceinline__ void consume_tile_block_scaled(const ConsumerView<C>& view, const Tile& tile,
-                                                          RingPosition<C::kStages>& ring,
-                                                          float (&sum)[C::kWaves][C::kFragment]) {
-  const int first_columns = __shfl_sync(~0u, 128 - tile.n % 128, 0);
-  clear_sums<C>(sum);
-#pragma unroll 4
-  for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
-    BarrierAddress(view.full + ring.stage * sizeof(Barrier)).wait(ring.parity);
-    const int stage = ring.stage;
-    float scale_b[C::kBlockScales];
-#pragma unroll
-    for (int i = 0; i < C::kBlockScales; ++i) scale_b[i] = load_shared(view.scale_b + stage * 16 + i * 4);
-#pragma unroll
-    for (int wave = 0; wave < C::kWaves; ++wave) {
-      const float2 scale_a = view.row_scales(stage, wave);
-      float partial[C::kFragment];
-      view.multiply_wave(partial, stage, wave);
-      wgmma_wait<0>();
-      pin_registers(partial);
-      if (wave == C::kWaves - 1) {
-        view.release(stage);
-        ring.advance();
-      }
-      float2 factor[C::kBlockScales];
-#pragma unroll
-      for (int i = 0; i < C::kBlockScales; ++i) {
-        factor[i] = make_float2(scale_a.x * scale_b[i], scale_a.y * scale_b[i]);
-      }
-      promote_block<C>(sum[wave], partial, factor, first_columns);
-    }
   }
 }
 
@@ -142,6 +135,8 @@ __device__ __forceinline__ float4 column_scales(uint32_t scale_b, int pair) {
   return make_float4(first.x, first.y, second.x, second.y);
 }
 
+// Fewest registers are read when the column scales multiply first: each serves two rows, each row scale then all columns.
+// With three consumers ptxas finds no room for that.
 template <typename C>
 __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const float (&partial)[C::kFragment],
                                             const float2 scale_a, uint32_t scale_b) {
@@ -154,22 +149,55 @@ __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const fl
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int index = pair * 8 + octet * 4 + i;
-        sum[index] += (i < 2 ? scale_a.x : scale_a.y) * columns[octet * 2 + i % 2] * partial[index];
+        const float row = i < 2 ? scale_a.x : scale_a.y, column = columns[octet * 2 + i % 2];
+        sum[index] += C::kConsumers == 2 ? row * (column * partial[index]) : row * column * partial[index];
       }
     }
   }
 }
 
-// Scales of B by rows: promotion takes about as long as multiplication. Three consumers keep the tensor cores busy by
-// themselves; two have each K-block promoted while their own next one multiplies (kAhead).
+// Two waves a consumer: few registers are left beside the sums, so it multiplies and promotes wave by wave, and the other
+// consumer keeps the tensor cores busy meanwhile.
+template <typename C>
+__device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& view, const Tile& tile,
+                                                      RingPosition<C::kStages>& ring,
+                                                      float (&sum)[C::kWaves][C::kFragment]) {
+  static_assert(C::kScaleB == ScaleB::kBlock128);
+  const int first_columns = __shfl_sync(~0u, 128 - tile.n % 128, 0);
+#pragma unroll 4
+  for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
+    view.wait(ring);
+    const int stage = ring.stage;
+    const BlockScales<C> scale_b = view.block_scales(stage);
+#pragma unroll
+    for (int wave = 0; wave < C::kWaves; ++wave) {
+      const float2 scale_a = view.row_scales(stage, wave);
+      float partial[C::kFragment];
+      view.multiply_wave(partial, stage, wave);
+      wgmma_wait<0>();
+      pin_registers(partial);
+      if (wave == C::kWaves - 1) {
+        view.release(stage);
+        ring.advance();
+      }
+      promote_block<C>(sum[wave], partial, BlockFactors<C>(scale_b, scale_a), first_columns);
+    }
+  }
+}
+
+// One wave a consumer. With row scales, promotion takes longer than multiplication: of two consumers each has a K-block
+// promoted while its own next one multiplies (kAhead). Three keep the tensor cores busy by themselves, and so do two with
+// block scales.
 template <typename C, int kBlocks, bool kAhead>
-__device__ __forceinline__ void consume_row_scaled(const ConsumerView<C>& view, RingPosition<C::kStages>& ring,
-                                                   float (&sum)[C::kFragment]) {
+__device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, RingPosition<C::kStages>& ring,
+                                               float (&sum)[C::kFragment], int first_columns) {
   constexpr int kPartials = kAhead ? 2 : 1;
   float partial[kPartials][C::kFragment];
   float2 scale_a[kPartials];
+  BlockScales<C> scale_b[kPartials];
   const auto multiply = [&]<int kBlock>(const RingPosition<C::kStages>& position) {
-    BarrierAddress(view.full + position.stage * sizeof(Barrier)).wait(position.parity);
+    view.wait(position);
+    if constexpr (C::kScaleB == ScaleB::kBlock128) scale_b[kBlock % kPartials] = view.block_scales(position.stage);
     scale_a[kBlock % kPartials] = view.row_scales(position.stage, 0);
     view.multiply_wave(partial[kBlock % kPartials], position.stage, 0);
   };
@@ -184,9 +212,15 @@ __device__ __forceinline__ void consume_row_scaled(const ConsumerView<C>& view, 
       wgmma_wait<0>();
     }
     pin_registers(partial[kBlock % kPartials]);
-    promote_row<C>(sum, partial[kBlock % kPartials], scale_a[kBlock % kPartials],
-                   view.scale_b + ring.stage * (C::kScaleBFloats * sizeof(float)));
-    view.release(ring.stage);
+    if constexpr (C::kScaleB == ScaleB::kBlock128) {
+      view.release(ring.stage);
+      const BlockFactors<C> factors(scale_b[kBlock % kPartials], scale_a[kBlock % kPartials]);
+      promote_block<C>(sum, partial[kBlock % kPartials], factors, first_columns);
+    } else {
+      promote_row<C>(sum, partial[kBlock % kPartials], scale_a[kBlock % kPartials],
+                     view.scale_b + ring.stage * (C::kScaleBFloats * 4));
+      view.release(ring.stage);
+    }
     ring = next;
   };
   if constexpr (kAhead) multiply.template operator()<0>(ring);
@@ -198,20 +232,22 @@ __device__ __forceinline__ void consume_row_scaled(const ConsumerView<C>& view, 
 // ptxas serialises a multiplication that is in flight across the end of a loop, hence bodies of several K-blocks that
 // drain at their end.
 template <typename C>
-__device__ __forceinline__ void consume_tile_row_scaled(const ConsumerView<C>& view, const Tile& tile,
-                                                        RingPosition<C::kStages>& ring,
-                                                        float (&sum)[C::kWaves][C::kFragment]) {
-  static_assert(C::kWaves == 1);
-  constexpr bool kAhead = C::kConsumers == 2;
-  constexpr int kUnroll = C::kStages < 4 || C::kOutput == GemmOutput::kBFloat16 ? 2 : 4;
-  clear_sums<C>(sum);
+__device__ __forceinline__ void consume_tile_by_blocks(const ConsumerView<C>& view, const Tile& tile,
+                                                       RingPosition<C::kStages>& ring, float (&sum)[C::kFragment]) {
+  constexpr bool kAhead = C::kScaleB == ScaleB::kRow && C::kConsumers == 2;
+  // Row scales leave few registers: longer bodies would spill.
+  constexpr int kUnroll = C::kScaleB == ScaleB::kBlock128 ? 4 : kAhead ? 2 : 1;
+  static_assert(kUnroll <= C::kStages || !kAhead);
+  const int first_columns = C::kBlockScales > 1 ? __shfl_sync(~0u, 128 - tile.n % 128, 0) : 128;
   int k_block = 0;
+  if constexpr (kUnroll > 1) {
 #pragma unroll 1
-  for (; k_block + kUnroll <= tile.num_k_blocks; k_block += kUnroll) {
-    consume_row_scaled<C, kUnroll, kAhead>(view, ring, sum[0]);
+    for (; k_block + kUnroll <= tile.num_k_blocks; k_block += kUnroll) {
+      consume_blocks<C, kUnroll, kAhead>(view, ring, sum, first_columns);
+    }
   }
 #pragma unroll 1
-  for (; k_block < tile.num_k_blocks; ++k_block) consume_row_scaled<C, 1, kAhead>(view, ring, sum[0]);
+  for (; k_block < tile.num_k_blocks; ++k_block) consume_blocks<C, 1, kAhead>(view, ring, sum, first_columns);
 }
 
 template <typename C>
@@ -221,12 +257,13 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
   Tile tile;
   while (scheduler.next(tile)) {
     float sum[C::kWaves][C::kFragment];
-    if constexpr (C::kScaleB == ScaleB::kBlock128) {
-      consume_tile_block_scaled<C>(view, tile, ring, sum);
+    clear_sums<C>(sum);
+    if constexpr (C::kWaves == 1) {
+      consume_tile_by_blocks<C>(view, tile, ring, sum[0]);
     } else {
-      consume_tile_row_scaled<C>(view, tile, ring, sum);
+      consume_tile_by_waves<C>(view, tile, ring, sum);
     }
-    leave_tile<C>(view.tile, view.consumer, sum);
+    leave_tile<C>(view.tile(), view.consumer, sum);
   }
 }
 

@@ -17,10 +17,9 @@ struct GemmParams {
   const float* scale_b;     // kBlock128: (groups, ceil(n / 128), ceil(k / 128)); kRow: like scale_a
   void* d;                  // (m, n), rows stride_d elements apart; with kDepth (groups, m, n)
   const int32_t* counts;    // (groups,) on the device: true rows (kRows) or depth (kDepth) of each group
-  const int32_t* offsets;   // (groups + 1,) on the device: first row or depth, multiples of 128; null: g * capacity
+  const int32_t* offsets;   // (groups + 1,) on the device: first row or depth, multiples of 128
   int64_t stride_a, stride_b, stride_d;
   int64_t stride_scale_a, stride_scale_b;
-  int64_t capacity;         // rows reserved for each group when offsets is null
   int m, n, k;              // kRows: m counts every row of the buffer; kDepth: k counts the whole depth
   int num_groups;
   int num_sms;              // 0: all

@@ -102,7 +102,7 @@ class TileScheduler {
       const int middle = (low + high) / 2;
       (prefix_[middle] <= m_block ? low : high) = middle;
     }
-    const int first = params_.offsets ? params_.offsets[low] : static_cast<int>(low * params_.capacity);
+    const int first = params_.offsets[low];
     tile.group = low;
     tile.m = first + (m_block - prefix_[low]) * C::kBlockM;
     tile.row_end = first + params_.counts[low];

@@ -180,6 +180,29 @@ def test_m_grouped_fp8_gemm_nt_matches_fp64_on_random_layouts(start: int) -> Non
                 assert_within_truncation(out[first:last], a @ b, a.abs() @ b.abs())
 
 
+def test_m_grouped_fp8_gemm_nt_takes_a_masked_buffer_in_a_graph() -> None:
+    """As decoding calls it: capacity for every expert, counts that change between replays."""
+    random = Random(9, decades=2)
+    groups, capacity, n, k = 9, 256, 264, 512
+    counts = torch.zeros(groups, dtype=torch.int32, device="cuda")
+    layout = GroupLayout.of_capacity(counts, capacity)
+    x, w = random.rows(groups * capacity, k), random.blocks(groups, n, k)
+    ops.m_grouped_fp8_gemm_nt(x, w, layout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.m_grouped_fp8_gemm_nt(x, w, layout).view(groups, capacity, n)
+    x_double, w_double = double(x).view(groups, capacity, k), double(w)
+    for filled in ([0, 1, 63, 64, 65, 128, 129, 255, 256], [256] * 9, [0] * 9, [5, 0, 0, 200, 0, 1, 0, 0, 17]):
+        counts.copy_(torch.tensor(filled, dtype=torch.int32))
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        for g, count in enumerate(filled):
+            a, b = x_double[g, :count], w_double[g].t()
+            if count:
+                assert_within_truncation(y[g, :count], a @ b, a.abs() @ b.abs())
+
+
 def test_m_grouped_fp8_gemm_nt_takes_one_huge_group() -> None:
     random = Random(0, decades=2)
     counts = [0] * 100 + [6000] + [0] * 155

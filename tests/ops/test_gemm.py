@@ -227,3 +227,22 @@ def test_grouped_gemms_reject_bad_arguments() -> None:
         ops.grouped_gemm_nt(torch.randn(4, 8).bfloat16(), torch.randn(2, 3, 8), layout)
     with pytest.raises(ValueError, match=r"^grouped_gemm_nt: w_XFD must have shape \(\*, \*, 8\), got \(2, 3, 9\)$"):
         ops.grouped_gemm_nt(torch.randn(4, 8), torch.randn(2, 3, 9), layout)
+
+
+def test_m_grouped_fp8_gemm_nt_takes_a_masked_buffer() -> None:
+    counts = torch.tensor([3, 0, 128, 77], dtype=torch.int32)
+    x = ops.quantize_1x128(torch.randn(4 * 128, 256))
+    w = ops.quantize_128x128(torch.randn(4, 64, 256))
+    y = ops.m_grouped_fp8_gemm_nt(x, w, GroupLayout.of_capacity(counts, 128), out_dtype=torch.float32)
+    x_XCD, w_XFD = ops.dequantize(x).view(4, 128, 256), ops.dequantize(w)
+    for g, count in enumerate(counts.tolist()):
+        torch.testing.assert_close(y.view(4, 128, 64)[g, :count], x_XCD[g, :count] @ w_XFD[g].t())
+
+
+def test_group_layout_rejects_a_bad_capacity() -> None:
+    counts = torch.zeros(2, dtype=torch.int32)
+    for capacity in (0, -128, 100):
+        with pytest.raises(ValueError, match=f"^GroupLayout: capacity must be a positive multiple of 128, got {capacity}$"):
+            GroupLayout.of_capacity(counts, capacity)
+    with pytest.raises(TypeError, match="^GroupLayout: counts_X must be int32, got int64$"):
+        GroupLayout.of_capacity(counts.long(), 128)

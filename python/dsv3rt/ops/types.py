@@ -42,6 +42,22 @@ class GroupLayout:
     counts_X: Tensor
     offsets: Tensor
 
+    @classmethod
+    def of_capacity(cls, counts_X: Tensor, capacity: int) -> GroupLayout:
+        """The masked layout of decoding: a buffer (X, capacity, ...) taken as X * capacity rows, of which each expert fills
+        the first counts_X[g]. Nothing is read back, so it suits a CUDA graph.
+
+        Raises:
+            ValueError: capacity that is no positive multiple of 128, the row block of the grouped products.
+            TypeError: counts_X of another dtype than int32.
+        """
+        if capacity <= 0 or capacity % TILE:
+            raise ValueError(f"GroupLayout: capacity must be a positive multiple of {TILE}, got {capacity}")
+        if counts_X.dtype != torch.int32:
+            raise TypeError(f"GroupLayout: counts_X must be int32, got {str(counts_X.dtype).removeprefix('torch.')}")
+        offsets = torch.arange(counts_X.numel() + 1, dtype=torch.int32, device=counts_X.device) * capacity
+        return cls(counts_X, offsets)
+
 
 @dataclass(frozen=True)
 class SwigluGradients:

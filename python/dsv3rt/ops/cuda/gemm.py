@@ -22,7 +22,7 @@ def m_grouped_fp8_gemm_nt(x: QuantTensor, w: QuantTensor, layout: GroupLayout, o
     """Writes the true rows of every group; padding rows of `out` stay as they are."""
     extension = load()
     extension.m_grouped_fp8_gemm_nt(
-        *_bytes(x), *_bytes(w), out, layout.counts_X, offsets=layout.offsets, num_sms=num_sms
+        *_bytes(x), *_bytes(w), out, layout.counts_X, layout.offsets, num_sms=num_sms
     )
 
 
