@@ -18,8 +18,7 @@ const char* launch_1x128(const typename Source::Params& in, const RowGroups& gro
     const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);
     quantize_both_kernel<Source><<<blocks, kTileThreads, 0, stream>>>(in, groups, out);
   } else {
-    using Form = RowForm<Source>;
-    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, Form::kBlockRows, Form::kBlockColumns);
+    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kRowBlockRows, kRowBlockColumns);
     quantize_rows_kernel<Source><<<blocks, kRowThreads, 0, stream>>>(in, groups, out);
   }
   return nullptr;

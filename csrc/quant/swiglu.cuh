@@ -64,8 +64,8 @@ struct GateUp<__nv_fp8_e4m3> {
 
   __device__ __forceinline__ void load(const GateUpInput& in, int64_t row, int column) {
     const auto* source = static_cast<const uint8_t*>(in.data) + row * in.stride + column;
-    gate = load_once_8(source);
-    up = load_once_8(source + in.hidden);
+    gate = *reinterpret_cast<const uint2*>(source);
+    up = *reinterpret_cast<const uint2*>(source + in.hidden);
     gate_scale = in.scale[column / kTile * in.scale_stride + row];
     up_scale = in.scale[(in.hidden + column) / kTile * in.scale_stride + row];
   }
@@ -114,7 +114,6 @@ struct SwigluSource {
       weight = 0.0f;
     }
   };
-  static constexpr int kRows = 4;
 
   static __device__ __forceinline__ void load(const Params& in, Raw& raw, int64_t row, int column) {
     raw.in.load(in, row, column);

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "hopper/memory.cuh"
 #include "quant/swiglu.cuh"
 
 namespace dsv3rt {
@@ -62,9 +63,9 @@ struct BackwardStage {
     const auto* dy = static_cast<const __nv_bfloat16*>(params.grad) + row * params.grad_stride + column;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      copy_async_once<sizeof(Words)>(&gate[r][threadIdx.x], in, r < rows_to_read);
-      copy_async_once<sizeof(Words)>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
-      copy_async_once<16>(&grad[r][threadIdx.x], dy, r < rows_to_read);
+      copy_async<sizeof(Words)>(&gate[r][threadIdx.x], in, r < rows_to_read);
+      copy_async<sizeof(Words)>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
+      copy_async<16>(&grad[r][threadIdx.x], dy, r < rows_to_read);
       in += params.in.stride;
       dy += params.grad_stride;
     }
@@ -77,11 +78,11 @@ struct BackwardStage {
     const bool valid = row < place.rows.read;
     const float* scale = in.scale + place.first_row + row;
     const int tile = place.first_column / kTile;
-    if (sizeof(Type) == 1 && kind == 0) copy_async_once<4>(&gate_scale[row], scale + tile * in.scale_stride, valid);
+    if (sizeof(Type) == 1 && kind == 0) copy_async<4>(&gate_scale[row], scale + tile * in.scale_stride, valid);
     if (sizeof(Type) == 1 && kind == 1) {
-      copy_async_once<4>(&up_scale[row], scale + (in.hidden / kTile + tile) * in.scale_stride, valid);
+      copy_async<4>(&up_scale[row], scale + (in.hidden / kTile + tile) * in.scale_stride, valid);
     }
-    if (in.weight != nullptr && kind == 2) copy_async_once<4>(&weight[row], in.weight + place.first_row + row, valid);
+    if (in.weight != nullptr && kind == 2) copy_async<4>(&weight[row], in.weight + place.first_row + row, valid);
   }
 
   __device__ __forceinline__ GateUp<Type> gate_up(int r) const {
