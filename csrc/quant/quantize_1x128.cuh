@@ -1,7 +1,7 @@
 // 1x128 tiles of whatever a source yields: one pass by rows, or by rows and columns at once.
 //
-// A source has Params, Element (what is quantised), Raw (eight elements as loaded), and functions to load and convert:
-// load(in, raw, row, column), octet(raw).
+// A source is made of its Params and the place of a thread's first element; it has Element (what is quantised), Raw
+// (eight elements as loaded), and functions to load and convert: load(raw, rows after the first), octet(raw).
 #pragma once
 
 #include "quant/tile.cuh"
@@ -10,7 +10,8 @@ namespace dsv3rt {
 
 // x itself.
 template <typename Type>
-struct PlainSource {
+class PlainSource {
+ public:
   struct Params {
     const void* x;
     int64_t stride;
@@ -18,23 +19,29 @@ struct PlainSource {
   using Element = Type;
   using Raw = Octet<Type>;
 
-  static __device__ __forceinline__ void load(const Params& in, Raw& raw, int64_t row, int column) {
-    raw.load(static_cast<const Type*>(in.x) + row * in.stride + column);
-  }
+  __device__ __forceinline__ PlainSource(const Params& in, int64_t row, int column)
+      : first_(static_cast<const Type*>(in.x) + row * in.stride + column), stride_(in.stride) {}
+  __device__ __forceinline__ void load(Raw& raw, int r) const { raw.load(first_ + r * stride_); }
   static __device__ __forceinline__ const Octet<Type>& octet(const Raw& raw) { return raw; }
+
+ private:
+  const Type* first_;
+  int64_t stride_;
 };
 
 // A thread's part: all loads are in flight before the first use. Zeros past `rows_left`.
 template <class Source>
-__device__ __forceinline__ void load_octets(const typename Source::Params& in, int64_t row, int column, int rows_left,
+__device__ __forceinline__ void load_octets(const Source& source, int rows_left,
                                             TileOctets<typename Source::Element>& octets) {
   typename Source::Raw raw[kRowsPerThread];
+  if (rows_left >= kRowsPerThread) {  // without a condition each, loads follow one another
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    if (r < rows_left) {
-      Source::load(in, raw[r], row + r, column);
-    } else {
+    for (int r = 0; r < kRowsPerThread; ++r) source.load(raw[r], r);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
       raw[r].clear();
+      if (r < rows_left) source.load(raw[r], r);
     }
   }
 #pragma unroll
@@ -56,7 +63,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const RowCounts counts = count_rows(groups, first_row, out.num_rows, kRowBlockRows);
 
   TileOctets<typename Source::Element> octets;
-  load_octets<Source>(in, row, column, column < out.num_columns ? counts.read - row_in_block : 0, octets);
+  load_octets(Source(in, row, column), column < out.num_columns ? counts.read - row_in_block : 0, octets);
   write_rows<typename Source::Element>(out, row, column, counts.written - row_in_block, octets);
 }
 
@@ -73,7 +80,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int64_t row = place.first_row + row_in_tile();
   const int column = place.first_column + column_in_tile();
   TileOctets<Element> octets;
-  load_octets<Source>(in, row, column, column < out.num_columns ? place.rows_to_read() : 0, octets);
+  load_octets(Source(in, row, column), column < out.num_columns ? place.rows_to_read() : 0, octets);
   write_tile_rows<Element>(out, place, octets);
   write_tile_columns<Element>(out, place, octets, storage);
 }
