@@ -72,7 +72,8 @@ template <class Source>
 __global__ void __launch_bounds__(kTileThreads, 2)
     quantize_both_kernel(const typename Source::Params in, const RowGroups groups, const QuantOutput out) {
   using Element = typename Source::Element;
-  __shared__ TileStorage<Element> storage;
+  alignas(16) __shared__ TransposedTile tile;
+  __shared__ ColumnScales<Element> columns;
   const BlockPosition block(blockIdx.x, out.num_columns, kTile);
   const TilePlace place{block.row * kTile, block.column * kTile,
                         count_rows(groups, block.row * kTile, out.num_rows, kTile)};
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   TileOctets<Element> octets;
   load_octets(Source(in, row, column), column < out.num_columns ? place.rows_to_read() : 0, octets);
   write_tile_rows<Element>(out, place, octets);
-  write_tile_columns<Element>(out, place, octets, storage);
+  write_tile_columns<Element>(out, place, octets, tile, columns);
 }
 
 }  // namespace dsv3rt

@@ -125,9 +125,9 @@ __device__ __forceinline__ void for_transposed_chunks(const TransposedTile& tile
   }
 }
 
+// Where the threads of a block find the scales of its 128 columns.
 template <typename Element>
-struct TileStorage {
-  alignas(16) TransposedTile tile;
+struct ColumnScales {
   alignas(16) typename Octet<Element>::Pattern warp_amax[kTileWarps][kTile];
   float inverse[kTile];
 };
@@ -142,7 +142,7 @@ __device__ __forceinline__ void write_tile_rows(const QuantOutput& out, const Ti
 // Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales.
 template <typename Element>
 __device__ __forceinline__ void reduce_columns(const QuantOutput& out, const TilePlace& place,
-                                               const TileOctets<Element>& octets, TileStorage<Element>& storage) {
+                                               const TileOctets<Element>& octets, ColumnScales<Element>& storage) {
   using Part = Octet<Element>;
   uint32_t words[Part::kPatternWords];
 #pragma unroll
@@ -180,20 +180,21 @@ __device__ __forceinline__ uint32_t row_mask(int rows_left) {
 // part.
 template <typename Element>
 __device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const TilePlace& place,
-                                                   const TileOctets<Element>& octets, TileStorage<Element>& storage) {
+                                                   const TileOctets<Element>& octets, TransposedTile& tile,
+                                                   ColumnScales<Element>& storage) {
   reduce_columns(out, place, octets, storage);
   const uint32_t mask = row_mask(place.rows_to_read());
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int column = column_in_tile() + i;
     const float inverse = storage.inverse[column];
-    transposed_word(storage.tile, column) = mask & pack_e4m3(octets[0].get(i) * inverse, octets[1].get(i) * inverse,
-                                                             octets[2].get(i) * inverse, octets[3].get(i) * inverse);
+    transposed_word(tile, column) = mask & pack_e4m3(octets[0].get(i) * inverse, octets[1].get(i) * inverse,
+                                                     octets[2].get(i) * inverse, octets[3].get(i) * inverse);
   }
   __syncthreads();
   const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
   uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
-  for_transposed_chunks(storage.tile, [&](int column, int chunk, const uint4& words) {
+  for_transposed_chunks(tile, [&](int column, int chunk, const uint4& words) {
     if (place.first_column + column < out.num_columns) {
       reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = words;
     }
