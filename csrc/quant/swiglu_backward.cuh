@@ -47,8 +47,8 @@ __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in,
 
 // What a block keeps in shared memory. Each thread copies the elements that it will read itself, eight to a slot, and
 // sixteen lanes share the factors of their four rows, so that no barrier is needed before the results are there. Those
-// take the place of the inputs: the gradient of up that of `grad`, the product that of `gate`, and the transposed tile
-// that of `up`.
+// take the place of the inputs: the gradient of gate that of `up`, the gradient of up that of `grad`, the product that
+// of `gate`. Once the gradient of gate is in registers, the transposed tile takes its place.
 template <typename Type>
 struct BackwardStorage {
   using Slots = uint4[kRowsPerThread][kTileThreads];
@@ -104,35 +104,31 @@ __device__ __forceinline__ void load_slots(TileOctets<__nv_bfloat16>& octets,
   for (int r = 0; r < kRowsPerThread; ++r) octets[r].words = slots[r][threadIdx.x];
 }
 
-// Sums of each row's 128 columns, into the row of this column tile.
-__device__ __forceinline__ void write_weight_grad(const SwigluBackwardParams& params, const TilePlace& place,
-                                                  float (&sums)[kRowsPerThread]) {
-  float* target =
-      params.weight_grad + place.first_column / kTile * params.out.num_rows + place.first_row + row_in_tile();
+// The sum of 128 columns of row `row` of the tile, into the row of this column tile.
+__device__ __forceinline__ void write_weight_grad(const SwigluBackwardParams& params, const TilePlace& place, int row,
+                                                  float sum) {
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], distance);
-    if (threadIdx.x % 16 == 0 && r < place.rows_to_write()) target[r] = sums[r];
+  for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % 16 == 0 && row < place.rows.written) {
+    params.weight_grad[place.first_column / kTile * params.out.num_rows + place.first_row + row] = sum;
   }
 }
 
-// Gradient of gate in registers, the other results in storage.
+// Results take the place of the inputs. Row by row: four at once need more registers than there are.
 template <typename Type, bool kWithProduct, bool kWeighted>
 __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& params, const TilePlace& place,
-                                                   BackwardStorage<Type>& storage, TileOctets<__nv_bfloat16>& d_gate) {
-  float weight_sums[kRowsPerThread];
-#pragma unroll
+                                                   BackwardStorage<Type>& storage) {
+#pragma unroll 1
   for (int r = 0; r < kRowsPerThread; ++r) {
-    uint4& grad = storage.grad[r][threadIdx.x];
-    const float weight = kWeighted ? storage.weight[row_in_tile() + r] : 1.0f;
-    const SwigluGradients gradients = differentiate<kWeighted>(storage.gate_up(r), {grad}, weight);
-    d_gate[r] = gradients.gate;
-    grad = gradients.up.words;
+    const int row = row_in_tile() + r;
+    const float weight = kWeighted ? storage.weight[row] : 1.0f;
+    const SwigluGradients gradients =
+        differentiate<kWeighted>(storage.gate_up(r), {storage.grad[r][threadIdx.x]}, weight);
+    storage.up[r][threadIdx.x] = gradients.gate.words;
+    storage.grad[r][threadIdx.x] = gradients.up.words;
     if (kWithProduct) storage.gate[r][threadIdx.x] = gradients.product.words;
-    weight_sums[r] = gradients.weight;
+    if (kWeighted) write_weight_grad(params, place, row, gradients.weight);
   }
-  if (kWeighted) write_weight_grad(params, place, weight_sums);
 }
 
 // A block takes a 128x128 tile of gate, up and gradient; while it waits for them another one computes.
@@ -149,8 +145,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
   copy_async_wait<0>();
   __syncwarp();
 
+  differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage);
   TileOctets<BFloat16> octets;
-  differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage, octets);
+  load_slots(octets, storage.up);
   write_tile_rows<BFloat16>(params.out, place, octets);
   write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
   if (kWithProduct) {
