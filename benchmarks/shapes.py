@@ -184,17 +184,18 @@ K_GROUPED_GEMMS = (
     GroupedGemm(4, 8224, 7168, 2048),
 )
 
-# What is quantised on the way through a layer: the inputs of its linear layers and the gradients of their outputs.
-ACTIVATIONS = tuple(Matrix(TOKENS, columns) for columns in (512, 1536, 2048, 4096, 7168, 16384, 18432, 24576))
+# What is quantised on the way through a layer: the inputs of its linear layers and the gradients of their outputs, of
+# one sequence and of four.
+ACTIVATIONS = tuple(Matrix(rows, columns) for rows in (TOKENS, 4 * TOKENS) for columns in (2048, 7168, 18432))
 
-WEIGHTS = tuple(Matrix(gemm.n, gemm.k) for gemm in GEMMS[:8])
+WEIGHTS = (Matrix(7168, 16384), Matrix(4096, 7168), Matrix(7168, 2048), Matrix(36864, 7168))
 
 ATTENTIONS = (Attention(4096), Attention(8192), Attention(16384))
 
 # Documents packed into two sequences of pre-training.
 RAGGED_ATTENTION = (Attention(4001), Attention(17), Attention(1111), Attention(3063))
-# Products of gate and up: an expert's, the dense layers', and eight experts' together.
-PRODUCTS = (Matrix(TOKENS, 2048), Matrix(TOKENS, 18432), Matrix(8 * TOKENS, 2048))
+# Products of gate and up: an expert's, the dense layers', and four or eight experts' together.
+PRODUCTS = (Matrix(TOKENS, 2048), Matrix(TOKENS, 18432), Matrix(4 * TOKENS, 2048), Matrix(8 * TOKENS, 2048))
 
 
 DECODES = (

@@ -1,6 +1,5 @@
 // Global-memory accesses that C++ has no word for.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
-// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld-global-nc
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async
 #pragma once
 
@@ -21,34 +20,13 @@ __device__ __forceinline__ void add_to_global(float* target, float x, float y, f
                : "memory");
 }
 
-// ld.global.nc with an L2 policy (that of createpolicy.fractional.L2::evict_first): for what is read once and written
-// by nobody meanwhile. Such lines make room for others first, so that what a kernel writes stays in the L2 for its
-// reader.
-constexpr uint64_t kReadOncePolicy = 0x12F0000000000000;
-
-__device__ __forceinline__ uint4 load_once_16(const void* source) {
-  uint4 words;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "l"(source), "l"(kReadOncePolicy));
-  return words;
-}
-
-__device__ __forceinline__ uint2 load_once_8(const void* source) {
-  uint2 words;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;"
-               : "=r"(words.x), "=r"(words.y)
-               : "l"(source), "l"(kReadOncePolicy));
-  return words;
-}
-
 // cp.async: global -> shared without passing through registers; zeros where not `valid`. kBytes: 4, 8 or 16.
 template <int kBytes>
-__device__ __forceinline__ void copy_async_once(void* target, const void* source, bool valid) {
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool valid) {
   const int source_bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(smem_address(target)),
-                 "l"(source), "r"(source_bytes), "l"(kReadOncePolicy)
+  if constexpr (kBytes == 16) {  // only these can pass by the L1
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(target)), "l"(source),
+                 "r"(source_bytes)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem_address(target)), "l"(source), "n"(kBytes),

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "hopper/arithmetic.cuh"
-#include "hopper/memory.cuh"
 #include "quant/params.h"
 
 namespace dsv3rt {
@@ -62,7 +61,7 @@ struct Octet<__nv_bfloat16> {
   using Pattern = uint16_t;  // what a magnitude is kept in
   uint4 words;
 
-  __device__ __forceinline__ void load(const __nv_bfloat16* source) { words = load_once_16(source); }
+  __device__ __forceinline__ void load(const __nv_bfloat16* source) { words = *reinterpret_cast<const uint4*>(source); }
   __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
 
   __device__ __forceinline__ uint32_t word(int i) const {
@@ -98,8 +97,8 @@ struct Octet<float> {
   uint4 low, high;
 
   __device__ __forceinline__ void load(const float* source) {
-    low = load_once_16(source);
-    high = load_once_16(source + 4);
+    low = reinterpret_cast<const uint4*>(source)[0];
+    high = reinterpret_cast<const uint4*>(source)[1];
   }
   __device__ __forceinline__ void clear() { low = high = make_uint4(0, 0, 0, 0); }
 

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "common/launch.h"
 #include "quant/quantize_128x128.cuh"
 #include "quant/swiglu_backward.cuh"
@@ -18,8 +16,7 @@ const char* launch_1x128(const typename Source::Params& in, const RowGroups& gro
     const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);
     quantize_both_kernel<Source><<<blocks, kTileThreads, 0, stream>>>(in, groups, out);
   } else {
-    using Form = RowForm<Source>;
-    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, Form::kBlockRows, Form::kBlockColumns);
+    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kRowBlockRows, kRowBlockColumns);
     quantize_rows_kernel<Source><<<blocks, kRowThreads, 0, stream>>>(in, groups, out);
   }
   return nullptr;
@@ -44,12 +41,12 @@ const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t str
       : weighted   ? swiglu_backward_kernel<Type, false, true>
                    : swiglu_backward_kernel<Type, false, false>;
   constexpr int kSharedBytes = sizeof(BackwardStorage<Type>);
-  static_assert(kSharedBytes <= 232448, "a block has 227 KB of shared memory");
+  static_assert(2 * (kSharedBytes + 1024) <= 233472, "two blocks share the 228 KB of an SM, 1 KB of each is taken");
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  int num_sms = 0;
-  DSV3RT_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, params.device));
-  const unsigned tiles = num_blocks(params.out.num_rows, params.in.hidden, kTile, kTile);
-  kernel<<<std::min(tiles, static_cast<unsigned>(num_sms)), kTileThreads, kSharedBytes, stream>>>(params);
+  DSV3RT_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  const unsigned blocks = num_blocks(params.out.num_rows, params.in.hidden, kTile, kTile);
+  kernel<<<blocks, kTileThreads, kSharedBytes, stream>>>(params);
   return nullptr;
 }
 

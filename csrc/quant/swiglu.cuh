@@ -33,13 +33,9 @@ struct GateUp;
 
 template <>
 struct GateUp<__nv_bfloat16> {
+  using Words = uint4;
   Octet<__nv_bfloat16> gate, up;
 
-  __device__ __forceinline__ void load(const GateUpInput& in, int64_t row, int column) {
-    const auto* source = static_cast<const __nv_bfloat16*>(in.data) + row * in.stride + column;
-    gate.load(source);
-    up.load(source + in.hidden);
-  }
   __device__ __forceinline__ void set(const uint4& gate_words, const uint4& up_words, float, float) {
     gate.words = gate_words;
     up.words = up_words;
@@ -59,16 +55,10 @@ struct GateUp<__nv_bfloat16> {
 
 template <>
 struct GateUp<__nv_fp8_e4m3> {
+  using Words = uint2;
   uint2 gate, up;
   float gate_scale, up_scale;
 
-  __device__ __forceinline__ void load(const GateUpInput& in, int64_t row, int column) {
-    const auto* source = static_cast<const uint8_t*>(in.data) + row * in.stride + column;
-    gate = load_once_8(source);
-    up = load_once_8(source + in.hidden);
-    gate_scale = in.scale[column / kTile * in.scale_stride + row];
-    up_scale = in.scale[(in.hidden + column) / kTile * in.scale_stride + row];
-  }
   __device__ __forceinline__ void set(const uint2& gate_words, const uint2& up_words, float gate_factor,
                                       float up_factor) {
     gate = gate_words;
@@ -97,12 +87,9 @@ struct GateUp<__nv_fp8_e4m3> {
   }
 };
 
-__device__ __forceinline__ float row_weight(const GateUpInput& in, int64_t row) {
-  return in.weight == nullptr ? 1.0f : in.weight[row];
-}
-
 template <typename Type>
-struct SwigluSource {
+class SwigluSource {
+ public:
   using Params = GateUpInput;
   using Element = __nv_bfloat16;
   struct Raw {
@@ -114,11 +101,23 @@ struct SwigluSource {
       weight = 0.0f;
     }
   };
-  static constexpr int kRows = 4;
 
-  static __device__ __forceinline__ void load(const Params& in, Raw& raw, int64_t row, int column) {
-    raw.in.load(in, row, column);
-    raw.weight = row_weight(in, row);
+  __device__ __forceinline__ SwigluSource(const Params& in, int64_t row, int column)
+      : gate_(static_cast<const Type*>(in.data) + row * in.stride + column),
+        gate_scale_(in.scale + column / kTile * in.scale_stride + row),
+        up_scale_(in.scale + (in.hidden + column) / kTile * in.scale_stride + row),
+        weight_(in.weight == nullptr ? nullptr : in.weight + row),
+        stride_(in.stride),
+        hidden_(in.hidden) {}
+
+  __device__ __forceinline__ void load(Raw& raw, int r) const {
+    using Words = GateUp<Type>::Words;
+    const Type* gate = gate_ + r * stride_;
+    float gate_scale = 1.0f, up_scale = 1.0f;
+    if (sizeof(Type) == 1) gate_scale = gate_scale_[r], up_scale = up_scale_[r];
+    raw.in.set(*reinterpret_cast<const Words*>(gate), *reinterpret_cast<const Words*>(gate + hidden_), gate_scale,
+               up_scale);
+    raw.weight = weight_ == nullptr ? 1.0f : weight_[r];
   }
 
   static __device__ __forceinline__ Octet<__nv_bfloat16> octet(const Raw& raw) {
@@ -131,6 +130,12 @@ struct SwigluSource {
     return {make_uint4(pack_bf16(products[0], products[1]), pack_bf16(products[2], products[3]),
                        pack_bf16(products[4], products[5]), pack_bf16(products[6], products[7]))};
   }
+
+ private:
+  const Type* gate_;
+  const float *gate_scale_, *up_scale_, *weight_;
+  int64_t stride_;
+  int hidden_;
 };
 
 }  // namespace dsv3rt

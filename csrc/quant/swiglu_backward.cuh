@@ -2,8 +2,7 @@
 // the product again, by columns, and the gradient of the row weights.
 #pragma once
 
-#include <type_traits>
-
+#include "hopper/memory.cuh"
 #include "quant/swiglu.cuh"
 
 namespace dsv3rt {
@@ -46,29 +45,33 @@ __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in,
           weight_grad};
 }
 
-// Inputs of a tile on their way through shared memory. A thread copies the elements that it will read itself, and
-// sixteen lanes share the factors of their four rows, so that no barrier is needed beyond the warp.
+// What a block keeps in shared memory. Each thread copies the elements that it will read itself, eight to a slot, and
+// sixteen lanes share the factors of their four rows, so that no barrier is needed before the results are there. Those
+// take the place of the inputs: the gradient of gate that of `up`, the gradient of up that of `grad`, the product that
+// of `gate`. Once the gradient of gate is in registers, the transposed tile takes its place.
 template <typename Type>
-struct BackwardStage {
-  using Words = std::conditional_t<sizeof(Type) == 2, uint4, uint2>;  // eight elements
-  uint4 grad[kRowsPerThread][kTileThreads];
-  Words gate[kRowsPerThread][kTileThreads], up[kRowsPerThread][kTileThreads];
+struct BackwardStorage {
+  using Slots = uint4[kRowsPerThread][kTileThreads];
+  using Words = GateUp<Type>::Words;
+  Slots grad, gate, up;
   float gate_scale[kTile], up_scale[kTile], weight[kTile];
+  ColumnScales<__nv_bfloat16> columns;
 
-  __device__ __forceinline__ void copy(const SwigluBackwardParams& params, const TilePlace& place) {
+  __device__ __forceinline__ void copy_inputs(const SwigluBackwardParams& params, const TilePlace& place) {
     const int64_t row = place.first_row + row_in_tile();
     const int column = place.first_column + column_in_tile(), rows_to_read = place.rows_to_read();
     const auto* in = static_cast<const Type*>(params.in.data) + row * params.in.stride + column;
     const auto* dy = static_cast<const __nv_bfloat16*>(params.grad) + row * params.grad_stride + column;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      copy_async_once<sizeof(Words)>(&gate[r][threadIdx.x], in, r < rows_to_read);
-      copy_async_once<sizeof(Words)>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
-      copy_async_once<16>(&grad[r][threadIdx.x], dy, r < rows_to_read);
+      copy_async<sizeof(Words)>(&gate[r][threadIdx.x], in, r < rows_to_read);
+      copy_async<sizeof(Words)>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
+      copy_async<16>(&grad[r][threadIdx.x], dy, r < rows_to_read);
       in += params.in.stride;
       dy += params.grad_stride;
     }
     copy_factors(params.in, place);
+    copy_async_commit();
   }
 
   // Lanes 0 to 3 of sixteen copy the scales of the gates, the next four those of the ups, the next the row weights.
@@ -77,101 +80,88 @@ struct BackwardStage {
     const bool valid = row < place.rows.read;
     const float* scale = in.scale + place.first_row + row;
     const int tile = place.first_column / kTile;
-    if (sizeof(Type) == 1 && kind == 0) copy_async_once<4>(&gate_scale[row], scale + tile * in.scale_stride, valid);
+    if (sizeof(Type) == 1 && kind == 0) copy_async<4>(&gate_scale[row], scale + tile * in.scale_stride, valid);
     if (sizeof(Type) == 1 && kind == 1) {
-      copy_async_once<4>(&up_scale[row], scale + (in.hidden / kTile + tile) * in.scale_stride, valid);
+      copy_async<4>(&up_scale[row], scale + (in.hidden / kTile + tile) * in.scale_stride, valid);
     }
-    if (in.weight != nullptr && kind == 2) copy_async_once<4>(&weight[row], in.weight + place.first_row + row, valid);
+    if (in.weight != nullptr && kind == 2) copy_async<4>(&weight[row], in.weight + place.first_row + row, valid);
   }
 
   __device__ __forceinline__ GateUp<Type> gate_up(int r) const {
     GateUp<Type> result;
-    result.set(gate[r][threadIdx.x], up[r][threadIdx.x], gate_scale[row_in_tile() + r], up_scale[row_in_tile() + r]);
+    result.set(*reinterpret_cast<const Words*>(&gate[r][threadIdx.x]),
+               *reinterpret_cast<const Words*>(&up[r][threadIdx.x]), gate_scale[row_in_tile() + r],
+               up_scale[row_in_tile() + r]);
     return result;
   }
+
+  __device__ __forceinline__ TransposedTile& tile() { return reinterpret_cast<TransposedTile&>(up); }
 };
 
-// Sums of each row's 128 columns, into the row of this column tile.
-__device__ __forceinline__ void write_weight_grad(const SwigluBackwardParams& params, const TilePlace& place,
-                                                  float (&sums)[kRowsPerThread]) {
-  float* target =
-      params.weight_grad + place.first_column / kTile * params.out.num_rows + place.first_row + row_in_tile();
+__device__ __forceinline__ void load_slots(TileOctets<__nv_bfloat16>& octets,
+                                           const uint4 (&slots)[kRowsPerThread][kTileThreads]) {
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
+  for (int r = 0; r < kRowsPerThread; ++r) octets[r].words = slots[r][threadIdx.x];
+}
+
+// The sum of 128 columns of row `row` of the tile, into the row of this column tile.
+__device__ __forceinline__ void write_weight_grad(const SwigluBackwardParams& params, const TilePlace& place, int row,
+                                                  float sum) {
 #pragma unroll
-    for (int distance = 8; distance > 0; distance /= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], distance);
-    if (threadIdx.x % 16 == 0 && r < place.rows_to_write()) target[r] = sums[r];
+  for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % 16 == 0 && row < place.rows.written) {
+    params.weight_grad[place.first_column / kTile * params.out.num_rows + place.first_row + row] = sum;
   }
 }
 
+// Results take the place of the inputs. Row by row: four at once need more registers than there are.
 template <typename Type, bool kWithProduct, bool kWeighted>
-__device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& params, TilePlace place,
-                                                   const BackwardStage<Type>& stage,
-                                                   TileStorage<__nv_bfloat16>& storage) {
-  using BFloat16 = __nv_bfloat16;
-  TileOctets<BFloat16> d_gate, d_up, product;
-  float weight_sums[kRowsPerThread];
-#pragma unroll
+__device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& params, const TilePlace& place,
+                                                   BackwardStorage<Type>& storage) {
+#pragma unroll 1
   for (int r = 0; r < kRowsPerThread; ++r) {
-    const float weight = kWeighted ? stage.weight[row_in_tile() + r] : 1.0f;
-    const SwigluGradients gradients = differentiate<kWeighted>(stage.gate_up(r), {stage.grad[r][threadIdx.x]}, weight);
-    d_gate[r] = gradients.gate;
-    d_up[r] = gradients.up;
-    if (kWithProduct) product[r] = gradients.product;
-    weight_sums[r] = gradients.weight;
+    const int row = row_in_tile() + r;
+    const float weight = kWeighted ? storage.weight[row] : 1.0f;
+    const SwigluGradients gradients =
+        differentiate<kWeighted>(storage.gate_up(r), {storage.grad[r][threadIdx.x]}, weight);
+    storage.up[r][threadIdx.x] = gradients.gate.words;
+    storage.grad[r][threadIdx.x] = gradients.up.words;
+    if (kWithProduct) storage.gate[r][threadIdx.x] = gradients.product.words;
+    if (kWeighted) write_weight_grad(params, place, row, gradients.weight);
   }
-  if (kWeighted) write_weight_grad(params, place, weight_sums);
-  write_tile_columns<BFloat16>(params.out, place, d_gate, storage);
-  write_tile_rows<BFloat16>(params.out, place, d_gate);
+}
+
+// A block takes a 128x128 tile of gate, up and gradient; while it waits for them another one computes.
+template <typename Type, bool kWithProduct, bool kWeighted>
+__global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const SwigluBackwardParams params) {
+  using BFloat16 = __nv_bfloat16;
+  extern __shared__ uint4 dynamic_storage[];
+  auto& storage = *reinterpret_cast<BackwardStorage<Type>*>(dynamic_storage);
+  const BlockPosition block(blockIdx.x, params.in.hidden, kTile);
+  TilePlace place{block.row * kTile, block.column * kTile,
+                  count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
+  if (place.rows.written == 0) return;  // past the last group
+  storage.copy_inputs(params, place);
+  copy_async_wait<0>();
+  __syncwarp();
+
+  differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage);
+  TileOctets<BFloat16> octets;
+  load_slots(octets, storage.up);
+  write_tile_rows<BFloat16>(params.out, place, octets);
+  write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
   if (kWithProduct) {
     QuantOutput out = params.out;
     out.data_t = params.output_t;
     out.scale_t = params.output_scale_t;
     out.scale_t_stride = params.output_scale_t_stride;
-    write_tile_columns<BFloat16>(out, place, product, storage);
+    load_slots(octets, storage.gate);
+    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns);
   }
   place.first_column += params.in.hidden;
-  write_tile_columns<BFloat16>(params.out, place, d_up, storage);
-  write_tile_rows<BFloat16>(params.out, place, d_up);
-}
-
-template <typename Type>
-struct BackwardStorage {
-  BackwardStage<Type> stages[2];
-  TileStorage<__nv_bfloat16> tile;
-};
-
-// Persistent: while a block works on the 128x128 tile of gate, up and gradient in one stage, the next one arrives in
-// the other.
-template <typename Type, bool kWithProduct, bool kWeighted>
-__global__ void __launch_bounds__(kTileThreads, 1) swiglu_backward_kernel(const SwigluBackwardParams params) {
-  extern __shared__ uint4 dynamic_storage[];
-  auto& storage = *reinterpret_cast<BackwardStorage<Type>*>(dynamic_storage);
-  const unsigned num_tiles = ceil_div(params.out.num_rows, int64_t(kTile)) * (params.in.hidden / kTile);
-  const auto place_of = [&](unsigned tile) {
-    const BlockPosition block(tile, params.in.hidden, kTile);
-    return TilePlace{block.row * kTile, block.column * kTile,
-                     count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
-  };
-  TilePlace place = place_of(blockIdx.x);
-  storage.stages[0].copy(params, place);
-  copy_async_commit();
-  int current = 0;
-  for (unsigned tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, current ^= 1) {
-    TilePlace next = place;
-    if (tile + gridDim.x < num_tiles) {
-      next = place_of(tile + gridDim.x);
-      storage.stages[current ^ 1].copy(params, next);
-    }
-    copy_async_commit();
-    copy_async_wait<1>();
-    __syncwarp();
-    if (place.rows.written > 0) {  // else past the last group
-      differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage.stages[current], storage.tile);
-    }
-    __syncwarp();
-    place = next;
-  }
+  load_slots(octets, storage.grad);
+  write_tile_rows<BFloat16>(params.out, place, octets);
+  write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
 }
 
 }  // namespace dsv3rt

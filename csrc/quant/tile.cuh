@@ -42,27 +42,44 @@ __device__ __forceinline__ RowCounts count_rows(const RowGroups& groups, int64_t
   return {max(0, min(groups.counts[low] - before, written)), written};
 }
 
-// Largest amax over the `Width` neighbouring lanes that share a tile.
-template <int Width>
-__device__ __forceinline__ uint32_t lanes_max(uint32_t bits) {
+// What a thread holds: eight columns of four rows. Sixteen lanes share the 1x128 tiles of the same rows.
+constexpr int kRowsPerThread = 4;
+
+template <typename Element>
+using TileOctets = Octet<Element>[kRowsPerThread];
+
+// Of row lane % 4: the lanes exchange half of their rows each time, so that each ends with one.
+template <typename Element>
+__device__ __forceinline__ uint32_t shared_amax(const TileOctets<Element>& octets) {
+  const bool upper_half = threadIdx.x & 2, odd = threadIdx.x & 1;
+  const uint32_t rows[] = {octets[0].amax_bits(), octets[1].amax_bits(), octets[2].amax_bits(), octets[3].amax_bits()};
+  uint32_t pair[2];
 #pragma unroll
-  for (int distance = Width / 2; distance > 0; distance /= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, distance));
-  return bits;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t received = __shfl_xor_sync(~0u, upper_half ? rows[i] : rows[i + 2], 2);
+    pair[i] = max(upper_half ? rows[i + 2] : rows[i], received);
+  }
+  uint32_t bits = max(odd ? pair[1] : pair[0], __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1));
+  bits = max(bits, __shfl_xor_sync(~0u, bits, 4));
+  return max(bits, __shfl_xor_sync(~0u, bits, 8));
 }
 
-// Neighbouring scales of one column, `rows_left` of which exist.
-template <int kCount>
-__device__ __forceinline__ void write_scales(float* out, const float (&scales)[kCount], int rows_left) {
+// By rows: a thread's eight columns of the `rows_left` rows from `row`, as far as they exist. Whole warps call it.
+template <typename Element>
+__device__ __forceinline__ void write_rows(const QuantOutput& out, int64_t row, int column, int rows_left,
+                                           const TileOctets<Element>& octets) {
+  const TileScale scale = tile_scale(shared_amax<Element>(octets), out.scale_mask);
+  const int row_of_scale = threadIdx.x % 16, tile = column / kTile;
+  if (row_of_scale < min(rows_left, kRowsPerThread) && tile * kTile < out.num_columns) {
+    out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
+  }
+  const bool in_columns = column < out.num_columns;
+  uint8_t* target = out.data + row * out.num_columns + column;
 #pragma unroll
-  for (int r = 0; r < kCount; r += 4) {
-    if (r + 4 <= rows_left) {
-      __stwb(reinterpret_cast<float4*>(out + r), make_float4(scales[r], scales[r + 1], scales[r + 2], scales[r + 3]));
-    } else {
-#pragma unroll
-      for (int i = r; i < r + 4; ++i) {
-        if (i < rows_left) out[i] = scales[i];
-      }
-    }
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const float inverse = __shfl_sync(~0u, scale.inverse, r, kRowsPerThread);
+    if (in_columns && r < rows_left) *reinterpret_cast<uint2*>(target) = quantize_octet(octets[r], inverse);
+    target += out.num_columns;
   }
 }
 
@@ -70,10 +87,6 @@ __device__ __forceinline__ void write_scales(float* out, const float (&scales)[k
 // that four rows of a column pack into one word of the transposed tile.
 constexpr int kTileThreads = 512;
 constexpr int kTileWarps = kTileThreads / 32;
-constexpr int kRowsPerThread = 4;
-
-template <typename Element>
-using TileOctets = Octet<Element>[kRowsPerThread];
 
 __device__ __forceinline__ int row_in_tile() { return threadIdx.x / 16 * 4; }
 __device__ __forceinline__ int column_in_tile() { return threadIdx.x % 16 * 8; }
@@ -112,9 +125,9 @@ __device__ __forceinline__ void for_transposed_chunks(const TransposedTile& tile
   }
 }
 
+// Where the threads of a block find the scales of its 128 columns.
 template <typename Element>
-struct TileStorage {
-  alignas(16) TransposedTile tile;
+struct ColumnScales {
   alignas(16) typename Octet<Element>::Pattern warp_amax[kTileWarps][kTile];
   float inverse[kTile];
 };
@@ -122,25 +135,14 @@ struct TileStorage {
 template <typename Element>
 __device__ __forceinline__ void write_tile_rows(const QuantOutput& out, const TilePlace& place,
                                                 const TileOctets<Element>& octets) {
-  const int64_t row = place.first_row + row_in_tile();
-  const int column = place.first_column + column_in_tile();
-  const int rows_left = column < out.num_columns ? place.rows_to_write() : 0;
-  uint8_t* target = out.data + row * out.num_columns + column;
-  float scales[kRowsPerThread];
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    const TileScale tile = tile_scale(lanes_max<16>(octets[r].amax_bits()), out.scale_mask);
-    scales[r] = tile.scale;
-    if (r < rows_left) *reinterpret_cast<uint2*>(target) = quantize_octet(octets[r], tile.inverse);
-    target += out.num_columns;
-  }
-  if (threadIdx.x % 16 == 0) write_scales(out.scale + (column / kTile) * out.scale_stride + row, scales, rows_left);
+  write_rows<Element>(out, place.first_row + row_in_tile(), place.first_column + column_in_tile(),
+                      place.rows_to_write(), octets);
 }
 
 // Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales.
 template <typename Element>
 __device__ __forceinline__ void reduce_columns(const QuantOutput& out, const TilePlace& place,
-                                               const TileOctets<Element>& octets, TileStorage<Element>& storage) {
+                                               const TileOctets<Element>& octets, ColumnScales<Element>& storage) {
   using Part = Octet<Element>;
   uint32_t words[Part::kPatternWords];
 #pragma unroll
@@ -178,20 +180,21 @@ __device__ __forceinline__ uint32_t row_mask(int rows_left) {
 // part.
 template <typename Element>
 __device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const TilePlace& place,
-                                                   const TileOctets<Element>& octets, TileStorage<Element>& storage) {
+                                                   const TileOctets<Element>& octets, TransposedTile& tile,
+                                                   ColumnScales<Element>& storage) {
   reduce_columns(out, place, octets, storage);
   const uint32_t mask = row_mask(place.rows_to_read());
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int column = column_in_tile() + i;
     const float inverse = storage.inverse[column];
-    transposed_word(storage.tile, column) = mask & pack_e4m3(octets[0].get(i) * inverse, octets[1].get(i) * inverse,
-                                                             octets[2].get(i) * inverse, octets[3].get(i) * inverse);
+    transposed_word(tile, column) = mask & pack_e4m3(octets[0].get(i) * inverse, octets[1].get(i) * inverse,
+                                                     octets[2].get(i) * inverse, octets[3].get(i) * inverse);
   }
   __syncthreads();
   const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
   uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
-  for_transposed_chunks(storage.tile, [&](int column, int chunk, const uint4& words) {
+  for_transposed_chunks(tile, [&](int column, int chunk, const uint4& words) {
     if (place.first_column + column < out.num_columns) {
       reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = words;
     }
