@@ -11,15 +11,15 @@
 
 namespace dsv3rt {
 
-// Makes `device` current for a scope; the caller's device comes back afterwards.
+// Makes `device` current for a scope; the caller's device comes back afterwards. The device is set even where it is
+// current already: a thread that has not used the GPU yet (such as autograd's) has no context before, and the driver's
+// functions, unlike the runtime's, do not make one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     status_ = cudaGetDevice(&previous_);
-    if (status_ == cudaSuccess && previous_ != device) {
-      status_ = cudaSetDevice(device);
-      changed_ = status_ == cudaSuccess;
-    }
+    if (status_ == cudaSuccess) status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess && previous_ != device;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);

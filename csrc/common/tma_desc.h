@@ -40,7 +40,9 @@ const char* encode(CUtensorMap& map, const void* base, CUtensorMapDataType type,
   const CUresult status = encoder(&map, type, kRank, const_cast<void*>(base), extents, strides, box, element_strides,
                                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused an operand's layout";
+  if (status == CUDA_ERROR_INVALID_VALUE) return "cuTensorMapEncodeTiled refused an operand's layout";
+  if (status == CUDA_ERROR_INVALID_CONTEXT) return "cuTensorMapEncodeTiled found no CUDA context in this thread";
+  return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled failed";
 }
 
 }  // namespace tma_desc

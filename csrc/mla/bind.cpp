@@ -18,6 +18,8 @@ struct Arguments {
         .strides({kAny, kAny, 1})
         .stride_multiple_of(0, 8)
         .stride_multiple_of(1, 8)
+        .stride_at_least(0, 8)
+        .stride_at_least(1, 8)
         .aligned(16);
     return {view.data, view.strides[0], view.strides[1]};
   }
@@ -28,6 +30,7 @@ struct Arguments {
         .shape({kAny, kRopeDim})
         .strides({kAny, 1})
         .stride_multiple_of(0, 8)
+        .stride_at_least(0, 8)
         .aligned(16);
     return {view.data, view.strides[0], kRopeDim};
   }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +16,17 @@ from tests.gpu.mla_cases import BATCHES, SCALE, Lengths, N, R, U, draw, ends
 
 pytestmark = pytest.mark.gpu
 
-# Weights and the result are each rounded to BF16, 2^-9 of their size: together at most 2^-8 of the values' weighted
-# magnitude, sum(w |v|). FP32 sums of up to 8192 terms and ex2.approx (2^-22) stay far below; 2^-12 is room for them.
-OUT_RELATIVE = 2.0**-8 + 2.0**-12
+# A number rounded to BF16, of eight significant bits, moves by at most 2^-8 of itself. With weights w, true result
+# o = sum(w v) and magnitude m = sum(w |v|), the kernel sums p v and p over keys, where p is the exponential of a score's
+# distance to the largest:
+#   - p meets v rounded to BF16, and is summed as it was: sum(w |v| 2^-8) = 2^-8 m;
+#   - FP32: the tensor cores cut each sum of 16 products, up to 532 of them for 8500 keys, at 2^-22 of m at worst: 2^-13 m;
+#     a thread's sum of p is at most 90 roundings of 2^-24; ex2.approx is off by 2^-22, twice: all together below 2^-12 m;
+#   - what comes out, at most |o| + (2^-8 + 2^-12) m, is rounded to BF16: 2^-8 of that.
+# p below 2^-126 is zero, which takes at most 2^-126 |v| a key. Rescaling earlier blocks multiplies both sums by the same
+# number. The error of the scores themselves is `doubt` below.
+BF16_UNIT = 2.0**-8
+WEIGHT_RELATIVE = BF16_UNIT + 2.0**-12
 # FP32 scores: 192 products, each rounded at 2^-24 of the sum of magnitudes, which is |q| |k| scale at most.
 SCORE_RELATIVE = 192 * 2.0**-24
 LSE_ABSOLUTE = 1e-5  # sums of up to 8192 positive FP32 numbers, partly in order
@@ -50,7 +60,9 @@ def assert_sequence(
             )
             error = (out[rows, some].double() - want).abs()
             # An error in the scores' exponent multiplies weights by up to exp(doubt) either way.
-            allowed = magnitude * (OUT_RELATIVE + torch.as_tensor(2 * doubt, device="cuda").expm1().unsqueeze(-1))
+            relative = WEIGHT_RELATIVE + torch.as_tensor(2 * doubt, device="cuda").expm1().unsqueeze(-1)
+            flushed = 2.0**-126 * v[:, some].abs().sum(dim=0)
+            allowed = flushed + magnitude * relative + BF16_UNIT * (want.abs() + magnitude * relative)
             assert (error <= allowed).all(), (error - allowed).max()
             blind = want_lse == -math.inf
             assert torch.equal(lse[rows, some] == -math.inf, blind)
@@ -106,6 +118,36 @@ def test_mla_prefill_kernel_matches_fp64_on_random_lengths(seed: int) -> None:
 
 def test_mla_prefill_kernel_takes_128_heads() -> None:
     assert_batch([1000, 537], [1000, 537], 128, causal=True)
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_mla_prefill_kernel_weighs_every_key(block: int) -> None:
+    """Each of 128 keys has a column of its own, which then holds nothing but that key's weight. An error of 2 % in one
+    of them would be seen."""
+    q, k_nope, k_rope, v = draw(300, 300, 2)
+    v = torch.zeros_like(v)
+    keys = torch.arange(block * 128, min(block * 128 + 128, 300), device="cuda")
+    v[keys, :, keys % 128] = 1
+    out, lse = run_poisoned((q, k_nope, k_rope, v), ends([300]), ends([300]), causal=True)
+    assert_sequence((q, k_nope, k_rope, v), out, lse, causal=True)
+    out[:, :, 7] *= 1.02
+    with pytest.raises(AssertionError):
+        assert_sequence((q, k_nope, k_rope, v), out, lse, causal=True)
+
+
+def test_mla_prefill_kernel_runs_in_a_thread_that_has_not_used_the_gpu() -> None:
+    """As autograd's threads: the driver, which describes arrays to the copy engine, wants a context in each."""
+    inputs = draw(200, 200, 2)
+    cu = ends([200])
+    want = run_poisoned(inputs, cu, cu, causal=True)
+    torch.cuda.synchronize()
+    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+    out, lse = torch.empty_like(want[0]), torch.empty_like(want[1])
+    call = partial(load().mla_prefill, *inputs, out, lse, cu, cu, counter, scale=SCALE, causal=True)
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(call).result()
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
 
 
 @pytest.mark.parametrize("size", [1e-3, 8.0, 60.0])
