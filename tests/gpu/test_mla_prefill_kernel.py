@@ -17,14 +17,15 @@ from tests.gpu.mla_cases import BATCHES, SCALE, Lengths, N, R, U, draw, ends
 pytestmark = pytest.mark.gpu
 
 # A number rounded to BF16, of eight significant bits, moves by at most 2^-8 of itself. With weights w, true result
-# o = sum(w v) and magnitude m = sum(w |v|), the kernel sums p v and p over keys, where p is the exponential of a score's
-# distance to the largest:
+# o = sum(w v) and magnitude m = sum(w |v|), the kernel sums p v and p over keys, where p is the exponential of a
+# score's distance to the largest:
 #   - p meets v rounded to BF16, and is summed as it was: sum(w |v| 2^-8) = 2^-8 m;
-#   - FP32: the tensor cores cut each sum of 16 products, up to 532 of them for 8500 keys, at 2^-22 of m at worst: 2^-13 m;
-#     a thread's sum of p is at most 90 roundings of 2^-24; ex2.approx is off by 2^-22, twice: all together below 2^-12 m;
+#   - FP32: the tensor cores cut each sum of 16 products, up to 532 of them for 8500 keys, at 2^-22 of m at worst:
+#     2^-13 m; a thread's sum of p is at most 90 roundings of 2^-24; ex2.approx is off by 2^-22, twice: together
+#     below 2^-12 m;
 #   - what comes out, at most |o| + (2^-8 + 2^-12) m, is rounded to BF16: 2^-8 of that.
-# p below 2^-126 is zero, which takes at most 2^-126 |v| a key. Rescaling earlier blocks multiplies both sums by the same
-# number. The error of the scores themselves is `doubt` below.
+# p below 2^-126 is zero, which takes at most 2^-126 |v| a key. Rescaling earlier blocks multiplies both sums by the
+# same number. The error of the scores themselves is `doubt` below.
 BF16_UNIT = 2.0**-8
 WEIGHT_RELATIVE = BF16_UNIT + 2.0**-12
 # FP32 scores: 192 products, each rounded at 2^-24 of the sum of magnitudes, which is |q| |k| scale at most.
