@@ -11,6 +11,7 @@ import torch
 
 FLUSH_BYTES = 2**30  # far more than the L2 cache of any GPU; writing it also takes longer than any op takes to launch
 ROUNDS = 3
+HEAD_START_CYCLES = 30_000_000  # some 20 ms
 
 Run = Callable[[], object]
 
@@ -42,13 +43,15 @@ def sample_cuda(fn: Run, *, warmup: int = 5, reps: int = 30, flush_l2: bool = Tr
     """Seconds of `reps` calls of `fn` on the current device, each between two events.
 
     With `flush_l2` a large buffer is overwritten before every call, so that operands come from memory as they do in a
-    training step; the write also gives the host time to run ahead, which keeps launch overhead out of the figure.
+    training step. The device sleeps first and each write takes a while too: the host stays ahead, which keeps its own
+    time, hiccups included, out of the figure.
     """
     for _ in range(warmup):
         fn()
     scratch = torch.empty(FLUSH_BYTES if flush_l2 else 0, dtype=torch.int8, device="cuda")
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
     torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
     for start, end in events:
         scratch.zero_()
         start.record()

@@ -115,7 +115,7 @@ void bound_fp8_gemm_nt(const TensorView& a, const TensorView& scale_a, const Ten
 
 void bound_m_grouped(const TensorView& a, const TensorView& scale_a, const TensorView& b, const TensorView& scale_b,
                      const TensorView& d, const TensorView& counts, const TensorView& offsets, int num_sms,
-                      const std::optional<Tile>& tile, py::handle stream) {
+                     const std::optional<Tile>& tile, py::handle stream) {
   constexpr char kOp[] = "m_grouped_fp8_gemm_nt";
   GemmParams params = params_for(kOp, a, scale_a, d);
   ArgCheck(kOp, "b", b).dtype(kFp8).shape({kAny, kAny, params.k}).aligned(16);
@@ -167,7 +167,8 @@ void bind_gemm(py::module_& module) {
              "d (+)= a b^T on block-scaled FP8 operands, on a stream; tile overrides the heuristics.");
   module.def("m_grouped_fp8_gemm_nt", &bound_m_grouped, py::arg("a"), py::arg("scale_a"), py::arg("b"),
              py::arg("scale_b"), py::arg("d"), py::arg("counts"), py::arg("offsets"), py::kw_only(),
-             py::arg("num_sms") = 0, py::arg("tile") = py::none(), py::arg("stream") = py::none(), "Rows of group g times b[g]^T; counts and offsets stay on the device.");
+             py::arg("num_sms") = 0, py::arg("tile") = py::none(), py::arg("stream") = py::none(),
+             "Rows of group g times b[g]^T; counts and offsets stay on the device.");
   module.def("k_grouped_fp8_gemm_nt", &bound_k_grouped, py::arg("a"), py::arg("scale_a"), py::arg("b"),
              py::arg("scale_b"), py::arg("d"), py::arg("counts"), py::arg("offsets"), py::kw_only(),
              py::arg("num_sms") = 0, py::arg("tile") = py::none(), py::arg("stream") = py::none(),

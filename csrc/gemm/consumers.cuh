@@ -50,7 +50,9 @@ struct ConsumerView {
     b = __shfl_sync(~0u, descriptor_base(base + offsetof(Storage, b)), 0);
     scale_a = base + offsetof(Storage, scale_a) + (first_row + threadIdx.x % 128 / 32 * 16 + lane / 4) * 4;
     scale_b = base + offsetof(Storage, scale_b) +
-              (C::kPairedRows ? lane % 4 * 16 : C::kScaleB == ScaleB::kRow ? lane % 4 * 8 : 0);
+              (C::kPairedRows               ? lane % 4 * 16
+               : C::kScaleB == ScaleB::kRow ? lane % 4 * 8
+                                            : 0);
   }
 
   __device__ __forceinline__ uint32_t tile() const { return base + offsetof(Storage, tile); }
@@ -135,8 +137,8 @@ __device__ __forceinline__ float4 column_scales(uint32_t scale_b, int pair) {
   return make_float4(first.x, first.y, second.x, second.y);
 }
 
-// Fewest registers are read when the column scales multiply first: each serves two rows, each row scale then all columns.
-// With three consumers ptxas finds no room for that.
+// Fewest registers are read when the column scales multiply first: each serves two rows, each row scale then all
+// columns. With three consumers ptxas finds no room for that.
 template <typename C>
 __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const float (&partial)[C::kFragment],
                                             const float2 scale_a, uint32_t scale_b) {
@@ -156,8 +158,8 @@ __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const fl
   }
 }
 
-// Two waves a consumer: few registers are left beside the sums, so it multiplies and promotes wave by wave, and the other
-// consumer keeps the tensor cores busy meanwhile.
+// Two waves a consumer: few registers are left beside the sums, so it multiplies and promotes wave by wave, and the
+// other consumer keeps the tensor cores busy meanwhile.
 template <typename C>
 __device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& view, const Tile& tile,
                                                       RingPosition<C::kStages>& ring,
@@ -186,8 +188,8 @@ __device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& vie
 }
 
 // One wave a consumer. With row scales, promotion takes longer than multiplication: of two consumers each has a K-block
-// promoted while its own next one multiplies (kAhead). Three keep the tensor cores busy by themselves, and so do two with
-// block scales.
+// promoted while its own next one multiplies (kAhead). Three keep the tensor cores busy by themselves, and so do two
+// with block scales.
 template <typename C, int kBlocks, bool kAhead>
 __device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, RingPosition<C::kStages>& ring,
                                                float (&sum)[C::kFragment], int first_columns) {

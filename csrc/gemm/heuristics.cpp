@@ -23,8 +23,9 @@ TileCost cost_of(TileShape tile) {
 
 double step_clocks(const GemmProblem& problem, TileShape tile, Share share) {
   constexpr double kL2BytesAClock = 400;
-  const int rows_and_columns =
-      share == Share::kA ? tile.m / 2 + tile.n : share == Share::kB ? tile.m + tile.n / 2 : tile.m + tile.n;
+  const int rows_and_columns = share == Share::kA   ? tile.m / 2 + tile.n
+                               : share == Share::kB ? tile.m + tile.n / 2
+                                                    : tile.m + tile.n;
   // Promotion of row scales takes longer than the loads: a cluster only makes its blocks wait for each other.
   if (problem.scale_b_kind == ScaleB::kRow) return cost_of(tile).step_row_scaled + (share == Share::kNone ? 0 : 40);
   return cost_of(tile).step + 128 * rows_and_columns / kL2BytesAClock;

@@ -18,8 +18,14 @@ inline MapSpec operand_map(const uint8_t* data, int64_t rows, int64_t k, int64_t
 }
 
 inline MapSpec row_scale_map(const float* scales, int64_t rows, int64_t k_blocks, int64_t stride, int box_rows) {
-  return {scales,   rows, k_blocks, stride * int64_t(sizeof(float)),
-          box_rows, 1,    CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE};
+  return {scales,
+          rows,
+          k_blocks,
+          stride * int64_t(sizeof(float)),
+          box_rows,
+          1,
+          CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+          CU_TENSOR_MAP_SWIZZLE_NONE};
 }
 
 // The rows of B in groups of 16 (see pairs_rows), as (group, half, quad, pair, k).
@@ -47,10 +53,9 @@ const char* encode_output_map(const GemmParams& params, CUtensorMap& map) {
 template <typename C>
 const char* encode_maps(const GemmParams& params, GemmMaps& maps) {
   const int64_t k_blocks = ceil_div(params.k, kBlockK);
-  [[maybe_unused]] const int64_t b_rows =
-      int64_t(params.n) * (C::kGrouping == Grouping::kRows ? params.num_groups : 1);
-  const MapSpec a = operand_map(params.a, params.m, params.k, params.stride_a,
-                                   C::kShare == Share::kA ? C::kBlockM / 2 : C::kBlockM);
+  [[maybe_unused]] const int64_t b_rows = int64_t(params.n) * (C::kGrouping == Grouping::kRows ? params.num_groups : 1);
+  const MapSpec a =
+      operand_map(params.a, params.m, params.k, params.stride_a, C::kShare == Share::kA ? C::kBlockM / 2 : C::kBlockM);
   if (const char* error = encode_map(maps.a, a)) return error;
   constexpr int kBoxB = C::kShare == Share::kB ? C::kBlockN / 2 : C::kBlockN;
   if constexpr (C::kPairedRows) {

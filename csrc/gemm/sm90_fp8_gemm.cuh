@@ -1,5 +1,5 @@
-// FP8 block-scaled GEMM. One persistent block an SM: warps of the first warpgroup feed a ring of stages and take finished
-// tiles away through the copy engine, two or three consumer warpgroups multiply and promote.
+// FP8 block-scaled GEMM. One persistent block an SM: warps of the first warpgroup feed a ring of stages and take
+// finished tiles away through the copy engine, two or three consumer warpgroups multiply and promote.
 #pragma once
 
 #include "gemm/consumers.cuh"

@@ -61,7 +61,8 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtens
 }
 
 // The same of a 5-dimensional box, into one CTA or into those named in `cta_mask`.
-__device__ __forceinline__ void tma_load_5d(void* target, const CUtensorMap& map, Barrier& barrier, int x, int outermost) {
+__device__ __forceinline__ void tma_load_5d(void* target, const CUtensorMap& map, Barrier& barrier, int x,
+                                            int outermost) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(smem_address(target)),

@@ -242,7 +242,8 @@ def test_m_grouped_fp8_gemm_nt_takes_a_masked_buffer() -> None:
 def test_group_layout_rejects_a_bad_capacity() -> None:
     counts = torch.zeros(2, dtype=torch.int32)
     for capacity in (0, -128, 100):
-        with pytest.raises(ValueError, match=f"^GroupLayout: capacity must be a positive multiple of 128, got {capacity}$"):
+        message = rf"^GroupLayout: capacity must be a positive multiple of 128, got {capacity}$"
+        with pytest.raises(ValueError, match=message):
             GroupLayout.of_capacity(counts, capacity)
-    with pytest.raises(TypeError, match="^GroupLayout: counts_X must be int32, got int64$"):
+    with pytest.raises(TypeError, match=r"^GroupLayout: counts_X must be int32, got int64$"):
         GroupLayout.of_capacity(counts.long(), 128)

@@ -44,8 +44,9 @@ class GroupLayout:
 
     @classmethod
     def of_capacity(cls, counts_X: Tensor, capacity: int) -> GroupLayout:
-        """The masked layout of decoding: a buffer (X, capacity, ...) taken as X * capacity rows, of which each expert fills
-        the first counts_X[g]. Nothing is read back, so it suits a CUDA graph.
+        """The masked layout of decoding: a buffer (X, capacity, ...) taken as X * capacity rows.
+
+        Each expert fills the first counts_X[g] of its rows. Nothing is read back, so it suits a CUDA graph.
 
         Raises:
             ValueError: capacity that is no positive multiple of 128, the row block of the grouped products.

@@ -21,9 +21,7 @@ def fp8_gemm_nt(x: QuantTensor, w: QuantTensor, out: Tensor, *, accumulate: bool
 def m_grouped_fp8_gemm_nt(x: QuantTensor, w: QuantTensor, layout: GroupLayout, out: Tensor, *, num_sms: int) -> None:
     """Writes the true rows of every group; padding rows of `out` stay as they are."""
     extension = load()
-    extension.m_grouped_fp8_gemm_nt(
-        *_bytes(x), *_bytes(w), out, layout.counts_X, layout.offsets, num_sms=num_sms
-    )
+    extension.m_grouped_fp8_gemm_nt(*_bytes(x), *_bytes(w), out, layout.counts_X, layout.offsets, num_sms=num_sms)
 
 
 def k_grouped_fp8_gemm_nt(x: QuantTensor, y: QuantTensor, layout: GroupLayout, out: Tensor, *, num_sms: int) -> None:
