@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import provenance
-from benchmarks.timing import Case, DeviceClock, Peer, Run, figures, sample_both
+from benchmarks.timing import Case, DeviceClock, Peer, Run, figures, kernel_seconds, sample_both
 from benchmarks.timing import copy_peer as make_copy_peer
 
 HERE = Path(__file__).resolve().parent
@@ -47,11 +47,16 @@ def copy_peer() -> Peer:
 
 @pytest.fixture
 def versus(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, Any]]:
-    """`versus(case, ours, peer, reps=30)` measures both in turns and records the line of evidence."""
+    """`versus(case, ours, peer, reps=30)` measures both in turns and records the line of evidence.
 
-    def measure(case: Case, ours: Run, peer: Peer, *, reps: int = 30) -> dict[str, Any]:
+    With `kernel`, a part of a kernel's name, the line also says what the profiler measures of it alone.
+    """
+
+    def measure(case: Case, ours: Run, peer: Peer, *, reps: int = 30, kernel: str = "") -> dict[str, Any]:
         samples, peer_samples = sample_both(ours, peer.run, reps=reps)
         line = figures(case, median(samples), peer, median(peer_samples))
+        if kernel:
+            line["kernel_value"] = round(case.value(kernel_seconds(ours, kernel)), 3)
         record(request, benchmark, samples, line)
         return line
 

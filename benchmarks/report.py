@@ -38,7 +38,8 @@ HEADER = """\
 
 Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit. Every line is one measurement: ours
 and a peer's, taken in turns in the same run, medians of device time with cold caches. A ratio above 1 means that ours
-is better. Machines drift by several percent, so compare ratios, not lines of different runs.
+is better. Machines drift by several percent, so compare ratios, not lines of different runs. In parentheses: our
+kernel alone, by the profiler.
 """
 
 
@@ -109,6 +110,8 @@ def _render_suite(suite: Suite) -> str:
 
 def _render_line(line: dict[str, Any]) -> str:
     ours, theirs = (_render_value(line[key], line["metric"]) for key in ("value", "peer_value"))
+    if "kernel_value" in line:
+        ours += f" ({_render_value(line['kernel_value'], line['metric'])})"
     return f"| {line['op']} | {line['shape']} | {ours} | {line['peer']} | {theirs} | {line['ratio']:.2f} |"
 
 

@@ -26,6 +26,7 @@ from dsv3rt.ops.types import GroupLayout, QuantTensor, empty_row_scales
 
 Versus = Callable[..., dict[str, Any]]
 FP8 = torch.float8_e4m3fn
+KERNEL = "sm90_fp8_gemm_kernel"
 
 
 def random_fp8(*shape: int) -> Tensor:
@@ -54,7 +55,7 @@ def cublas_block(x: QuantTensor, w: QuantTensor) -> Peer:
 @pytest.mark.parametrize("shape", [*GEMMS, *SMALL_GEMMS], ids=str)
 def test_bench_fp8_gemm_nt(versus: Versus, shape: Gemm) -> None:
     x, w = row_scaled(shape.m, shape.k), block_scaled(shape.n, shape.k)
-    versus(Case("fp8_gemm_nt", str(shape), "tflops", shape.flops), lambda: ops.fp8_gemm_nt(x, w), cublas_block(x, w))
+    versus(Case("fp8_gemm_nt", str(shape), "tflops", shape.flops), lambda: ops.fp8_gemm_nt(x, w), cublas_block(x, w), kernel=KERNEL)
 
 
 @pytest.mark.parametrize("shape", WEIGHT_GRADIENTS, ids=str)
@@ -63,7 +64,7 @@ def test_bench_weight_gradient(versus: Versus, shape: Gemm) -> None:
     x, y = row_scaled(shape.m, shape.k), row_scaled(shape.n, shape.k)
     out = torch.zeros((shape.m, shape.n), device="cuda")
     case = Case("fp8_gemm_nt, weight gradient", str(shape), "tflops", shape.flops)
-    versus(case, lambda: ops.fp8_gemm_nt(x, y, accumulate_into=out), cublas_block(x, y))
+    versus(case, lambda: ops.fp8_gemm_nt(x, y, accumulate_into=out), cublas_block(x, y), kernel=KERNEL)
 
 
 def layout_of(shape: GroupedGemm) -> tuple[GroupLayout, Tensor, int]:
@@ -88,7 +89,10 @@ def test_bench_m_grouped_fp8_gemm_nt(versus: Versus, shape: GroupedGemm) -> None
     )
     work = 2.0 * rows * shape.n * shape.k
     versus(
-        Case("m_grouped_fp8_gemm_nt", str(shape), "tflops", work), lambda: ops.m_grouped_fp8_gemm_nt(x, w, layout), peer
+        Case("m_grouped_fp8_gemm_nt", str(shape), "tflops", work),
+        lambda: ops.m_grouped_fp8_gemm_nt(x, w, layout),
+        peer,
+        kernel=KERNEL,
     )
 
 
@@ -109,7 +113,7 @@ def test_bench_masked_fp8_gemm_nt(versus: Versus, shape: GroupedGemm) -> None:
         ),
     )
     case = Case("m_grouped_fp8_gemm_nt, masked", str(shape), "tflops", 2.0 * len(packed) * shape.n * shape.k)
-    versus(case, lambda: ops.m_grouped_fp8_gemm_nt(x, w, layout), peer)
+    versus(case, lambda: ops.m_grouped_fp8_gemm_nt(x, w, layout), peer, kernel=KERNEL)
 
 
 @pytest.mark.parametrize("shape", K_GROUPED_GEMMS, ids=str)
@@ -136,4 +140,5 @@ def test_bench_k_grouped_fp8_gemm_nt(versus: Versus, shape: GroupedGemm) -> None
         Case("k_grouped_fp8_gemm_nt", str(shape), "tflops", work),
         lambda: ops.k_grouped_fp8_gemm_nt(x, y, layout, accumulate_into=out),
         Peer("cublas_block", peer),
+        kernel=KERNEL,
     )

@@ -66,6 +66,26 @@ def time_cuda(fn: Run, *, warmup: int = 5, reps: int = 30, flush_l2: bool = True
     return median(sample_cuda(fn, warmup=warmup, reps=reps, flush_l2=flush_l2))
 
 
+def kernel_seconds(fn: Run, kernel: str, *, reps: int = 10) -> float:
+    """What the profiler says of the kernel alone: the median of its runs, with operands from memory.
+
+    Raises:
+        RuntimeError: no kernel with `kernel` in its name ran.
+    """
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    fn()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(reps):
+            scratch.zero_()
+            fn()
+        torch.cuda.synchronize()
+    times = [event.device_time for event in profile.events() if kernel in event.name]
+    if not times:
+        raise RuntimeError(f"no kernel named {kernel} ran")
+    return median(times) * 1e-6
+
+
 def sample_both(ours: Run, peer: Run, *, reps: int = 30) -> tuple[list[float], list[float]]:
     """Samples of both, taken in turns, so that a clock that drifts drifts for both."""
     our_samples: list[float] = []
