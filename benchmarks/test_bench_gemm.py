@@ -55,7 +55,8 @@ def cublas_block(x: QuantTensor, w: QuantTensor) -> Peer:
 @pytest.mark.parametrize("shape", [*GEMMS, *SMALL_GEMMS], ids=str)
 def test_bench_fp8_gemm_nt(versus: Versus, shape: Gemm) -> None:
     x, w = row_scaled(shape.m, shape.k), block_scaled(shape.n, shape.k)
-    versus(Case("fp8_gemm_nt", str(shape), "tflops", shape.flops), lambda: ops.fp8_gemm_nt(x, w), cublas_block(x, w), kernel=KERNEL)
+    case = Case("fp8_gemm_nt", str(shape), "tflops", shape.flops)
+    versus(case, lambda: ops.fp8_gemm_nt(x, w), cublas_block(x, w), kernel=KERNEL)
 
 
 @pytest.mark.parametrize("shape", WEIGHT_GRADIENTS, ids=str)
