@@ -82,7 +82,7 @@ def error_of(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
         (["--model.top_k=9"], "model.top_k must be at most the 4 experts of the groups kept, got 9"),
         (["--train.seq_len=65"], "train.seq_len must be at most model.max_position (64), got 65"),
         (["--train.micro_batch_size=3"], "train.batch_size must be a positive multiple of micro_batch_size (3), got 2"),
-        (["--parallel.pp=2"], "parallel.pp must be 1 (distributed training is not built yet), got 2"),
+        (["--parallel.pp=2"], "parallel.pp times parallel.dp must be the number of processes, 1 "),
         (["--model.vocab_size=100"], "model.vocab_size must be at least the 258 of data.tokenizer 'bytes', got 100"),
         (["--data.paths=no/such"], "data.paths: no such file or folder: 'no/such'"),
         (["--data.suffixes=.xyz"], "data.paths: no files ending in .xyz (data.suffixes) under "),
