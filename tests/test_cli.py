@@ -88,7 +88,7 @@ def error_of(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) ->
         (["--parallel.dp=3"], "train.batch_size must be a multiple of micro_batch_size times parallel.dp ("),
         (["--parallel.schedule=dualpipe"],
          "parallel.schedule does not fit train.batch_size 2: schedule: num_ranks must be even for dualpipe, got 1"),
-        (["--train.recompute=[\"attention\"]"], "train.recompute[0]: must be 'norm', 'mla_up', 'swiglu' or 'experts', got"),
+        (["--train.recompute=[\"attention\"]"], "train.recompute[0]: must be 'norm', 'mla_up', 'swiglu' or 'experts'"),
         (["--model.vocab_size=100"], "model.vocab_size must be at least the 258 of data.tokenizer 'bytes', got 100"),
         (["--data.paths=no/such"], "data.paths: no such file or folder: 'no/such'"),
         (["--data.suffixes=.xyz"], "data.paths: no files ending in .xyz (data.suffixes) under "),

@@ -110,7 +110,7 @@ def test_phases_meet_in_the_papers_pairs() -> None:
     model = Transformer(model_config())
     order: list[str] = []
     stage = Stage(model, range(1, 2), is_first=False, is_last=False)
-    one, other = (Chunk(stage, batch(seed), Rule(), LANES) for seed in (1, 2))
+    one, other = (Chunk(stage, batch(seed), Rule(alpha=0.01), LANES) for seed in (1, 2))
     x_TD, dy_TD = torch.randn(32, 32), torch.randn(32, 32)
     Walk(one.forward(x_TD.clone()), LANES).finish()
     backward = NotedWalk("B", one.backward(dy_TD, lambda parameter: None), order)

@@ -106,8 +106,7 @@ class Chunk:
 
     def backward(self, dy_TD: Tensor | None, take: Callable[[Tensor], None]) -> Iterator[Phase]:
         """dy_TD: from the stage after; None in the last. `take` gets the shared parameters once they have gradients."""
-        if self._total is not None:
-            yield "head"
+        if self._total is not None:  # a few scalars: no phase of its own, which would put the others out of step
             (self._total * self._rule.share).backward()
             self._total = None
         if self.output is not None:

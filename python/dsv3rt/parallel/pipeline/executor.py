@@ -87,8 +87,8 @@ class Executor:
     def stage(self, table_stage: int) -> Stage:
         return self._stages[self._layout.model_stage(table_stage)]
 
-    def walk(self, phases: Iterator[Phase]) -> Walk:
-        return Walk(phases, self._lanes)
+    def walk(self, action: Action, phases: Iterator[Phase]) -> Walk:
+        return Walk(phases, self._lanes, str(action))
 
     def chunk(self, action: Action, batch: MicroBatch, rule: Rule, weight_grads: WeightGrads | None) -> Chunk:
         return Chunk(self.stage(action.stage), batch, rule, self._lanes, weight_grads)
@@ -163,7 +163,7 @@ class _Run:
             self._start_forward(step).finish()
             self._end_forward(step)
         elif step.op == "W":
-            self._executor.walk(_weights(self._owed.pop((step.stage, step.micro_batch)))).finish()
+            self._executor.walk(step, _weights(self._owed.pop((step.stage, step.micro_batch)))).finish()
         else:
             self._start_backward(step).finish()
             self._end_backward(step)
@@ -181,7 +181,7 @@ class _Run:
         self._chunks[key] = chunk
         source = self._neighbour(action.stage, -1)
         x_TD = None if source is None else self._take(("activation", source, action.stage), action.micro_batch)
-        return self._executor.walk(chunk.forward(x_TD))
+        return self._executor.walk(action, chunk.forward(x_TD))
 
     def _end_forward(self, action: Action) -> None:
         chunk = self._chunks[action.stage, action.micro_batch]
@@ -197,7 +197,7 @@ class _Run:
         chunk = self._chunks[action.stage, action.micro_batch]
         source = self._neighbour(action.stage, +1)
         dy_TD = None if source is None else self._take(("gradient", source, action.stage), action.micro_batch)
-        return self._executor.walk(chunk.backward(dy_TD, self._executor.gradients.take))
+        return self._executor.walk(action, chunk.backward(dy_TD, self._executor.gradients.take))
 
     def _end_backward(self, action: Action) -> None:
         chunk = self._chunks.pop((action.stage, action.micro_batch))

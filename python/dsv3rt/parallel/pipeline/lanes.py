@@ -33,10 +33,12 @@ class Lanes:
 class Walk:
     """One micro-batch's way through a stage, forward or backward, phase by phase.
 
-    `phases` names each phase before it does it, so that the phase can be put on its stream.
+    `phases` names each phase before it does it, so that the phase can be put on its stream. In a profiler's trace it
+    has the walk's name before its own.
     """
 
-    def __init__(self, phases: Iterator[Phase], lanes: Lanes) -> None:
+    def __init__(self, phases: Iterator[Phase], lanes: Lanes, name: str = "") -> None:
+        self._name = name
         self._phases = phases
         self._lanes = lanes
         self._next = next(phases, None)
@@ -53,7 +55,8 @@ class Walk:
         if self._next is None:
             return False
         stream = self._lanes.of(self._next)
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+        with on_stream, torch.profiler.record_function(f"{self._name} {self._next}"):
             if stream is not None and self._done is not None:
                 stream.wait_event(self._done)
             self._next = next(self._phases, None)
