@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from dsv3rt.errors import BackendUnavailableError, StoppedBySignalError
+from dsv3rt.env import launch
+from dsv3rt.errors import BackendUnavailableError, PeerError, StoppedBySignalError
 
 if TYPE_CHECKING:
     from dsv3rt.train.trainer import Trainer
@@ -32,30 +33,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         what = error.strerror or str(error)
         message = f"{error.filename}: {what}" if error.filename else what
-    except (ValueError, FloatingPointError, BackendUnavailableError) as error:
+    except (FloatingPointError, PeerError) as error:  # the same on all ranks, or another rank's
+        _complain(f"dsv3rt: error: {error}", of_all=True)
+        return _USER_ERROR
+    except (ValueError, BackendUnavailableError) as error:
         message = str(error)
     except StoppedBySignalError as stop:
-        print(f"dsv3rt: {stop}", file=sys.stderr)
+        _complain(f"dsv3rt: {stop}", of_all=True)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("\ndsv3rt: interrupted; the same command resumes from what was last saved", file=sys.stderr)
+        _complain("\ndsv3rt: interrupted; the same command resumes from what was last saved", of_all=True)
         return _INTERRUPTED
-    print(f"dsv3rt: error: {' '.join(message.split())}", file=sys.stderr)
+    _complain(f"dsv3rt: error: {' '.join(message.split())}")
     return _USER_ERROR
+
+
+def _complain(text: str, *, of_all: bool = False) -> None:
+    """One line on stderr. Of many processes the first speaks for all, and another only for itself, once it has joined
+    them: before that all read the same configuration."""
+    rank = launch().rank
+    if rank == 0:
+        print(text, file=sys.stderr)
+    elif not of_all and _has_joined():
+        print(f"rank {rank}: {text}", file=sys.stderr)
+
+
+def _has_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _run(argv: list[str]) -> int:
     # Some commands have options of their own, argparse's; everywhere else `--key value` is a key of the configuration.
     arguments, overrides = (argv, []) if argv[:1] in _WITH_OPTIONS else _split_overrides(argv)
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and getattr(options, "subject", "") == "memory":
+        rest, overrides = _split_overrides(rest)
+    if rest:
+        raise ValueError(f"unrecognized arguments: {' '.join(rest)} (see dsv3rt --help)")
+    if options.command == "plan":
+        return _plan(options, overrides)
     if overrides and options.command != "train":
         raise ValueError(f"--{overrides[0][0]}: {options.command} takes no configuration keys")
     if options.command == "doctor":
         return _doctor()
     if options.command == "convert":
         return _convert(options)
-    if options.command == "plan":
-        return _plan(options)
     if options.command == "tokenize":
         return _tokenize(options)
     return _train(options.config, overrides)
@@ -67,11 +90,14 @@ def _train(config_path: str, overrides: list[tuple[str, str]]) -> int:
     config = load(config_path, overrides)
     from torch import OutOfMemoryError
 
+    from dsv3rt.parallel.mesh import leave
     from dsv3rt.train.trainer import Trainer  # slow to import: only for a configuration that is right
 
     try:
         trainer = Trainer(config)
-        if trainer.fit():
+        trained = trainer.fit()
+        leave()
+        if trained:
             _print_completions(trainer)
     except OutOfMemoryError as error:
         raise ValueError(f"out of GPU memory; lower train.micro_batch_size or the model ({error})") from None
@@ -82,7 +108,12 @@ def _print_completions(trainer: Trainer) -> None:
     """Let the trained model continue `train.sample_prompts`."""
     from dsv3rt.infer.generate import generate
 
-    run, tokenizer = trainer.config.train, trainer.tokenizer
+    run, tokenizer, parallel = trainer.config.train, trainer.tokenizer, trainer.config.parallel
+    if launch().rank > 0 or not run.sample_prompts:
+        return
+    if parallel.pp > 1 or parallel.ep > 1:
+        print("train.sample_prompts: not completed, as no process holds the whole model")
+        return
     completions = generate(
         trainer.engine.model,
         trainer.prompts,
@@ -156,10 +187,17 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    from dsv3rt.parallel.pipeline import report
+def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if options.subject == "schedule":
+        from dsv3rt.parallel.pipeline import report
 
-    return report.run(options)
+        return report.run(options)
+    from dsv3rt.parallel import memory_report
+    from dsv3rt.train.config_file import load
+
+    if not 0 < options.gpu_gb < float("inf"):
+        raise ValueError(f"--gpu-gb: must be a positive number, got {options.gpu_gb:g}")
+    return memory_report.run(load(options.config, overrides), options.gpu_gb)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -254,6 +292,17 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
         allow_abbrev=False,
     )
     report.add_options(schedule)
+    memory = subjects.add_parser(
+        "memory",
+        help="count the bytes of every rank",
+        description="Count what each pipeline rank of a configuration needs, by kind. Nothing is allocated. The exit "
+        "code is 1 where a rank does not fit.",
+        epilog="Any key of the configuration can be given: --parallel.pp 16 --train.recompute '[\"norm\"]'",
+        usage="dsv3rt plan memory CONFIG.toml [--gpu-gb GB] [--section.key value ...]",
+        allow_abbrev=False,
+    )
+    memory.add_argument("config", metavar="CONFIG.toml")
+    memory.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="of a GPU (default: 80)")
 
 
 if __name__ == "__main__":

@@ -116,16 +116,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Ranks along each mesh axis; their product is the number of processes."""
+    """The [parallel] section: pp * dp processes; `ep` of the dp ranks of a stage, neighbours, share the experts.
+
+    schedule: the order of work over the pp ranks (docs/schedules.md). bucket_mb: FP32 gradients that travel together.
+    """
 
     pp: int = 1
     dp: int = 1
     ep: int = 1
+    schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev", "dualpipe"] = "1f1b"
+    stages_per_rank: int = 0  # 0: the schedule's own, 1 for 1f1b and zb1p, else 2
+    bucket_mb: float = 64.0
 
     def __post_init__(self) -> None:
-        for name in ("pp", "dp", "ep"):
-            value = getattr(self, name)
-            _require(value == 1, "parallel", name, "be 1 (distributed training is not built yet)", value)
+        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb")
+        _require_non_negative("parallel", self, "stages_per_rank")
+        _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
+
+    @property
+    def num_processes(self) -> int:
+        return self.pp * self.dp
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,9 @@ def _constant(value: float) -> tuple[Segment, ...]:
     return (Segment(value),)
 
 
+Recomputable = Literal["norm", "mla_up", "swiglu", "experts"]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The [train] section. `batch_size` is a schedule in sequences a step; `micro_batch_size` sequences a forward.
@@ -192,6 +205,7 @@ class RunConfig:
     peak_tflops: float = 0.0  # for MFU; 0: the BF16 peak of a known GPU, else no MFU
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
+    recompute: tuple[Recomputable, ...] = ()  # in the backward, instead of keeping it (docs/distributed.md)
 
     def __post_init__(self) -> None:
         _require_positive("train", self, "steps", "seq_len", "micro_batch_size", "sample_tokens")
@@ -260,11 +274,12 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip_grad_norm: float = 1.0
     moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    ema_decay: float = 0.0  # of an average of the weights in host memory; 0: none is kept
 
     def __post_init__(self) -> None:
         _require_positive("optim", self, "eps", "clip_grad_norm")
         _require_non_negative("optim", self, "weight_decay")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
             _require(0 <= value < 1, "optim", name, "be in [0, 1)", value)
         _require_schedule("optim", "lr", self.lr)
@@ -320,6 +335,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.train.seq_len <= self.model.max_position, "train", "seq_len",
                  f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
+        _require(self.model.num_experts % self.parallel.ep == 0, "parallel", "ep",
+                 f"divide model.num_experts ({self.model.num_experts})", self.parallel.ep)  # fmt: skip
+        unit = self.train.micro_batch_size * self.parallel.dp
+        for segment in self.train.batch_size:
+            for size in (segment.value, segment.value if segment.start is None else segment.start):
+                _require(size % unit == 0, "train", "batch_size",
+                         f"be a multiple of micro_batch_size times parallel.dp ({unit})", size)  # fmt: skip
 
 
 def _require_mixture(phases: tuple[MixturePhase, ...], num_paths: int) -> None:

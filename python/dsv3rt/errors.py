@@ -13,3 +13,11 @@ class StoppedBySignalError(Exception):
     def __init__(self, number: signal.Signals, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+class PeerError(RuntimeError):
+    """Another rank failed in what all do together; `errno` is that of its error, where it had one."""
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3rt import ops
+from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.linear import Linear
 
 
@@ -20,6 +21,7 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(dim, hidden, dtype=dtype, device=device)
         self.down_proj = Linear(hidden, dim, dtype=dtype, device=device)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+    def forward(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor:
+        hidden = recomputed(ledger, "swiglu", ops.swiglu, self.gate_proj(x_TD, ledger), self.up_proj(x_TD, ledger))
+        y_TD: Tensor = self.down_proj(hidden, ledger)
         return y_TD

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dsv3rt.layers.ledger import Ledger
+
 
 class Linear(nn.Module):
     """y = x @ weight.T; weight (out_dim, in_dim), in the dtype of x."""
@@ -21,8 +23,12 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight)
+    def forward(self, x: Tensor, ledger: Ledger | None = None) -> Tensor:
+        if ledger is None or not ledger.defers:
+            return functional.linear(x, self.weight)
+        kept = x.detach()
+        y = functional.linear(x, self.weight.detach())
+        return ledger.put_off(y, self.weight, lambda dy: dy.flatten(0, -2).t() @ kept.flatten(0, -2))
 
 
 class Embedding(nn.Module):

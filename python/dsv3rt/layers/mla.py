@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv3rt import ops
 from dsv3rt.config import ModelConfig
+from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.norm import RMSNorm
 
@@ -71,8 +72,8 @@ class MLA(nn.Module):
     Parameter names and shapes are the Hugging Face checkpoint's; `q_lora_rank=None` gives one `q_proj`.
 
     Saved tensors, training form: x, the two latents before their norms, q, kv (which k_nope and v view), k_rope, the
-    attention's output and lse. Everything from the latents on can be recomputed from them by one norm and one GEMM
-    each, which is what the paper does (sec. 3.2.3).
+    attention's output and lse. A ledger that recomputes "mla_up" keeps none of q, kv and k_rope: they come again from
+    the latents by one norm and one GEMM each (V3 report sec. 3.2.3).
     """
 
     def __init__(
@@ -95,33 +96,46 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(latent, kv_dim, dtype=dtype, device=device)
         self.o_proj = Linear(heads * config.v_head_dim, dim, dtype=dtype, device=device)
 
-    def _queries(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, H, N) and the rotated (T, H, R)."""
+    def _query_input(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor:
+        """The query latent before its norm (T, Q), or the query itself where there is no latent."""
+        q: Tensor = self.q_proj(x_TD, ledger) if self.config.q_lora_rank is None else self.q_a_proj(x_TD, ledger)
+        return q
+
+    def _queries(
+        self, q: Tensor, cos_TR: Tensor, sin_TR: Tensor, ledger: Ledger | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(T, H, N) and the rotated (T, H, R), from `_query_input`."""
         config = self.config
-        full = config.q_lora_rank is None
-        q = self.q_proj(x_TD) if full else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        if config.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q), ledger)
         q_THC = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
         nope_THN, rope_THR = q_THC.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return nope_THN, ops.rope(rope_THR, cos_TR, sin_TR)
 
-    def _latents(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised (T, C) and the rotated (T, R): what the cache holds."""
+    def _latents(self, kv_a: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised (T, C) and the rotated (T, R), from the joint projection: what the cache holds."""
         sizes = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
-        latent_TC, rope_TR = self.kv_a_proj_with_mqa(x_TD).split(sizes, dim=-1)
+        latent_TC, rope_TR = kv_a.split(sizes, dim=-1)
         return self.kv_a_layernorm(latent_TC), ops.rope(rope_TR, cos_TR, sin_TR)
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x_TD: Tensor, sequences: Sequences, ledger: Ledger | None = None) -> Tensor:
         """Causal attention inside each sequence; (T, D) -> (T, D)."""
         config = self.config
-        q_nope_THN, q_rope_THR = self._queries(x_TD, sequences.cos_TR, sequences.sin_TR)
-        latent_TC, k_rope_TR = self._latents(x_TD, sequences.cos_TR, sequences.sin_TR)
-        kv = self.kv_b_proj(latent_TC).unflatten(-1, (config.num_heads, -1))
-        k_nope_THN, v_THU = cast(tuple[Tensor, Tensor], SplitColumns.apply(kv, config.qk_nope_head_dim))
-        q_THC = torch.cat([q_nope_THN, q_rope_THR], dim=-1)
+        cos_TR, sin_TR = sequences.cos_TR, sequences.sin_TR
+
+        def up(q: Tensor, kv_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q_THC = torch.cat(self._queries(q, cos_TR, sin_TR, ledger), dim=-1)
+            latent_TC, k_rope_TR = self._latents(kv_a, cos_TR, sin_TR)
+            return q_THC, self.kv_b_proj(latent_TC, ledger), k_rope_TR
+
+        down = self._query_input(x_TD, ledger), self.kv_a_proj_with_mqa(x_TD, ledger)
+        q_THC, kv, k_rope_TR = recomputed(ledger, "mla_up", up, *down)
+        kv_THX = kv.unflatten(-1, (config.num_heads, -1))
+        k_nope_THN, v_THU = cast(tuple[Tensor, Tensor], SplitColumns.apply(kv_THX, config.qk_nope_head_dim))
         out_THU, _ = ops.mla_prefill(
             q_THC, k_nope_THN, k_rope_TR, v_THU, sequences.cu_seqlens, scale=config.softmax_scale
         )
-        y_TD: Tensor = self.o_proj(out_THU.flatten(1))
+        y_TD: Tensor = self.o_proj(out_THU.flatten(1), ledger)
         return y_TD
 
     def decode(self, x_TD: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
@@ -131,8 +145,8 @@ class MLA(nn.Module):
         inference: call it without grad.
         """
         config = self.config
-        q_nope_THN, q_rope_THR = self._queries(x_TD, step.cos_TR, step.sin_TR)
-        rows = torch.cat(self._latents(x_TD, step.cos_TR, step.sin_TR), dim=-1)
+        q_nope_THN, q_rope_THR = self._queries(self._query_input(x_TD), step.cos_TR, step.sin_TR)
+        rows = torch.cat(self._latents(self.kv_a_proj_with_mqa(x_TD), step.cos_TR, step.sin_TR), dim=-1)
         cache.view(-1, cache.shape[-1])[step.slots_T] = rows
 
         w_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))

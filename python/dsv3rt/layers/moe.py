@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +11,41 @@ from torch import Tensor, nn
 from dsv3rt import ops
 from dsv3rt.config import ModelConfig
 from dsv3rt.layers.feed_forward import FeedForward
+from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.router import Router
 from dsv3rt.ops.types import GroupLayout, Permutation, Routing
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Tokens gathered by expert: rows_PD, where each expert's rows lie, and the way back."""
+    """Tokens gathered by expert: rows_PD, where each expert's rows lie, and the way back.
+
+    route: what an `Exchange` must remember to find the way back to other ranks.
+    """
 
     rows_PD: Tensor
     layout: GroupLayout
     permutation: Permutation
+    route: object = None
+
+
+class Exchange(Protocol):
+    """Carries rows to the ranks that hold their experts, and back."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
+        """As `ops.permute` lays them out, but the rows of all ranks for the experts of this one. Differentiable."""
+        ...
+
+    def collect(self, rows_PD: Tensor, dispatched: Dispatched) -> Tensor:
+        """This rank's rows, where `dispatched.permutation` says, of all experts' results. Differentiable."""
+        ...
 
 
 class Experts(nn.Module):
-    """All routed experts fused: gate_up_proj (E, 2F, D), gate rows first, and down_proj (E, D, F)."""
+    """All routed experts fused: gate_up_proj (E, 2F, D), gate rows first, and down_proj (E, D, F).
+
+    Where an `Exchange` spreads them over ranks, each holds its share of E.
+    """
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
@@ -34,9 +55,18 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim, dtype=dtype, device=device))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden, dtype=dtype, device=device))
 
-    def forward(self, rows_PD: Tensor, layout: GroupLayout) -> Tensor:
-        gate_PF, up_PF = ops.grouped_gemm_nt(rows_PD, self.gate_up_proj, layout).chunk(2, dim=-1)
-        return ops.grouped_gemm_nt(ops.swiglu(gate_PF, up_PF), self.down_proj, layout)
+    def forward(self, rows_PD: Tensor, layout: GroupLayout, ledger: Ledger | None = None) -> Tensor:
+        gate_PF, up_PF = _product(rows_PD, self.gate_up_proj, layout, ledger).chunk(2, dim=-1)
+        hidden_PF = recomputed(ledger, "swiglu", ops.swiglu, gate_PF, up_PF)
+        return _product(hidden_PF, self.down_proj, layout, ledger)
+
+
+def _product(rows: Tensor, weight: nn.Parameter, layout: GroupLayout, ledger: Ledger | None) -> Tensor:
+    if ledger is None or not ledger.defers:
+        return ops.grouped_gemm_nt(rows, weight, layout)
+    kept = rows.detach()
+    y = ops.grouped_gemm_nt(rows, weight.detach(), layout)
+    return ledger.put_off(y, weight, lambda dy: ops.grouped_weight_grad(dy, kept, layout))
 
 
 class MoE(nn.Module):
@@ -44,6 +74,7 @@ class MoE(nn.Module):
 
     The phases pass their results on and keep nothing, so that a schedule may run them apart. The gates are applied
     where the rows are summed, in `combine`. Names are the Hugging Face checkpoint's, the routed experts fused.
+    exchange: None where all experts are here.
     """
 
     def __init__(
@@ -51,6 +82,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = config.num_experts
+        self.exchange: Exchange | None = None
         self.gate = Router(config, dtype=dtype, device=device)
         self.experts = Experts(config, dtype=dtype, device=device)
         self.shared_experts: FeedForward | None = None
@@ -65,17 +97,21 @@ class MoE(nn.Module):
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Rows grouped by expert, each group padded to the GEMM's 128 rows on a GPU, to nothing on a CPU."""
         block = 128 if x_TD.is_cuda else 1
+        if self.exchange is not None:
+            return self.exchange.dispatch(x_TD, routing, num_experts=self.num_experts, block=block)
         return Dispatched(*ops.permute(x_TD, routing, num_experts=self.num_experts, block=block))
 
-    def run_experts(self, dispatched: Dispatched) -> Tensor:
-        rows_PD: Tensor = self.experts(dispatched.rows_PD, dispatched.layout)
+    def run_experts(self, dispatched: Dispatched, ledger: Ledger | None = None) -> Tensor:
+        rows_PD: Tensor = self.experts(dispatched.rows_PD, dispatched.layout, ledger)
         return rows_PD
 
-    def run_shared(self, x_TD: Tensor) -> Tensor | None:
-        return None if self.shared_experts is None else self.shared_experts(x_TD)
+    def run_shared(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(x_TD, ledger)
 
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """The routed part of the output, (T, D)."""
+        if self.exchange is not None:
+            rows_PD = self.exchange.collect(rows_PD, dispatched)
         return ops.unpermute(rows_PD, dispatched.permutation, routing.weight_TK)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:

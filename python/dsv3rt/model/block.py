@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsv3rt.config import ModelConfig
 from dsv3rt.layers.feed_forward import FeedForward
+from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.mla import MLA, DecodeStep, Sequences
 from dsv3rt.layers.moe import Dispatched, MoE
 from dsv3rt.layers.norm import RMSNorm
@@ -37,7 +38,8 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)); MoE from layer `num_dense_layers` on.
 
     The phases are attention, route, dispatch, experts, combine. Each takes what earlier ones returned; the block keeps
-    no state. `dispatch` and `combine` are where tokens would cross ranks.
+    no state. `dispatch` and `combine` are where tokens cross ranks. The ledger, where one is given, belongs to the
+    block and the micro-batch.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Block(nn.Module):
         else:
             self.mlp = MoE(config, dtype=dtype, device=device)
 
-    def attention(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+    def attention(self, x_TD: Tensor, sequences: Sequences, ledger: Ledger | None = None) -> Tensor:
         """x_TD plus its attention."""
-        y_TD: Tensor = x_TD + self.self_attn(self.input_layernorm(x_TD), sequences)
+        h_TD = recomputed(ledger, "norm", self.input_layernorm, x_TD)
+        y_TD: Tensor = x_TD + self.self_attn(h_TD, sequences, ledger)
         return y_TD
 
-    def route(self, x_TD: Tensor) -> Routed:
-        h_TD = self.post_attention_layernorm(x_TD)
+    def route(self, x_TD: Tensor, ledger: Ledger | None = None) -> Routed:
+        h_TD = recomputed(ledger, "norm", self.post_attention_layernorm, x_TD)
         return Routed(x_TD, h_TD, self.mlp.route(h_TD) if isinstance(self.mlp, MoE) else None)
 
     def dispatch(self, routed: Routed) -> Dispatched | None:
@@ -74,11 +77,11 @@ class Block(nn.Module):
         assert routed.routing is not None
         return self.mlp.dispatch(routed.h_TD, routed.routing)
 
-    def experts(self, routed: Routed, dispatched: Dispatched | None) -> ExpertOutput:
+    def experts(self, routed: Routed, dispatched: Dispatched | None, ledger: Ledger | None = None) -> ExpertOutput:
         if not isinstance(self.mlp, MoE):
-            return ExpertOutput(None, self.mlp(routed.h_TD))
+            return ExpertOutput(None, self.mlp(routed.h_TD, ledger))
         assert dispatched is not None
-        return ExpertOutput(self.mlp.run_experts(dispatched), self.mlp.run_shared(routed.h_TD))
+        return ExpertOutput(self.mlp.run_experts(dispatched, ledger), self.mlp.run_shared(routed.h_TD, ledger))
 
     def combine(self, routed: Routed, dispatched: Dispatched | None, output: ExpertOutput) -> Tensor:
         """The block's result (T, D): residual, plus local part, plus routed part."""

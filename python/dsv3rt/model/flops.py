@@ -76,3 +76,22 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = T
     if with_mtp:
         weights += config.mtp_depth * (_mtp_weights(config, config.top_k) + head + attention)
     return 6.0 * weights
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Multiplications a token of every main block, and of what follows them: head, MTP blocks and their heads."""
+
+    layers: tuple[int, ...]
+    tail: int
+
+
+def layer_costs(config: ModelConfig, seq_len: int) -> LayerCosts:
+    """What `train_flops_per_token` counts, block by block (causal, without its factor 6)."""
+    products = config.num_heads * (config.qk_head_dim + config.v_head_dim) * seq_len // 2
+    attention = _attention_weights(config) + products
+    dense, moe = 3 * config.dim * config.ffn_dim, _moe_weights(config, config.top_k)
+    head = config.vocab_size * config.dim
+    feed_forwards = [dense if i < config.num_dense_layers else moe for i in range(config.num_layers)]
+    mtp = _mtp_weights(config, config.top_k) + products + head
+    return LayerCosts(tuple(attention + cost for cost in feed_forwards), head + config.mtp_depth * mtp)

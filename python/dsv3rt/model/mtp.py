@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3rt.config import ModelConfig
+from dsv3rt.layers.ledger import Ledger
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.norm import RMSNorm
 from dsv3rt.model.block import Block
@@ -33,13 +34,14 @@ class MTPBlock(Block):
         self.eh_proj = Linear(2 * dim, dim, dtype=dtype, device=device)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(dim, eps, dtype=dtype, device=device)})
 
-    def merge(self, embedded_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+    def merge(self, embedded_TD: Tensor, hidden_TD: Tensor, ledger: Ledger | None = None) -> Tensor:
         """eh_proj(cat(enorm(embedding of the next token), hnorm(hidden))).
 
         hidden is the previous depth's output after its final norm: `norm` of the main model, `shared_head.norm` of an
         earlier MTP block.
         """
-        x_TD: Tensor = self.eh_proj(torch.cat([self.enorm(embedded_TD), self.hnorm(hidden_TD)], dim=-1))
+        both_TX = torch.cat([self.enorm(embedded_TD), self.hnorm(hidden_TD)], dim=-1)
+        x_TD: Tensor = self.eh_proj(both_TX, ledger)
         return x_TD
 
 

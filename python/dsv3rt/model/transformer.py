@@ -93,7 +93,7 @@ class Transformer(nn.Module):
     @property
     def moe_layers(self) -> list[MoE]:
         """The rows of expert_counts_LE: MoE layers in order, MTP blocks last."""
-        mlps = [cast(Block, layer).mlp for layer in self.layers]
+        mlps = [layer.mlp for layer in self.layers if isinstance(layer, Block)]
         return [mlp for mlp in mlps if isinstance(mlp, MoE)]
 
     def update_router_bias(self, counts_LE: Tensor, gamma: float) -> None:

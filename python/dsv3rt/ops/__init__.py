@@ -4,7 +4,13 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 """
 
 from dsv3rt.ops.attention import mla_decode, mla_prefill
-from dsv3rt.ops.gemm import fp8_gemm_nt, grouped_gemm_nt, k_grouped_fp8_gemm_nt, m_grouped_fp8_gemm_nt
+from dsv3rt.ops.gemm import (
+    fp8_gemm_nt,
+    grouped_gemm_nt,
+    grouped_weight_grad,
+    k_grouped_fp8_gemm_nt,
+    m_grouped_fp8_gemm_nt,
+)
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
@@ -27,6 +33,7 @@ __all__ = [
     "dequantize",
     "fp8_gemm_nt",
     "grouped_gemm_nt",
+    "grouped_weight_grad",
     "k_grouped_fp8_gemm_nt",
     "linear_cross_entropy",
     "m_grouped_fp8_gemm_nt",

@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv3rt.ops.checks import FLOATS, check_layout, check_quant, check_same_device, check_tensor, dtype_name, require
 from dsv3rt.ops.quant import BLOCK_TILE, ROW_TILE
 from dsv3rt.ops.reference import gemm as reference
+from dsv3rt.ops.reference.common import segments
 from dsv3rt.ops.registry import register
 from dsv3rt.ops.types import TILE, GroupLayout, QuantTensor
 
@@ -226,6 +227,27 @@ def grouped_gemm_nt(x_PD: Tensor, w_XFD: Tensor, layout: GroupLayout) -> Tensor:
     check_layout(op, layout, w_XFD.shape[0])
     check_same_device(op, x_PD=x_PD, w_XFD=w_XFD, layout=layout.offsets)
     return cast(Tensor, reference.GroupedGemm.apply(x_PD, w_XFD, layout))
+
+
+def grouped_weight_grad(dy_PF: Tensor, x_PD: Tensor, layout: GroupLayout) -> Tensor:
+    """dw_XFD: of each group, dy[rows]^T times x[rows]: the gradient of `grouped_gemm_nt` to its weights.
+
+    Args:
+        dy_PF: bf16, fp32 or fp64, rows expert-major as `layout` says.
+        x_PD: of dy's dtype.
+        layout: of X groups.
+    Returns:
+        dw_XFD, (X, F, D), x's dtype, contiguous; zero for a group without rows. Padding rows are not read.
+    Raises:
+        ValueError: shape.
+        TypeError: dtype outside the above.
+    """
+    op = "grouped_weight_grad"
+    check_tensor(op, "dy_PF", dy_PF, (None, None), FLOATS)
+    check_tensor(op, "x_PD", x_PD, (dy_PF.shape[0], None), (dy_PF.dtype,))
+    check_layout(op, layout, layout.counts_X.shape[0])
+    check_same_device(op, dy_PF=dy_PF, x_PD=x_PD, layout=layout.offsets)
+    return reference.grouped_weight_grad(dy_PF, x_PD, segments(layout))
 
 
 def _check_kernel_limits(op: str, argument: str, operand: QuantTensor, num_sms: int) -> None:

@@ -8,14 +8,17 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dsv3rt.parallel.mesh import Ranks
 from dsv3rt.train import manifest
+from dsv3rt.train.pieces import LoadPlanner, Piece, SavePlanner
 
 _NAME = re.compile(r"step-(\d+)")
 _TEMPORARY = ".tmp-"
@@ -45,28 +48,60 @@ class RunState:
     loss_variance: float = 0.0
 
 
-def save(root: Path, state: RunState, tensors: dict[str, Tensor], config_toml: str, keep_latest: int) -> Path:
+@dataclass(frozen=True)
+class Writers:
+    """Who writes a checkpoint: all ranks together, each its pieces of the tensors; or one process all of them."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+
+
+ALONE = Writers()
+
+
+def save(
+    root: Path,
+    state: RunState,
+    tensors: dict[str, Tensor],
+    config_toml: str,
+    keep_latest: int,
+    writers: Writers = ALONE,
+) -> Path:
     """Write `root/step-N`, durable before it gets its name, then drop all but the newest `keep_latest` (0: none).
 
-    Where that fails, the temporary folder goes and every older checkpoint stays.
+    Where that fails, the temporary folder goes and every older checkpoint stays. All ranks call this together.
     """
     final = root / f"step-{state.step}"
     temporary = root / f"{_TEMPORARY}{final.name}"
-    clean(root)
-    try:
+    ranks = writers.ranks
+
+    def begin() -> None:
+        clean(root)
         temporary.mkdir(parents=True)
-        with _quiet():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
+
+    def end() -> None:
         (temporary / _CONFIG).write_text(config_toml, encoding="utf-8")
         (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
         manifest.write(temporary)
         _sync_folder(temporary)
+
+    def give_name() -> None:
+        _name(temporary, final)
+        for old in complete(root)[:-keep_latest] if keep_latest else ():
+            _remove(old)
+
+    try:
+        ranks.together(begin)
+        with _quiet():
+            writer, planner = dcp.FileSystemWriter(temporary), SavePlanner(tensors, writers.pieces)
+            alone = ranks.group is None
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=alone)
+        ranks.together(end)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _name(temporary, final)
-    for old in complete(root)[:-keep_latest] if keep_latest else ():
-        _remove(old)
+    ranks.together(give_name)
     return final
 
 
@@ -97,11 +132,12 @@ def read_state(folder: Path) -> tuple[RunState, Path]:
         raise ValueError(_unreadable(folder, error)) from None
 
 
-def load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place with what `save` wrote."""
+def load(folder: Path, tensors: dict[str, Tensor], pieces: Mapping[str, Piece] = ALONE.pieces) -> None:
+    """Fill `tensors` in place with what `save` wrote, in whatever pieces. A rank needs no other rank for it."""
     try:
         with _quiet():
-            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+            planner = LoadPlanner(tensors, pieces)
+            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=True)
     except (CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
         raise ValueError(_unreadable(folder, error)) from None
 
@@ -157,6 +193,8 @@ def _sync(path: Path) -> None:
 
 
 def _unreadable(folder: Path, error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]  # torch wraps what a planner raised
     lines = str(error).strip().splitlines() or [""]
     return f"{folder}: unreadable checkpoint ({type(error).__name__}: {lines[0]}); remove it to use the one before it"
 

@@ -7,14 +7,23 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dsv3rt.config import RunConfig, TrainConfig
+from dsv3rt.env import launch
 from dsv3rt.model.flops import train_flops_per_token
-from dsv3rt.model.transformer import Transformer
+from dsv3rt.parallel.build import build, moe_layers, parameter_shapes
+from dsv3rt.parallel.mesh import Mesh
+from dsv3rt.parallel.pipeline.chunk import MicroBatch, Rule
+from dsv3rt.parallel.pipeline.executor import Executor
+from dsv3rt.parallel.placement import Layout
+from dsv3rt.parallel.zero import Gradients
+from dsv3rt.train.average import Average
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples, SampleSource
 from dsv3rt.train.optimizer import AdamW
+from dsv3rt.train.pieces import Piece
 from dsv3rt.train.schedule import Schedule, batch_sequences
 
 
@@ -39,22 +48,34 @@ class StepResult:
 
 
 class Engine:
-    """The model in training. All that a resumed run needs is `tensors()` and the `RunState` that `step` returns."""
+    """The model in training, or one rank's part of it. All that a resumed run needs is `tensors()` and the `RunState`
+    that `step` returns. With one process and with many this is the same code."""
 
-    def __init__(self, config: TrainConfig, samples: SampleSource) -> None:
+    def __init__(self, config: TrainConfig, samples: SampleSource, mesh: Mesh | None = None) -> None:
         run = config.train
         self.config = config
         self.samples = samples
-        self.device = _device(run)
+        self.mesh = Mesh(config.parallel) if mesh is None else mesh
+        self.device = device_of(run)
         self.dtype = _dtype(run, self.device)
         self._batch_size = Schedule(run.batch_size)
         self._bias_update_speed = Schedule(run.bias_update_speed)
         self._balance_alpha = Schedule(run.balance_alpha)
         self._mtp_weight = Schedule(run.mtp_weight)
         self._lr = Schedule(config.optim.lr)
+        self.layout = Layout(config.model, config.parallel, run.seq_len)
+        _check_schedule(self.layout, run)
+        self._shapes = parameter_shapes(config.model)
         torch.manual_seed(run.seed)
-        self.model = Transformer(config.model, dtype=self.dtype, device=self.device)
-        self.optimizer = AdamW(self.model.named_parameters(), config.optim)
+        self.model = build(self.layout, self.mesh, self.dtype, self.device)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        named = list(self.model.named_parameters())
+        late = frozenset({"embed_tokens.weight", "lm_head.weight"})
+        gradients = Gradients.spread(named, self.layout, self.mesh, self._shapes, late)
+        self.optimizer = AdamW(named, config.optim, gradients)
+        decay = config.optim.ema_decay
+        self._average = Average(self.optimizer.masters(), decay) if decay else None
+        self._executor = Executor(self.model, self.layout, self.mesh, gradients, like)
 
     def step(self, state: RunState) -> tuple[StepResult, RunState]:
         """One batch and one update; returns what it saw and where the run stands after it.
@@ -63,77 +84,141 @@ class Engine:
         """
         run = self.config.train
         at = (state.step, state.tokens)
-        sequences = batch_sequences(self._batch_size, *at, run.micro_batch_size)
+        sequences = batch_sequences(self._batch_size, *at, run.micro_batch_size * self.config.parallel.dp)
         tokens = sequences * run.seq_len
         after = dataclasses.replace(
             state, step=state.step + 1, tokens=state.tokens + tokens, samples=state.samples + sequences
         )
         mtp_weight = self._mtp_weight.value(*at)
-        losses, counts_LE = self._accumulate(state.samples, sequences, self._balance_alpha.value(*at), mtp_weight)
-        norm = self.optimizer.grad_norm()
-        loss, mtp_loss, balance_loss = losses.tolist()
-        grad_norm = norm.item()
+        share = run.micro_batch_size / sequences
+        rule = Rule(self._balance_alpha.value(*at), mtp_weight, share, frozenset(run.recompute))
+        seen = self._backward(state.samples, sequences, rule)
+        loss, mtp_loss, balance_loss = seen.losses.tolist()
+        grad_norm = seen.grad_norm.item()
         skipped = _not_finite("loss", loss) or _not_finite("gradient norm", grad_norm)
         lr = self._lr.value(after.step, after.tokens)
         if skipped:
             self.optimizer.drop_gradients()
         else:
-            self.optimizer.step(after.step - state.skipped_steps, lr, norm)
-            self.model.update_router_bias(counts_LE, self._bias_update_speed.value(*at))
+            if self._average is not None:
+                self._average.wait()
+            self.optimizer.step(after.step - state.skipped_steps, lr, seen.grad_norm)
+            if self._average is not None:
+                self._average.update()
+            gamma = self._bias_update_speed.value(*at)
+            for layer, moe in moe_layers(self.model).items():
+                moe.gate.update_bias(seen.counts_LE[layer - self.config.model.num_dense_layers], gamma)
         flops = tokens * train_flops_per_token(self.config.model, run.seq_len, with_mtp=mtp_weight > 0)
-        load = _max_expert_load(counts_LE)
+        load = _max_expert_load(seen.counts_LE)
         return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, load, tokens, flops, skipped), after
 
-    @torch.no_grad()
     def evaluate(self, samples: Samples, limit: int) -> float | None:
         """Mean main loss over the first `limit` samples, the same ones each time; None where `limit` is 0."""
-        micro = self.config.train.micro_batch_size
+        micro, dp, dp_rank = self.config.train.micro_batch_size, self.config.parallel.dp, self.mesh.dp_rank
         count = min(limit, len(samples))
+        firsts = range(0, count, micro)
+        if not firsts:
+            return None
+        sizes = [min(micro, count - first) for first in firsts]
+        # Ranks without a micro-batch of their own in the last round join in with the last one, which isn't counted.
+        rounds = range(dp_rank, -(-len(firsts) // dp) * dp, dp)
+        mine = [min(index, len(firsts) - 1) for index in rounds]
+        batches = [self._micro_batch(samples, firsts[index], sizes[index]) for index in mine]
+        losses = torch.zeros(len(firsts), dtype=torch.float64, device=self.device)
+        for index, losses_3 in zip(rounds, self._executor.evaluate(batches).losses_M3, strict=True):
+            if index < len(firsts):
+                losses[index] = losses_3[0].double()
+        self._add_up(losses)
         total = 0.0
-        for first in range(0, count, micro):
-            size = min(micro, count - first)
-            tokens_BT, labels_BT = (part.to(self.device) for part in samples.batch(first, size))
-            output = self.model(tokens_BT, labels_BT)
-            assert output.main_loss is not None
-            total += output.main_loss.item() * size
-        return total / count if count else None
+        for loss, size in zip(losses.tolist(), sizes, strict=True):
+            total += loss * size
+        return total / count
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by checkpoint name: masters, moments, router biases. Loading is in place."""
+        """Everything to save that is here, by checkpoint name: masters, moments, router biases. Loading is in place."""
         buffers = {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
-        return {**self.optimizer.tensors(), **buffers}
+        averages = {} if self._average is None else self._average.tensors()
+        return {**self.optimizer.tensors(), **buffers, **{f"ema.{name}": value for name, value in averages.items()}}
 
-    def _accumulate(self, position: int, sequences: int, alpha: float, mtp_weight: float) -> tuple[Tensor, Tensor]:
-        """Backward over the batch in micro batches, scaled so that the gradients are those of the batch as one.
+    def pieces(self) -> dict[str, Piece]:
+        """Where those of `tensors()` that other ranks hold too, or more of, lie in the model's."""
+        found: dict[str, Piece] = {}
+        for name, one in self.optimizer.gradients.sums.items():
+            piece = Piece(one.share.shape, one.share.first_row)
+            found.update({f"{kind}.{name}": piece for kind in ("model", "exp_avg", "exp_avg_sq", "ema")})
+        for name, buffer in self.model.named_buffers():
+            first = self.layout.share(name, tuple(buffer.shape), self.mesh.rank).ranks[0]
+            found[f"model.{name}"] = Piece(tuple(buffer.shape), 0, first == self.mesh.rank)
+        return found
 
-        Returns (loss, MTP loss, balance loss), each the batch's mean, and expert_counts_LE of the whole batch.
-        """
-        micro = self.config.train.micro_batch_size
-        share = micro / sequences
-        losses: list[Tensor] = []
-        counts: list[Tensor] = []
-        for first in range(0, sequences, micro):
-            tokens_BT, labels_BT = (part.to(self.device) for part in self.samples.batch(position + first, micro))
-            output = self.model(tokens_BT, labels_BT, alpha=alpha, mtp_weight=mtp_weight)
-            assert output.loss is not None
-            (output.loss * share).backward()
-            losses.append(torch.stack([output.main_loss, output.mtp_loss, output.balance_loss]).detach())
-            counts.append(output.expert_counts_LE)
-        return torch.stack(losses).mean(dim=0), torch.stack(counts).sum(dim=0)
+    def _backward(self, position: int, sequences: int, rule: Rule) -> _Seen:
+        """Backward over this rank's micro-batches, scaled so that the gradients are those of the batch as one; then
+        all that the ranks must know of each other, in one sum over all of them."""
+        micro, model = self.config.train.micro_batch_size, self.config.model
+        count = sequences // micro // self.config.parallel.dp
+        first = self.mesh.dp_rank * count
+        indices = range(first, first + count)
+        batches = [self._micro_batch(self.samples, position + index * micro, micro) for index in indices]
+        tally = self._executor.train(batches, rule)
+        idle = frozenset(filter(self.layout.is_mtp, self._shapes)) if rule.mtp_weight == 0 else frozenset()
+        self.optimizer.reduce(idle)
+
+        losses = torch.zeros(sequences // micro, 3, dtype=torch.float64, device=self.device)
+        losses[first : first + count] = tally.losses_M3.double()
+        num_moe = model.num_layers + model.mtp_depth - model.num_dense_layers
+        counts = torch.zeros(num_moe, model.num_experts, dtype=torch.float64, device=self.device)
+        for layer, counts_E in tally.counts.items():
+            counts[layer - model.num_dense_layers] = counts_E.double()
+        squares = self.optimizer.squares(list(self._shapes), self.device)
+        parts = [losses, counts, squares]
+        together = torch.cat([part.flatten() for part in parts])
+        self._add_up(together)
+        sums = together.split([part.numel() for part in parts])
+        losses, counts, squares = (total.view_as(part) for total, part in zip(sums, parts, strict=True))
+        return _Seen(losses.float().mean(dim=0), counts.long(), self.optimizer.norm(squares))
+
+    def _add_up(self, values: Tensor) -> None:
+        """In place, over all ranks. FP64: what one rank alone knows, and what is whole, comes through exactly."""
+        if self.mesh.size > 1:
+            dist.all_reduce(values)
+
+    def _micro_batch(self, samples: Samples, position: int, count: int) -> MicroBatch:
+        return MicroBatch(*(part.to(self.device) for part in samples.batch(position, count)))
 
 
-def _device(run: RunConfig) -> torch.device:
+@dataclass(frozen=True)
+class _Seen:
+    """A batch, from all ranks: mean (loss, MTP loss, balance loss), expert counts, gradient norm."""
+
+    losses: Tensor
+    counts_LE: Tensor
+    grad_norm: Tensor
+
+
+def device_of(run: RunConfig) -> torch.device:
+    """Where this process computes: under torchrun each one of a machine has its own GPU."""
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device: must be 'cpu' or 'auto' here, got 'cuda': torch sees no CUDA device")
-    if run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run.device)
+    if run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launch().local_rank % torch.cuda.device_count())
 
 
 def _dtype(run: RunConfig, device: torch.device) -> torch.dtype:
     if run.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+
+
+def _check_schedule(layout: Layout, run: RunConfig) -> None:
+    """Fail at the start where the table can't be written for the batch sizes that segments begin and end with."""
+    unit = run.micro_batch_size * layout.parallel.dp
+    for segment in run.batch_size:
+        for size in (segment.value, segment.value if segment.start is None else segment.start):
+            try:
+                layout.schedule(round(size / unit))
+            except ValueError as error:
+                raise ValueError(f"parallel.schedule does not fit train.batch_size {size:g}: {error}") from None
 
 
 def _not_finite(what: str, value: float) -> str:

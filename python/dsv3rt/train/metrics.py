@@ -67,6 +67,22 @@ class MetricsWriter:
         self._events = SummaryWriter(str(self._run.tensorboard), purge_step=kept + 1)
 
 
+class NoMetrics:
+    """What the other ranks have in a MetricsWriter's place: rank 0 writes the rows of all."""
+
+    def write(self, row: Row) -> None:
+        """Nothing to do."""
+
+    def sync(self) -> None:
+        """Nothing to do."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl; nothing where there is no file, and a last line cut short by a crash is left out."""
     if not path.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,87 +11,118 @@ from torch import Tensor, nn
 from dsv3rt import ops
 from dsv3rt.config import OptimConfig
 from dsv3rt.ops.types import AdamWHyper
+from dsv3rt.parallel.zero import Gradients, Sum
 
 
 @dataclass
 class _Slot:
-    """One parameter's optimizer state. `master` is the parameter itself where that is FP32."""
+    """The optimizer state of one parameter's rows that this rank keeps. `master` views the parameter where that is
+    FP32."""
 
-    parameter: nn.Parameter
+    sum: Sum
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     decays: bool
-    grad: Tensor | None = None
 
-    def take_grad(self, parameter: Tensor) -> None:
-        """Move the gradient that backward has just finished into the FP32 sum, and free it."""
-        assert parameter.grad is not None
-        if self.grad is None:
-            self.grad = parameter.grad.float()
-        else:
-            self.grad.add_(parameter.grad)
-        parameter.grad = None
+    @property
+    def rows(self) -> Tensor:
+        """Of the parameter itself."""
+        return self.sum.parameter.detach()[self.sum.share.rows]
+
+    @property
+    def is_rounded(self) -> bool:
+        return self.sum.parameter.dtype != torch.float32
 
 
 class AdamW:
     """AdamW with decoupled weight decay on matrices only: norm weights and every other 1-D parameter do not decay.
 
     From construction on, every backward adds its gradients to FP32 sums (and leaves `parameter.grad` None) until `step`
-    uses them up. Parameters without a gradient are left alone.
+    uses them up. Parameters without a gradient are left alone. Between the last backward and `step`, `reduce`.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        gradients: Gradients | None = None,
+    ) -> None:
+        """gradients: of the same parameters, where more than one process trains them."""
         moment_dtype = torch.float32 if config.moment_dtype == "float32" else torch.bfloat16
         self._config = config
+        self.gradients = Gradients.whole(parameters) if gradients is None else gradients
         self._slots: dict[str, _Slot] = {}
-        for name, parameter in parameters:
-            value = parameter.detach()
-            slot = _Slot(
-                parameter=parameter,
-                master=value if value.dtype == torch.float32 else value.float(),
-                exp_avg=torch.zeros_like(value, dtype=moment_dtype),
-                exp_avg_sq=torch.zeros_like(value, dtype=moment_dtype),
-                decays=parameter.dim() >= 2,
+        for name, one in self.gradients.sums.items():
+            rows = one.parameter.detach()[one.share.rows]
+            self._slots[name] = _Slot(
+                sum=one,
+                master=rows if rows.dtype == torch.float32 else rows.float(),
+                exp_avg=torch.zeros_like(rows, dtype=moment_dtype),
+                exp_avg_sq=torch.zeros_like(rows, dtype=moment_dtype),
+                decays=one.parameter.dim() >= 2,
             )
-            parameter.register_post_accumulate_grad_hook(slot.take_grad)
-            self._slots[name] = slot
+
+    def reduce(self, idle: frozenset[str] = frozenset()) -> None:
+        """Bring the sums of all ranks together; `idle` parameters took no part in the step on any rank."""
+        self.gradients.reduce(idle)
+
+    def squares(self, names: Sequence[str], device: torch.device) -> Tensor:
+        """(2, len(names)) FP64, to be added up over the ranks: the squared norms of gradients, and shards counted."""
+        shards = {name: slot.sum.shard for name, slot in self._slots.items() if slot.sum.shard is not None}
+        held = [name for name in names if name in shards]
+        squares = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+        if held:
+            places = torch.tensor([place for place, name in enumerate(names) if name in shards], device=device)
+            norms = torch.stack(torch._foreach_norm([shards[name] for name in held]))
+            squares[0, places] = norms.double().square()
+            squares[1, places] = 1.0
+        return squares
+
+    @staticmethod
+    def norm(squares: Tensor) -> Tensor:
+        """The global 2-norm, FP32, from the sum of all ranks' `squares`.
+
+        A parameter that one rank keeps whole gives its FP32 norm back to the bit: its square is exact in FP64.
+        """
+        return torch.linalg.vector_norm(squares[0, squares[1] > 0].sqrt().float())
 
     def grad_norm(self) -> Tensor:
-        """The global 2-norm of the gradient sums, FP32, on their device."""
-        grads = [slot.grad for slot in self._slots.values() if slot.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        """The 2-norm of the gradient sums, FP32, on their device; for one process."""
+        self.reduce()
+        return self.norm(self.squares(list(self._slots), next(iter(self._slots.values())).master.device))
 
     @torch.no_grad()
     def step(self, step: int, lr: float, grad_norm: Tensor) -> None:
         """Update number `step` (from 1), gradients clipped to the configured norm; the sums are dropped."""
         scale = (self._config.clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         for slot in self._slots.values():
-            if slot.grad is None:
+            if slot.sum.shard is None:
                 continue
             ops.adamw_step(
                 slot.master,
-                slot.grad,
+                slot.sum.shard,
                 slot.exp_avg,
                 slot.exp_avg_sq,
                 hyper=self._hyper(lr, slot.decays),
                 step=step,
                 grad_scale=scale,
-                param=None if slot.parameter.dtype == torch.float32 else slot.parameter,
+                param=slot.rows if slot.is_rounded else None,
             )
-            slot.grad = None
+            slot.sum.shard = None
+        self.gradients.gather()
 
     def drop_gradients(self) -> None:
         """Forget the gradient sums, as if there had been no backward."""
-        for slot in self._slots.values():
-            slot.grad = None
+        self.gradients.drop()
 
     @torch.no_grad()
     def write_parameters(self) -> None:
-        """Round loaded masters into the parameters; FP32 parameters are their own masters."""
+        """Round loaded masters into the parameters, and fetch those of other ranks; FP32 ones are their own masters."""
         for slot in self._slots.values():
-            if slot.parameter.dtype != torch.float32:
-                slot.parameter.copy_(slot.master)
+            if slot.is_rounded:
+                slot.rows.copy_(slot.master)
+        self.gradients.gather()
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by checkpoint name; the tensors themselves, so that loading into them restores it.
@@ -104,6 +135,10 @@ class AdamW:
             named[f"exp_avg.{name}"] = slot.exp_avg
             named[f"exp_avg_sq.{name}"] = slot.exp_avg_sq
         return named
+
+    def masters(self) -> dict[str, Tensor]:
+        """The FP32 rows that this rank keeps, by parameter name."""
+        return {name: slot.master for name, slot in self._slots.items()}
 
     def _hyper(self, lr: float, decays: bool) -> AdamWHyper:
         config = self._config

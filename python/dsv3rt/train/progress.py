@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,20 +14,34 @@ _LOG_EVERY_S = 10.0
 
 
 def say(text: str) -> None:
-    """One line for people; a progress bar on the screen steps aside."""
+    """One line for people; a progress bar on the screen steps aside. What ranks other than the first say, `own_log`
+    sends to a file."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def own_log(folder: Path, rank: int) -> Iterator[None]:
+    """Let all that a rank but the first says go to `folder/rank-N.log`, after what is there."""
+    if rank == 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"rank-{rank}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
 
 
 class Progress:
     """Shows step, loss, tokens/s and time left."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, *, on_screen: bool = True) -> None:
+        """on_screen: False where another process shows the bar."""
         self._total = total
         self._first = self._done = done
         self._started = time.monotonic()
         self._last_line = 0.0
-        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        hidden = not on_screen or not sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=hidden)
 
     def update(self, loss: float, tokens_per_s: float, val_loss: float | None) -> None:
         """One more step is done."""

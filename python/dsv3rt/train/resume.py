@@ -14,7 +14,7 @@ from dsv3rt.train.run_dir import RunDir
 
 # What a checkpoint's tensors or its place in the data depend on. All else may change between one start and the next.
 _FIXED_SECTIONS = ("model.", "data.")
-_FIXED_KEYS = ("train.seed", "train.seq_len", "optim.moment_dtype")
+_FIXED_KEYS = ("train.seed", "train.seq_len", "optim.moment_dtype", "optim.ema_decay")
 
 
 @dataclass(frozen=True)

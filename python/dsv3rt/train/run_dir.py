@@ -37,8 +37,11 @@ class RunDir:
         return self.path / "loss.png"
 
     @property
-    def stuck(self) -> Path:
-        return self.path / "stuck.txt"
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def stuck(self, rank: int) -> Path:
+        return self.path / (f"stuck-rank-{rank}.txt" if rank else "stuck.txt")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

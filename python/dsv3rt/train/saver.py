@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3rt.config import CheckpointConfig
+from dsv3rt.errors import PeerError
 from dsv3rt.train import checkpoint
-from dsv3rt.train.checkpoint import RunState
+from dsv3rt.train.checkpoint import RunState, Writers
 from dsv3rt.train.progress import say
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,8 +28,11 @@ class CheckpointSaver:
     the thread is an OSError of one line from the next `poll`, `save` or `wait`.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, config_toml: str) -> None:
+    def __init__(
+        self, root: Path, config: CheckpointConfig, config_toml: str, writers: Writers = checkpoint.ALONE
+    ) -> None:
         self._root = root
+        self._writers = writers
         self._config = config
         self._config_toml = config_toml
         self._copies: dict[str, Tensor] = {}
@@ -75,7 +79,8 @@ class CheckpointSaver:
 
     def _write(self, state: RunState, tensors: dict[str, Tensor]) -> None:
         try:
-            checkpoint.save(self._root, state, tensors, self._config_toml, self._config.keep_latest)
+            keep = self._config.keep_latest
+            checkpoint.save(self._root, state, tensors, self._config_toml, keep, self._writers)
         except BaseException as error:  # raised again in the main thread
             self._error = error
 
@@ -94,7 +99,7 @@ class CheckpointSaver:
         newest = checkpoint.newest(self._root)
         left = "there is no older one" if newest is None else f"{newest.name} stays the newest"
         made = OSError(f"checkpoint of step {self._step} not written to {self._root}: {reason}; {left}")
-        made.errno = cause.errno if isinstance(cause, OSError) else None
+        made.errno = cause.errno if isinstance(cause, OSError | PeerError) else None
         made.__cause__ = error
         return made
 

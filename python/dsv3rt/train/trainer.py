@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 from dsv3rt.config import TrainConfig
+from dsv3rt.env import launch
 from dsv3rt.errors import StoppedBySignalError
 from dsv3rt.model.flops import parameter_counts
+from dsv3rt.parallel.mesh import join
 from dsv3rt.train import checkpoint, config_file, guards, resume
 from dsv3rt.train.checkpoint import RunState
-from dsv3rt.train.engine import Engine, StepResult
-from dsv3rt.train.metrics import MetricsWriter, Row, memory_bytes, peak_flops, read_rows
+from dsv3rt.train.engine import Engine, StepResult, device_of
+from dsv3rt.train.metrics import MetricsWriter, NoMetrics, Row, memory_bytes, peak_flops, read_rows
 from dsv3rt.train.mixture import open_data
 from dsv3rt.train.plot import save_loss_png
-from dsv3rt.train.progress import Progress, say
+from dsv3rt.train.progress import Progress, own_log, say
 from dsv3rt.train.run_dir import RunDir, write_atomically
 from dsv3rt.train.saver import CheckpointSaver
 from dsv3rt.train.signals import StopSignals
@@ -45,7 +47,10 @@ class Trainer:
             )
         self.prompts = self._encode_prompts()
         self._data = open_data(config, self.tokenizer)
-        self.engine = Engine(config, self._data.train)
+        mesh = join(config.parallel, launch(), device_of(run))
+        self.ranks = mesh.ranks("control")
+        self.engine = Engine(config, self._data.train, mesh)
+        self._writers = checkpoint.Writers(mesh.ranks("checkpoint"), self.engine.pieces())
         self._peak_flops = peak_flops(self.engine.device, run.peak_tflops)
 
     def fit(self) -> bool:
@@ -57,30 +62,41 @@ class Trainer:
             StoppedBySignalError: SIGTERM or SIGINT came; the run is saved as it was at the end of that step.
             FloatingPointError: more than `guard.max_skipped` steps in a row were not finite.
             OSError: a file could not be written, the last checkpoint among them.
+            PeerError: another rank raised one of these.
         """
-        with self.run.locked():
-            checkpoint.clean(self.run.checkpoints)
-            resumed = resume.find(self.run, self.config)
-            if resumed is not None and resumed.state.step >= self.config.train.steps:
-                say(
-                    f"{self.run.path} is already trained to step {resumed.state.step} of {self.config.train.steps}; "
-                    "raise train.steps to go on, or choose another train.run_dir"
-                )
-                if not self.run.loss_png.exists():  # killed after the last checkpoint
-                    self._finish()
-                return False
-            state = RunState(data=self._data.fingerprint) if resumed is None else self._restore(resumed)
-            write_atomically(self.run.config, config_file.to_toml(self.config))
-            self._describe()
-            metrics = MetricsWriter(self.run, None if resumed is None else state.step)
-            try:
-                if resumed is None:
-                    metrics.write(self._first_row(state))
-                self._loop(state, metrics)
-            finally:
-                metrics.close()
+        with contextlib.ExitStack() as stack:
+            self.ranks.together(lambda: stack.enter_context(self.run.locked()))
+            stack.enter_context(own_log(self.run.logs, self.ranks.rank))
+            return self._fit()
+
+    def _fit(self) -> bool:
+        found = self.ranks.together(self._find_checkpoint)
+        if found is not None and found.state.step >= self.config.train.steps:
+            say(
+                f"{self.run.path} is already trained to step {found.state.step} of {self.config.train.steps}; "
+                "raise train.steps to go on, or choose another train.run_dir"
+            )
+            if self.ranks.is_first and not self.run.loss_png.exists():  # killed after the last checkpoint
+                self._finish()
+            return False
+        state = RunState(data=self._data.fingerprint) if found is None else self._restore(found)
+        self.ranks.together(lambda: write_atomically(self.run.config, config_file.to_toml(self.config)))
+        self._describe()
+        resumed_step = None if found is None else state.step
+        metrics = MetricsWriter(self.run, resumed_step) if self.ranks.is_first else NoMetrics()
+        try:
+            if found is None:
+                metrics.write(self._first_row(state))
+            self._loop(state, metrics)
+        finally:
+            metrics.close()
+        if self.ranks.is_first:
             self._finish()
-            return True
+        return True
+
+    def _find_checkpoint(self) -> resume.Resume | None:
+        checkpoint.clean(self.run.checkpoints)
+        return resume.find(self.run, self.config)
 
     def _restore(self, found: resume.Resume) -> RunState:
         resume.check_data(found, self._data.fingerprint)
@@ -90,18 +106,19 @@ class Trainer:
         return found.state
 
     def _load(self, folder: Path) -> None:
-        checkpoint.load(folder, self.engine.tensors())
-        self.engine.optimizer.write_parameters()
+        engine = self.engine
+        self.ranks.together(lambda: checkpoint.load(folder, engine.tensors(), engine.pieces()), everywhere=True)
+        engine.optimizer.write_parameters()
 
-    def _loop(self, state: RunState, metrics: MetricsWriter) -> None:
+    def _loop(self, state: RunState, metrics: MetricsWriter | NoMetrics) -> None:
         run, every = self.config.train, self.config.checkpoint.every
         toml = config_file.to_toml(self.config)
         save_owed = False
         with (
-            contextlib.closing(Progress(run.steps, state.step)) as progress,
+            contextlib.closing(Progress(run.steps, state.step, on_screen=self.ranks.is_first)) as progress,
             StopSignals() as signals,
-            Watchdog(self.config.guard.step_timeout_s, self.run.stuck) as watchdog,
-            CheckpointSaver(self.run.checkpoints, self.config.checkpoint, toml) as saver,
+            Watchdog(self.config.guard.step_timeout_s, self.run.stuck(self.ranks.rank)) as watchdog,
+            CheckpointSaver(self.run.checkpoints, self.config.checkpoint, toml, self._writers) as saver,
         ):
             while state.step < run.steps:
                 watchdog.beat(f"step {state.step + 1}")
@@ -110,36 +127,37 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 after, spike = guards.judge(self.config.guard, after, result)
                 saver.poll()
+                # Read once: a signal that comes while saving waits for the next step.
+                stop, memory = self.ranks.highest(signals.received or 0, memory_bytes(self.engine.device))
                 if spike and (back := self._roll_back(after, saver)) is not None:
                     state, save_owed = back, False
                     metrics.rewind(state.step)
                     progress.rewind(state.step)
                 else:
                     state = after
-                    row = self._row(state, result, seconds) | ({"spike": True} if spike else {})
+                    row = self._row(state, result, seconds, memory) | ({"spike": True} if spike else {})
                     if _is_due(state.step, run.eval_every, run.steps):
                         watchdog.beat(f"the evaluation after step {state.step}")
                         row |= self._val_loss()
                     metrics.write(row)
                     progress.update(result.loss, row["tokens_per_s"], row.get("val_loss"))
                     save_owed |= _is_due(state.step, every, run.steps)
-                stop = signals.received  # read once: one that comes while saving waits for the next step
-                last = stop is not None or state.step == run.steps
+                last = bool(stop) or state.step == run.steps
                 # Parameters that give no finite loss are no reason to let go of an older checkpoint.
                 if last or (save_owed and state.skips_in_a_row == 0):
                     watchdog.beat(f"the checkpoint of step {state.step}")
                     metrics.sync()
                     saver.save(state, self.engine.tensors(), needed=last)
                     save_owed = False
-                if stop is not None:
-                    raise _stopped(stop, state.step, self.run)
+                if stop:
+                    raise _stopped(signal.Signals(stop), state.step, self.run)
 
     def _roll_back(self, spiked: RunState, saver: CheckpointSaver) -> RunState | None:
         """Back to the newest checkpoint, and past the samples since; None where the run is to go on as it is."""
         if self.config.guard.on_spike == "log" or spiked.rollbacks >= self.config.guard.max_rollbacks:
             return None
         saver.wait()
-        folder = resume.newest_intact(self.run.checkpoints)
+        folder = self.ranks.together(lambda: resume.newest_intact(self.run.checkpoints))
         if folder is None:
             say("no checkpoint to roll back to yet; going on")
             return None
@@ -175,6 +193,9 @@ class Trainer:
         say(f"run    {self.run.path}")
         say(f"model  {counts.main:,} parameters{mtp}; {counts.activated:,} active a token")
         say(f"device {self.engine.device}, {dtype}")
+        if self.ranks.size > 1:
+            parallel = self.config.parallel
+            say(f"ranks  pp {parallel.pp} ({parallel.schedule}) x dp {parallel.dp}, experts over {parallel.ep}")
         say(f"data   {self._data.description}")
 
     def _val_loss(self) -> Row:
@@ -189,7 +210,8 @@ class Trainer:
         row = {"step": state.step, "tokens": state.tokens, **absent, "skipped_steps": 0, **self._val_loss()}
         return {**row, "memory_bytes": memory_bytes(self.engine.device)}
 
-    def _row(self, state: RunState, result: StepResult, seconds: float) -> Row:
+    def _row(self, state: RunState, result: StepResult, seconds: float, memory: int) -> Row:
+        peak = None if self._peak_flops is None else self._peak_flops * self.ranks.size
         row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -199,9 +221,9 @@ class Trainer:
             "grad_norm": _finite(result.grad_norm),
             "lr": result.lr,
             "tokens_per_s": result.tokens / seconds,
-            "mfu": None if self._peak_flops is None else result.flops / seconds / self._peak_flops,
+            "mfu": None if peak is None else result.flops / seconds / peak,
             "max_expert_load": result.max_expert_load,
-            "memory_bytes": memory_bytes(self.engine.device),
+            "memory_bytes": memory,
             "skipped_steps": state.skipped_steps,
         }
         return row | {"skipped": True} if result.skipped else row

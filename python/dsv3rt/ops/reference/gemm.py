@@ -54,16 +54,23 @@ class GroupedGemm(torch.autograd.Function):
     def backward(ctx: Any, dy_PF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_PD, w_XFD = ctx.saved_tensors
         dx_PD = torch.empty_like(x_PD) if ctx.needs_input_grad[0] else None
-        dw_XFD = torch.empty_like(w_XFD) if ctx.needs_input_grad[1] else None
-        for g, (start, end, _) in enumerate(ctx.segments):
-            dy = dy_PF[start:end]
-            if dx_PD is not None and end > start:
-                torch.mm(dy, w_XFD[g], out=dx_PD[start:end])
-            if dw_XFD is not None and end > start:
-                torch.mm(dy.t(), x_PD[start:end], out=dw_XFD[g])
-            elif dw_XFD is not None:
-                dw_XFD[g].zero_()
-        return None if dx_PD is None else _zero_padding(dx_PD, ctx.segments), dw_XFD, None
+        if dx_PD is not None:
+            for g, (start, end, _) in enumerate(ctx.segments):
+                if end > start:
+                    torch.mm(dy_PF[start:end], w_XFD[g], out=dx_PD[start:end])
+            _zero_padding(dx_PD, ctx.segments)
+        dw_XFD = grouped_weight_grad(dy_PF, x_PD, ctx.segments) if ctx.needs_input_grad[1] else None
+        return dx_PD, dw_XFD, None
+
+
+def grouped_weight_grad(dy_PF: Tensor, x_PD: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    dw_XFD = x_PD.new_empty(len(spans), dy_PF.shape[1], x_PD.shape[1])
+    for g, (start, end, _) in enumerate(spans):
+        if end > start:
+            torch.mm(dy_PF[start:end].t(), x_PD[start:end], out=dw_XFD[g])
+        else:
+            dw_XFD[g].zero_()
+    return dw_XFD
 
 
 def _zero_padding(rows: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:

@@ -1,0 +1,94 @@
+"""Phases on two streams of a GPU: what computes on one, what communicates on the other. On a CPU all run in turn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Phase = Literal["attention", "dispatch", "experts", "combine", "head"]
+
+
+class Lanes:
+    """The two streams. Made once: autograd runs a backward on the stream that its forward ran on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._streams: dict[bool, torch.cuda.Stream] = {}
+        if device.type == "cuda":
+            self._streams = {communicates: torch.cuda.Stream(device) for communicates in (False, True)}
+
+    def of(self, phase: Phase) -> torch.cuda.Stream | None:
+        return self._streams.get(_communicates(phase))
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Keep memory that crosses from one stream to the other from being used again too early."""
+        for stream in self._streams.values():
+            for tensor in tensors:
+                tensor.record_stream(stream)
+
+
+class Walk:
+    """One micro-batch's way through a stage, forward or backward, phase by phase.
+
+    `phases` names each phase before it does it, so that the phase can be put on its stream. In a profiler's trace it
+    has the walk's name before its own.
+    """
+
+    def __init__(self, phases: Iterator[Phase], lanes: Lanes, name: str = "") -> None:
+        self._name = name
+        self._phases = phases
+        self._lanes = lanes
+        self._next = next(phases, None)
+        self._done: torch.cuda.Event | None = None
+        if lanes.of("attention") is not None:
+            self._done = torch.cuda.current_stream().record_event()
+
+    @property
+    def upcoming(self) -> Phase | None:
+        return self._next
+
+    def step(self) -> bool:
+        """Do one phase; returns whether there was one."""
+        if self._next is None:
+            return False
+        stream = self._lanes.of(self._next)
+        on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+        with on_stream, torch.profiler.record_function(f"{self._name} {self._next}"):
+            if stream is not None and self._done is not None:
+                stream.wait_event(self._done)
+            self._next = next(self._phases, None)
+            if stream is not None:
+                self._done = stream.record_event()
+        return True
+
+    def finish(self) -> None:
+        """Do the rest; what follows on the current stream comes after it."""
+        while self.step():
+            pass
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+
+def run_into_each_other(first: Walk, second: Walk) -> None:
+    """Phase by phase, computation and communication in turn as far as they come, so that one hides behind the other.
+
+    A forward (attention, dispatch, experts, combine) and a backward (the reverse) of a block meet in the pairs of the
+    DeepSeek-V3 report's figure 4: each phase of one that computes beside one of the other that communicates.
+    """
+    walks = [first, second]
+    communicates = True
+    while any(walk.upcoming for walk in walks):
+        wanted = [walk for walk in walks if walk.upcoming and _communicates(walk.upcoming) != communicates]
+        walk = (wanted or [walk for walk in walks if walk.upcoming])[0]
+        communicates = walk.upcoming is not None and _communicates(walk.upcoming)
+        walk.step()
+        walks.sort(key=lambda other: other is walk)  # the other one's turn, where both could go
+    first.finish()
+    second.finish()
+
+
+def _communicates(phase: Phase) -> bool:
+    return phase in ("dispatch", "combine")

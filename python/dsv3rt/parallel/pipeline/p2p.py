@@ -1,0 +1,67 @@
+"""Messages between stages: one channel per pair of stages and direction, a receive always waiting in it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+_WAITING = 2  # receives posted ahead: one arrives while the other is used
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a stage sends for a micro-batch; `shape` may differ from one to the next, both ends work it out."""
+
+    micro_batch: int
+    shape: tuple[int, ...]
+
+
+class Inbox:
+    """The receiving end of a channel for one step: messages arrive in the order in which they are going to be used."""
+
+    def __init__(self, group: Any, peer: int, messages: Sequence[Message], like: Tensor) -> None:
+        self._group = group
+        self._peer = peer
+        self._like = like
+        self._to_post = deque(messages)
+        self._posted: deque[tuple[Message, Tensor, Any]] = deque()
+        self._post()
+
+    def receive(self, micro_batch: int) -> Tensor:
+        """The message, waited for: on a GPU by the current stream, elsewhere by the caller."""
+        message, tensor, work = self._posted.popleft()
+        assert message.micro_batch == micro_batch, (message, micro_batch)
+        self._post()
+        work.wait()
+        return tensor
+
+    def _post(self) -> None:
+        while self._to_post and len(self._posted) < _WAITING:
+            message = self._to_post.popleft()
+            tensor = self._like.new_empty(message.shape)
+            work = dist.irecv(tensor, self._peer, group=self._group)
+            assert work is not None
+            self._posted.append((message, tensor, work))
+
+
+class Outbox:
+    """The sending end of all channels of a rank: nobody waits for a message to leave, until the step ends."""
+
+    def __init__(self) -> None:
+        self._leaving: deque[tuple[Tensor, Any]] = deque()
+
+    def send(self, tensor: Tensor, peer: int, group: Any) -> None:
+        while self._leaving and self._leaving[0][1].is_completed():
+            self._leaving.popleft()
+        tensor = tensor.detach().contiguous()
+        self._leaving.append((tensor, dist.isend(tensor, peer, group=group)))
+
+    def close(self) -> None:
+        """Wait until everything has left."""
+        while self._leaving:
+            self._leaving.popleft()[1].wait()

@@ -1,0 +1,237 @@
+"""ZeRO-1: gradient sums in FP32, reduced in buckets to the rank that keeps a parameter's optimizer state, and the way
+back of the updated weights.
+
+A reduction is an all-to-all and a sum in the order of the ranks: as many bytes as a reduce-scatter, and the same bits
+with every backend. A bucket sets out as soon as its last gradient is there, while the backward goes on; the buckets of
+a group set out in one order on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsv3rt.parallel.mesh import Mesh
+from dsv3rt.parallel.placement import Layout, Share, chunk
+
+
+class Sum:
+    """One parameter's gradient sum. `grad` is FP32 and whole, `shard` what is left of it here after the reduction."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, share: Share) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.share = share
+        self.grad: Tensor | None = None
+        self.shard: Tensor | None = None
+        self.awaited = 0  # contributions still to come before the reduction may start; 0: it waits for `reduce`
+
+    def add(self, gradient: Tensor) -> None:
+        if self.grad is None:
+            self.grad = gradient.float()
+        else:
+            self.grad.add_(gradient)
+
+
+class _Bucket:
+    """Sums that travel together, among the ranks of one group; `index` is this rank's place among them."""
+
+    def __init__(self, sums: list[Sum], group: Any, index: int) -> None:
+        self.sums = sums
+        self._group = group
+        self._index = index
+        self._ranks = len(sums[0].share.ranks)
+        self._numel = max(place.stop for _, place in self._places(0))  # the first rank's piece is the largest
+        self._started: tuple[Any, Tensor, Tensor] | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._started is not None
+
+    def start(self, idle: frozenset[str] = frozenset()) -> None:
+        """Send every rank its rows; a rank without a gradient sends zeros."""
+        if self._group is None or all(one.name in idle for one in self.sums):
+            return
+        device = self.sums[0].parameter.device
+        outgoing = torch.zeros(self._ranks, self._numel, dtype=torch.float32, device=device)
+        for rank, piece in enumerate(outgoing):
+            for one, place in self._places(rank):
+                if one.grad is not None:
+                    place.of(piece).copy_(one.grad[place.rows].flatten())
+        for one in self.sums:
+            one.grad = None
+        arriving = torch.empty_like(outgoing)
+        work = dist.all_to_all_single(arriving, outgoing, group=self._group, async_op=True)
+        self._started = (work, arriving, outgoing)
+
+    def finish(self, idle: frozenset[str]) -> None:
+        """Give every sum its shard."""
+        if self._started is None:
+            for one in self.sums:
+                one.shard, one.grad = one.grad, None
+            return
+        work, arriving, _ = self._started
+        self._started = None
+        work.wait()
+        total = arriving[0].clone()
+        for piece in arriving[1:]:
+            total += piece
+        for one, place in self._places(self._index):
+            shape = (place.rows.stop - place.rows.start, *one.parameter.shape[1:])
+            one.shard = None if one.name in idle else place.of(total).view(shape)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Fetch the rows that other ranks have updated."""
+        if self._group is None:
+            return
+        first = self.sums[0].parameter
+        mine = torch.zeros(self._numel, dtype=first.dtype, device=first.device)
+        for one, place in self._places(self._index):
+            place.of(mine).copy_(one.parameter[place.rows].flatten())
+        pieces = list(torch.empty(self._ranks, self._numel, dtype=first.dtype, device=first.device))
+        dist.all_gather(pieces, mine, group=self._group)
+        for rank, piece in enumerate(pieces):
+            for one, place in self._places(rank):
+                one.parameter[place.rows].copy_(place.of(piece).view_as(one.parameter[place.rows]))
+
+    def _places(self, rank: int) -> Iterable[tuple[Sum, _Place]]:
+        """Where each sum's rows for a rank lie in that rank's piece of the bucket."""
+        at = 0
+        for one in self.sums:
+            rows = chunk(one.parameter.shape[0], self._ranks, rank)
+            numel = (rows.stop - rows.start) * math.prod(one.parameter.shape[1:])
+            yield one, _Place(rows, at, at + numel)
+            at += numel
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows of a parameter, and the elements `start` to `stop` of a bucket."""
+
+    rows: slice
+    start: int
+    stop: int
+
+    def of(self, piece: Tensor) -> Tensor:
+        return piece[self.start : self.stop]
+
+
+class Gradients:
+    """The gradient sums of a rank's parameters, from backward to their shards.
+
+    `late` parameters are used several times in a backward that runs in pieces: their gradients gather in
+    `parameter.grad` until `take`; those of all others are taken by a hook as soon as autograd has them.
+    """
+
+    def __init__(
+        self,
+        sums: Sequence[Sum],
+        groups: Mapping[tuple[int, ...], tuple[Any, int]],
+        bucket_bytes: float = math.inf,
+        late: frozenset[str] = frozenset(),
+    ) -> None:
+        """groups: by the ranks of a share, the process group (None for one rank) and this rank's place in it."""
+        self.sums = {one.name: one for one in sums}
+        self._by_parameter = {id(one.parameter): one for one in sums}
+        self._queues: dict[tuple[int, ...], list[_Bucket]] = {}  # of each group, in the order in which they set out
+        self._bucket_of: dict[str, _Bucket] = {}
+        for bucket in _buckets(sums, groups, bucket_bytes):
+            self._queues.setdefault(bucket.sums[0].share.ranks, []).append(bucket)
+            self._bucket_of.update({one.name: bucket for one in bucket.sums})
+        for one in sums:
+            if one.name not in late:
+                one.parameter.register_post_accumulate_grad_hook(self.take)
+
+    @classmethod
+    def whole(cls, parameters: Iterable[tuple[str, nn.Parameter]]) -> Self:
+        """Of one process that keeps everything."""
+        shares = [(name, p, Share((0,), slice(0, p.shape[0]), tuple(p.shape), 0)) for name, p in parameters]
+        return cls([Sum(*one) for one in shares], {(0,): (None, 0)})
+
+    @classmethod
+    def spread(
+        cls,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        layout: Layout,
+        mesh: Mesh,
+        shapes: Mapping[str, tuple[int, ...]],
+        late: frozenset[str],
+    ) -> Self:
+        """Of this rank's parameters; `shapes` are those of the whole model's."""
+        sums = [Sum(name, p, layout.share(name, shapes[name], mesh.rank)) for name, p in parameters]
+        made = mesh.groups("zero", layout.share_groups(shapes))
+        groups = {ranks: (group, ranks.index(mesh.rank)) for ranks, group in made.items()}
+        return cls(sums, groups, layout.parallel.bucket_mb * 2**20, late)
+
+    def expect(self, contributions: Mapping[str, int]) -> None:
+        """How many gradients each parameter is going to get in this step."""
+        for name, one in self.sums.items():
+            one.awaited = contributions.get(name, 0)
+
+    def take(self, parameter: Tensor) -> None:
+        """Move the gradient that backward has finished into the sum, and free it; nothing where there is none."""
+        if parameter.grad is not None:
+            gradient, parameter.grad = parameter.grad, None
+            self.add(parameter, gradient)
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        one = self._by_parameter[id(parameter)]
+        one.add(gradient)
+        if one.awaited:
+            one.awaited -= 1
+            if one.awaited == 0:
+                self._set_out(one.share.ranks)
+
+    def reduce(self, idle: frozenset[str] = frozenset()) -> None:
+        """Finish the reduction: afterwards every sum has its shard, None for `idle` ones, which no rank used."""
+        for one in self.sums.values():
+            self.take(one.parameter)
+        for queue in self._queues.values():
+            for bucket in queue:
+                if not bucket.started:
+                    bucket.start(idle)
+        for queue in self._queues.values():
+            for bucket in queue:
+                bucket.finish(idle)
+
+    def gather(self) -> None:
+        """Fetch the weights that other ranks have updated."""
+        for queue in self._queues.values():
+            for bucket in queue:
+                bucket.gather()
+
+    def drop(self) -> None:
+        """Forget all gradients."""
+        for one in self.sums.values():
+            one.parameter.grad = one.grad = one.shard = None
+
+    def _set_out(self, ranks: tuple[int, ...]) -> None:
+        """Start the group's next buckets as far as they are complete."""
+        for bucket in self._queues[ranks]:
+            if not bucket.started:
+                if any(one.awaited or one.grad is None for one in bucket.sums):
+                    return
+                bucket.start()
+
+
+def _buckets(
+    sums: Sequence[Sum], groups: Mapping[tuple[int, ...], tuple[Any, int]], bucket_bytes: float
+) -> Iterable[_Bucket]:
+    """Sums of one group and one dtype, last first as backward finishes them, until a bucket is full."""
+    open_buckets: dict[tuple[tuple[int, ...], torch.dtype], list[Sum]] = {}
+    full: list[list[Sum]] = []
+    for one in reversed(sums):
+        key = (one.share.ranks, one.parameter.dtype)
+        members = open_buckets.setdefault(key, [])
+        members.append(one)
+        if sum(4 * other.parameter.numel() for other in members) >= bucket_bytes:
+            full.append(open_buckets.pop(key))
+    for members in (*full, *open_buckets.values()):
+        yield _Bucket(members, *groups[members[0].share.ranks])

@@ -1,0 +1,48 @@
+"""Write a Chrome trace of one training step of every rank: which phases of which micro-batches run beside each other.
+
+torchrun --nproc-per-node 4 scripts/trace_ranks.py CONFIG.toml traces [--section.key value ...]
+
+Trains on random tokens, three steps, and traces the third: traces/rank-N.json, for Perfetto or chrome://tracing. A
+phase is named by its action in the table and itself, "3B2 dispatch": backward of micro-batch 2 in stage 3.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dsv3rt.env import launch
+from dsv3rt.parallel.mesh import join, leave
+from dsv3rt.train import config_file
+from dsv3rt.train.checkpoint import RunState
+from dsv3rt.train.data import Samples
+from dsv3rt.train.engine import Engine, device_of
+
+
+def main() -> None:
+    path, folder, *rest = sys.argv[1:]
+    keys = [key.removeprefix("--") for key in rest[::2]]
+    config = config_file.load(path, list(zip(keys, rest[1::2], strict=True)))
+    device = device_of(config.train)
+    mesh = join(config.parallel, launch(), device)
+    stream = np.random.RandomState(0).randint(0, config.model.vocab_size, 100 * config.train.seq_len)
+    engine = Engine(config, Samples(stream, config.train.seq_len, 0), mesh)
+    state = RunState()
+    for _ in range(2):
+        _, state = engine.step(state)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as traced:
+        engine.step(state)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    traced.export_chrome_trace(str(Path(folder) / f"rank-{mesh.rank}.json"))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
