@@ -182,7 +182,7 @@ class Engine:
         if self.mesh.size > 1:
             dist.all_reduce(values)
 
-    def _micro_batch(self, samples: Samples, position: int, count: int) -> MicroBatch:
+    def _micro_batch(self, samples: SampleSource, position: int, count: int) -> MicroBatch:
         return MicroBatch(*(part.to(self.device) for part in samples.batch(position, count)))
 
 
