@@ -13,7 +13,7 @@ from benchmarks.shapes import GEMMS
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE, ROWS, DEPTH = 0, 1, 2
-SHARE_NONE, SHARE_B = 0, 2
+SHARE_NONE, SHARE_B, SHARE_DEPTH = 0, 2, 3
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,20 @@ def test_choose_gemm_makes_no_cluster_on_one_multiprocessor(program: Path) -> No
 
 
 def test_choose_gemm_fills_waves(program: Path) -> None:
-    """512 columns of 4096 rows are 64 tiles of 256x128, half a wave: smaller tiles take all multiprocessors."""
-    block_m, block_n = ask(program, 4096, 512, 32768).tile
-    assert 66 < (4096 // block_m) * -(-512 // block_n) <= 132
+    """512 columns of 4096 rows are 64 tiles of 256x128, half a wave: two blocks take half of the depth of each."""
+    choice = ask(program, 4096, 512, 32768)
+    tiles = (4096 // choice.tile[0]) * -(-512 // choice.tile[1])
+    assert 120 <= tiles * (2 if choice.share == SHARE_DEPTH else 1) <= 132
+
+
+def test_choose_gemm_splits_a_depth_only_where_every_tile_has_two_blocks(program: Path) -> None:
+    for m, n, num_sms in ((4096, 512, 132), (4096, 512, 127), (64, 7168, 132), (64, 7168, 100), (4096, 4096, 132)):
+        alternatives = ask(program, m, n, 16384, num_sms=num_sms).alternatives
+        for block_m, block_n, share in alternatives:
+            if share == SHARE_DEPTH:
+                assert 2 * -(-m // block_m) * -(-n // block_n) <= num_sms
+    assert ask(program, 4096, 512, 32768).share == SHARE_DEPTH
+    assert ask(program, 4096, 512, 32768, num_sms=127).share != SHARE_DEPTH
 
 
 def test_predicted_clocks_grow_with_the_problem(program: Path) -> None:

@@ -14,14 +14,14 @@ namespace {
 
 namespace py = pybind11;
 
-using Tile = std::tuple<int, int, int, int>;  // block_m, block_n, share (0 none, 1 A, 2 B), band
+using Tile = std::tuple<int, int, int, int>;  // block_m, block_n, share (0 none, 1 A, 2 B, 3 depth), band
 
 constexpr std::initializer_list<DataType> kFp8 = {DataType::kFloat8E4M3, DataType::kUInt8};
 
 std::optional<GemmChoice> choice_of(const std::optional<Tile>& tile) {
   if (!tile) return std::nullopt;
   const auto [m, n, share, band] = *tile;
-  if (share < 0 || share > 2 || band < 1) throw py::value_error("fp8_gemm: tile must be (m, n, share 0..2, band >= 1)");
+  if (share < 0 || share > 3 || band < 1) throw py::value_error("fp8_gemm: tile must be (m, n, share 0..3, band >= 1)");
   return GemmChoice{{m, n}, static_cast<Share>(share), band};
 }
 

@@ -27,6 +27,7 @@ struct GemmConfig {
   static constexpr Grouping kGrouping = kGrouping_;
 
   static constexpr int kClusterSize = kShare == Share::kNone ? 1 : 2;
+  static constexpr bool kMulticast = kShare == Share::kA || kShare == Share::kB;
   static constexpr int kConsumers = kBlockM == 192 ? 3 : 2;  // warpgroups that multiply
   static constexpr int kThreads = 128 + 128 * kConsumers;
   static constexpr int kWaves = kBlockM / kWaveRows / kConsumers;  // of each consumer

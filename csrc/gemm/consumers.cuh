@@ -79,10 +79,10 @@ struct ConsumerView {
   __device__ __forceinline__ void release(int stage) const {
     const BarrierAddress barrier(base + offsetof(Storage, empty) + stage * sizeof(Barrier));
     const int lane = threadIdx.x % 32;
-    if constexpr (C::kShare == Share::kNone) {
-      if (lane == 0) barrier.arrive();
-    } else {
+    if constexpr (C::kMulticast) {
       if (lane < 2) barrier.arrive_at(lane);
+    } else {
+      if (lane == 0) barrier.arrive();
     }
   }
 
@@ -252,6 +252,40 @@ __device__ __forceinline__ void consume_tile_by_blocks(const ConsumerView<C>& vi
   for (; k_block < tile.num_k_blocks; ++k_block) consume_blocks<C, 1, kAhead>(view, ring, sum, first_columns);
 }
 
+// Halves of a depth: the second block hands its sums to the first, which adds them. They pass through the first one's
+// ring, which nobody needs any more: such a cluster has one tile. True in the block that now has the whole sums.
+template <typename C>
+__device__ __forceinline__ bool gather_halves(uint32_t ring, float (&sum)[C::kWaves][C::kFragment]) {
+  static_assert(C::kWaves * C::kFragment * 4 * 128 * C::kConsumers <= C::kStages * (C::kBlockM + C::kBlockN) * kBlockK);
+  constexpr int kQuadStride = 128 * C::kConsumers * 16;
+  const bool gives = cluster_cta_rank() == 1;
+  const uint32_t mine = ring + (threadIdx.x - 128) * 16;
+  cluster_sync();
+  if (gives) {
+#pragma unroll
+    for (int wave = 0; wave < C::kWaves; ++wave) {
+#pragma unroll
+      for (int i = 0; i < C::kFragment; i += 4) {
+        store_cluster_quad(mine + (wave * C::kFragment + i) / 4 * kQuadStride, 0, &sum[wave][i]);
+      }
+    }
+  }
+  cluster_sync();
+  if (gives) return false;
+#pragma unroll
+  for (int wave = 0; wave < C::kWaves; ++wave) {
+#pragma unroll
+    for (int i = 0; i < C::kFragment; i += 4) {
+      const float4 other = load_shared_quad(mine + (wave * C::kFragment + i) / 4 * kQuadStride);
+      sum[wave][i + 0] += other.x;
+      sum[wave][i + 1] += other.y;
+      sum[wave][i + 2] += other.z;
+      sum[wave][i + 3] += other.w;
+    }
+  }
+  return true;
+}
+
 template <typename C>
 __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage, TileScheduler<C> scheduler) {
   const ConsumerView<C> view(storage);
@@ -264,6 +298,9 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
       consume_tile_by_blocks<C>(view, tile, ring, sum[0]);
     } else {
       consume_tile_by_waves<C>(view, tile, ring, sum);
+    }
+    if constexpr (C::kShare == Share::kDepth) {
+      if (!gather_halves<C>(view.base, sum)) return;
     }
     leave_tile<C>(view.tile(), view.consumer, sum);
   }

@@ -1,7 +1,5 @@
 #include "gemm/heuristics.h"
 
-#include <initializer_list>
-
 #include "common/math.h"
 
 namespace dsv3rt {
@@ -35,9 +33,25 @@ double tile_overhead(const GemmProblem& problem, TileShape tile) {
   return cost_of(tile).tile * (problem.output == GemmOutput::kBFloat16 ? 1 : 2);
 }
 
+int64_t tiles_of(const GemmProblem& problem, TileShape tile) {
+  return ceil_div(problem.m, int64_t(tile.m)) * ceil_div(problem.n, tile.n);
+}
+
 }  // namespace
 
+bool is_usable(const GemmProblem& problem, TileShape tile, Share share) {
+  if (!is_compiled(tile, share, problem.scale_b_kind, problem.output, problem.grouping)) return false;
+  if (share == Share::kDepth) return 2 * tiles_of(problem, tile) <= problem.num_sms;
+  if (share != Share::kNone && (problem.num_sms < 2 || problem.m <= tile.m)) return false;
+  return problem.scale_b_kind == ScaleB::kBlock128 || !pairs_rows(tile) || problem.n % kPairedRowGroup == 0;
+}
+
 double predicted_clocks(const GemmProblem& problem, TileShape tile, Share share) {
+  if (share == Share::kDepth) {
+    constexpr double kExchange = 3000;  // of the sums, through distributed shared memory
+    const int64_t steps = ceil_div(ceil_div(problem.k, int64_t(128)), int64_t(2));
+    return steps * step_clocks(problem, tile, share) + tile_overhead(problem, tile) + kExchange;
+  }
   const int64_t groups = problem.num_groups > 1 ? problem.num_groups : 1;
   const int64_t m_a_group = problem.grouping == Grouping::kRows ? ceil_div(problem.m, groups) : problem.m;
   const int64_t k_a_tile = problem.grouping == Grouping::kDepth ? ceil_div(problem.k, groups) : problem.k;
@@ -58,10 +72,8 @@ GemmChoice choose_gemm(const GemmProblem& problem) {
   GemmChoice best{kTileShapes[0], Share::kNone, 8};
   double best_clocks = -1;
   for (const TileShape tile : kTileShapes) {
-    for (const Share share : {Share::kNone, Share::kA, Share::kB}) {
-      if (!is_compiled(tile, share, problem.scale_b_kind, problem.output, problem.grouping)) continue;
-      if (share != Share::kNone && (problem.num_sms < 2 || problem.m <= tile.m)) continue;
-      if (problem.scale_b_kind == ScaleB::kRow && pairs_rows(tile) && problem.n % kPairedRowGroup != 0) continue;
+    for (const Share share : kShares) {
+      if (!is_usable(problem, tile, share)) continue;
       const double clocks = predicted_clocks(problem, tile, share);
       if (best_clocks < 0 || clocks < best_clocks) {
         best_clocks = clocks;

@@ -7,8 +7,10 @@
 
 namespace dsv3rt {
 
-// Which operand a cluster of two blocks loads once for both: A when they are neighbours along n, B along m.
-enum class Share : uint8_t { kNone, kA, kB };
+// What a cluster of two blocks shares: A when they are neighbours along n and B along m, loaded once for both, or the
+// depth of one tile, of which each computes half.
+enum class Share : uint8_t { kNone, kA, kB, kDepth };
+constexpr Share kShares[] = {Share::kNone, Share::kA, Share::kB, Share::kDepth};
 
 struct TileShape {
   int m, n;
@@ -26,6 +28,10 @@ constexpr bool pairs_rows(TileShape tile) { return tile.n == 128; }
 // weight gradients. Large tiles always come in clusters. Neighbours along m may belong to two groups of rows.
 constexpr bool is_compiled(TileShape tile, Share share, ScaleB scale_b, GemmOutput output, Grouping grouping) {
   if (share == Share::kB && grouping == Grouping::kRows) return false;
+  if (share == Share::kDepth) {
+    return tile.m != 192 && tile.n == 128 && scale_b == ScaleB::kBlock128 && output == GemmOutput::kBFloat16 &&
+           grouping == Grouping::kNone;
+  }
   if (tile.m * tile.n <= 128 * 128) return true;
   if (scale_b == ScaleB::kRow) return tile.m == 192 && output == GemmOutput::kFloat32Add;
   return output == GemmOutput::kBFloat16;
@@ -47,6 +53,9 @@ struct GemmChoice {
   Share share;
   int band;  // row units walked together, see TileRaster
 };
+
+// Whether a problem can be computed so: halves of a depth need a cluster for each tile, and paired rows whole pairs.
+bool is_usable(const GemmProblem& problem, TileShape tile, Share share);
 
 // Predicted SM clocks; only comparisons mean something.
 double predicted_clocks(const GemmProblem& problem, TileShape tile, Share share);

@@ -83,13 +83,20 @@ const char* launch_gemm(const GemmParams& params, const GemmChoice& choice, cuda
   const auto kernel = sm90_fp8_gemm_kernel<C>;
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
 
+  int blocks = std::max(params.num_sms / C::kClusterSize, 1) * C::kClusterSize;
+  if (C::kShare == Share::kDepth) {
+    const int needed = 2 * ceil_div(params.m, C::kBlockM) * ceil_div(params.n, C::kBlockN);
+    if (needed > blocks) return "halves of a depth need a cluster for each tile";
+    blocks = needed;
+  }
+
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {C::kClusterSize, 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::max(params.num_sms / C::kClusterSize, 1) * C::kClusterSize);
+  config.gridDim = dim3(blocks);
   config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -115,6 +122,7 @@ GemmLauncher launcher_of_shape(Share share) {
     case Share::kNone: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kNone>();
     case Share::kA: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kA>();
     case Share::kB: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kB>();
+    case Share::kDepth: return compiled_launcher<kScaleB, kOutput, kGrouping, kIndex, Share::kDepth>();
   }
   return nullptr;
 }

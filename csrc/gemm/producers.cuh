@@ -84,7 +84,7 @@ __device__ __forceinline__ void producer_load_block_scales(GemmStorage<C>& stora
 #pragma unroll
         for (int i = 0; i < C::kBlockScales; ++i) {
           const bool exists = first + i < n_blocks && k_block + lane < tile.num_k_blocks;
-          scales[i] = exists ? __ldg(source + int64_t(i) * k_blocks + k_block + lane) : 0;
+          scales[i] = exists ? __ldg(source + int64_t(i) * k_blocks + tile.k_block_begin + k_block + lane) : 0;
         }
       }
       storage.empty[ring.stage].wait(ring.parity ^ 1);

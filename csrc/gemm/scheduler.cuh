@@ -53,6 +53,7 @@ class TileScheduler {
     m_units_ = ceil_div(m_blocks, m_step_);
     n_units_ = ceil_div(ceil_div(params.n, C::kBlockN), n_step_);
     unit_ = blockIdx.x / C::kClusterSize;
+    half_ = C::kShare == Share::kDepth ? rank : 0;
   }
 
   __device__ __forceinline__ bool next(Tile& tile) {
@@ -75,6 +76,11 @@ class TileScheduler {
       tile.group = 0;
       tile.k_block_begin = 0;
       tile.num_k_blocks = ceil_div(params_.k, kBlockK);
+      if constexpr (C::kShare == Share::kDepth) {
+        const int first_half = ceil_div(tile.num_k_blocks, 2);
+        tile.k_block_begin = half_ * first_half;
+        tile.num_k_blocks = half_ == 0 ? first_half : tile.num_k_blocks - first_half;
+      }
       place(unit_, tile);
       unit_ += num_clusters;
       return true;
@@ -111,7 +117,7 @@ class TileScheduler {
 
   const GemmParams& params_;
   const int* prefix_;
-  int band_, m_step_, n_step_, m_rank_, n_rank_, m_units_, n_units_, unit_;
+  int band_, m_step_, n_step_, m_rank_, n_rank_, m_units_, n_units_, unit_, half_;
 };
 
 }  // namespace dsv3rt

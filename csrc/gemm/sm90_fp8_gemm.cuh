@@ -12,7 +12,7 @@ template <typename C>
 __device__ __forceinline__ void init_barriers(GemmStorage<C>& storage) {
   for (int stage = 0; stage < C::kStages; ++stage) {
     storage.full[stage].init(C::kScaleB == ScaleB::kBlock128 ? 2 : 1);
-    storage.empty[stage].init(4 * C::kConsumers * C::kClusterSize);
+    storage.empty[stage].init(4 * C::kConsumers * (C::kMulticast ? 2 : 1));
   }
   fence_barrier_init();
 }
@@ -46,7 +46,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     release_registers<kProducerRegisters>();
     if (threadIdx.x == 0) producer_load_tiles<C>(storage, maps, scheduler);
     if (C::kScaleB == ScaleB::kBlock128 && warp == 1) producer_load_block_scales<C>(storage, params, scheduler);
-    if (warp == 2) storer_empty_tiles<C>(storage, maps, scheduler);
+    if constexpr (C::kShare == Share::kDepth) {  // as gather_halves
+      __syncwarp();
+      cluster_sync();
+      cluster_sync();
+    }
+    const bool stores = C::kShare != Share::kDepth || cluster_cta_rank() == 0;
+    if (warp == 2 && stores) storer_empty_tiles<C>(storage, maps, scheduler);
   } else {
     claim_registers<kConsumerRegisters>();
     consumer_multiply_tiles<C>(storage, scheduler);

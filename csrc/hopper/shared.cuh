@@ -46,6 +46,16 @@ __device__ __forceinline__ void store_shared_quad(uint32_t shared_address, float
                : "memory");
 }
 
+// mapa + st.shared::cluster: the same address of another CTA of the cluster
+__device__ __forceinline__ void store_cluster_quad(uint32_t shared_address, uint32_t cta_rank, const float* values) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(shared_address),
+      "r"(cta_rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+      : "memory");
+}
+
 __device__ __forceinline__ void store_shared_pair(uint32_t shared_address, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared_address), "r"(x), "r"(y) : "memory");
 }

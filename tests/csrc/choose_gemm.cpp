@@ -17,7 +17,8 @@ int main(int argc, char** argv) {
   std::printf("%d %d %d %d %f\n", choice.tile.m, choice.tile.n, int(choice.share), choice.band,
               predicted_clocks(problem, choice.tile, choice.share));
   for (const TileShape tile : kTileShapes) {
-    for (const Share share : {Share::kNone, Share::kA, Share::kB}) {
+    for (const Share share : kShares) {
+      if (!is_usable(problem, tile, share)) continue;
       std::printf("%d %d %d %f\n", tile.m, tile.n, int(share), predicted_clocks(problem, tile, share));
     }
   }

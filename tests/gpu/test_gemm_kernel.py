@@ -112,6 +112,28 @@ def test_fp8_gemm_nt_matches_fp64_on_random_shapes(start: int, w_rows: int) -> N
             assert_close(out, expected)
 
 
+@pytest.mark.parametrize("block_m", [128, 256])
+def test_fp8_gemm_nt_splits_the_depth_between_two_blocks(block_m: int) -> None:
+    """Through the extension, so that every depth is split, one K-block and odd numbers of them too."""
+    extension = pytest.importorskip("dsv3rt._C")
+    shapes = [(1, 8, 128), (300, 264, 384), (4096, 512, 1040), (64, 7168, 4096), (257, 136, 16)]
+    for seed, (m, n, k) in enumerate(shapes):
+        random = Random(seed, decades=2)
+        x, w = random.rows(m, k), random.blocks(n, k)
+        expected, magnitude = product(x, w)
+        out = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device="cuda")
+        operands = [part for q in (x, w) for part in (q.data.view(torch.uint8), q.scale)]
+        for _ in range(3):
+            extension.fp8_gemm_nt(*operands, out, tile=(block_m, 128, 3, 8))
+            assert_within_truncation(out, expected, magnitude)
+            out.fill_(torch.nan)
+    x, w = random.rows(4096, 128), random.blocks(4096, 128)
+    operands = [part for q in (x, w) for part in (q.data.view(torch.uint8), q.scale)]
+    out = torch.empty((4096, 4096), dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(RuntimeError, match="halves of a depth need a cluster for each tile"):
+        extension.fp8_gemm_nt(*operands, out, tile=(block_m, 128, 3, 8))
+
+
 def test_fp8_gemm_nt_accumulates_in_place() -> None:
     for seed in range(100):
         random = Random(seed, decades=1)
