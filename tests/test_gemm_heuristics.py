@@ -66,10 +66,9 @@ def test_choose_gemm_makes_no_cluster_on_one_multiprocessor(program: Path) -> No
 
 
 def test_choose_gemm_fills_waves(program: Path) -> None:
-    """512 columns of 4096 rows are 64 tiles of 256x128, half a wave: two blocks take half of the depth of each."""
-    choice = ask(program, 4096, 512, 32768)
-    tiles = (4096 // choice.tile[0]) * -(-512 // choice.tile[1])
-    assert 120 <= tiles * (2 if choice.share == SHARE_DEPTH else 1) <= 132
+    """512 columns of 4096 rows are 64 tiles of 256x128, half a wave: smaller tiles take all multiprocessors."""
+    block_m, block_n = ask(program, 4096, 512, 32768).tile
+    assert 66 < (4096 // block_m) * -(-512 // block_n) <= 132
 
 
 def test_choose_gemm_splits_a_depth_only_where_every_tile_has_two_blocks(program: Path) -> None:
@@ -78,8 +77,8 @@ def test_choose_gemm_splits_a_depth_only_where_every_tile_has_two_blocks(program
         for block_m, block_n, share in alternatives:
             if share == SHARE_DEPTH:
                 assert 2 * -(-m // block_m) * -(-n // block_n) <= num_sms
-    assert ask(program, 4096, 512, 32768).share == SHARE_DEPTH
-    assert ask(program, 4096, 512, 32768, num_sms=127).share != SHARE_DEPTH
+    assert ask(program, 64, 7168, 16384).share == SHARE_DEPTH  # as in decoding: 56 tiles alone
+    assert ask(program, 64, 7168, 16384, num_sms=111).share != SHARE_DEPTH
 
 
 def test_predicted_clocks_grow_with_the_problem(program: Path) -> None:

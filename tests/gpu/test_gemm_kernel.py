@@ -116,7 +116,7 @@ def test_fp8_gemm_nt_matches_fp64_on_random_shapes(start: int, w_rows: int) -> N
 def test_fp8_gemm_nt_splits_the_depth_between_two_blocks(block_m: int) -> None:
     """Through the extension, so that every depth is split, one K-block and odd numbers of them too."""
     extension = pytest.importorskip("dsv3rt._C")
-    shapes = [(1, 8, 128), (300, 264, 384), (4096, 512, 1040), (64, 7168, 4096), (257, 136, 16)]
+    shapes = [(1, 8, 128), (300, 264, 384), (16 * block_m, 512, 1040), (64, 7168, 4096), (257, 136, 16)]
     for seed, (m, n, k) in enumerate(shapes):
         random = Random(seed, decades=2)
         x, w = random.rows(m, k), random.blocks(n, k)
