@@ -61,11 +61,11 @@ def test_activations_follow_the_schedule() -> None:
 
 
 def test_deepseek_v3_fits_where_experts_are_recomputed(capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ["--parallel.pp", "16", "--parallel.dp", "128", "--parallel.ep", "64", "--parallel.schedule", "dualpipe"]
+    keys = ["--parallel.pp", "16", "--parallel.dp", "128", "--parallel.ep", "64", "--parallel.schedule", "dualpipev"]
     recompute = '["norm", "mla_up", "swiglu", "experts"]'
     assert cli.main(["plan", "memory", V3, *keys, "--train.recompute", recompute]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2048 ranks: pp 16 (dualpipe) x dp 128, experts over 64; bfloat16; recomputed: norm")
+    assert lines[0].startswith("2048 ranks: pp 16 (dualpipev) x dp 128, experts over 64; bfloat16; recomputed: norm")
     assert len(lines) == 19
     assert not any("over" in line for line in lines[2:18])
     assert cli.main(["plan", "memory", V3, *keys, "--train.recompute=[]"]) == 1

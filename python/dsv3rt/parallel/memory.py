@@ -23,8 +23,8 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one rank. heads: what the cross-entropies keep from forward to backward. buckets: two of the gradients'
-    buckets on their way, and the reduced gradients."""
+    """Of one rank. heads: what the cross-entropies keep from forward to backward. buckets: all of the
+    gradients arriving, as buckets may all be on their way at the end of the backward, and the reduced gradients."""
 
     weights: int
     gradients: int
@@ -65,7 +65,6 @@ def _rank_bytes(
         rows = layout.share(name, shapes[name], pp_rank * config.parallel.dp).rows
         numel += parameter.numel()
         kept += (rows.stop - rows.start) * parameter.numel() // max(1, parameter.shape[0])
-    bucket = int(min(config.parallel.bucket_mb * 2**20, _FP32 * numel))
     is_sharded = config.parallel.dp > 1 or len(schedule.chains) > 1
     chunk = _ChunkBytes(config, item)
     return Bytes(
@@ -75,7 +74,7 @@ def _rank_bytes(
         moments=moment * kept,
         activations=_peak(schedule, pp_rank, [chunk.blocks(layout, stage) for stage in range(len(layout.stages))]),
         heads=chunk.heads() if len(layout.stages) - 1 in layout.stages_on(pp_rank) else 0,
-        buckets=(2 * bucket + _FP32 * kept) if is_sharded else 0,
+        buckets=_FP32 * (numel + kept) if is_sharded else 0,
     )
 
 
