@@ -24,7 +24,7 @@ JOBS: dict[str, Any] = {
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 def test_losses_equal_one_gpu(tmp_path: Path) -> None:
-    """Within 1e-5: FP32 without TF32, but the GPU's own sums come in an order of their own too."""
+    """Within 1e-6, as on CPUs: FP32 without TF32, so that only the order of sums differs."""
     jobs, out = tmp_path / "jobs.json", tmp_path / "out.json"
     jobs.write_text(json.dumps({name: {**job, "train": CUDA} for name, job in JOBS.items()}))
     workers = torchrun(4, str(FLEET), str(jobs), str(out))
@@ -34,4 +34,4 @@ def test_losses_equal_one_gpu(tmp_path: Path) -> None:
     want = train({"train": CUDA})
     for name in JOBS:
         for ours, one in zip(results[name]["steps"], want["steps"], strict=True):
-            assert ours[:3] == pytest.approx(one[:3], rel=1e-5), name
+            assert ours[:3] == pytest.approx(one[:3], rel=1e-6), name
