@@ -62,8 +62,7 @@ struct Arguments {
 
 void bound_mla_prefill(const TensorView& q, const TensorView& k_nope, const TensorView& k_rope, const TensorView& v,
                        const TensorView& out, const TensorView& lse, const TensorView& q_ends, const TensorView& k_ends,
-                       const TensorView& tile_counter, float scale, bool causal, bool ping_pong,
-                       pybind11::handle stream) {
+                       const TensorView& tile_counter, float scale, bool causal, pybind11::handle stream) {
   constexpr Arguments arguments{"mla_prefill"};
   ArgCheck(arguments.op, "q", q).on_cuda().shape({kAny, kAny, kAny});
   ArgCheck(arguments.op, "q_ends", q_ends).shape({kAny});
@@ -85,7 +84,6 @@ void bound_mla_prefill(const TensorView& q, const TensorView& k_nope, const Tens
   params.num_sequences = static_cast<int>(sequences);
   params.scale = scale;
   params.causal = causal;
-  params.ping_pong = ping_pong;
   params.device = q.device.index;
   throw_on_error(arguments.op, mla_prefill(params, stream_for(arguments.op, q, stream)));
 }
@@ -145,8 +143,7 @@ void bind_mla(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("mla_prefill", &bound_mla_prefill, py::arg("q"), py::arg("k_nope"), py::arg("k_rope"), py::arg("v"),
              py::arg("out"), py::arg("lse"), py::arg("q_ends"), py::arg("k_ends"), py::arg("tile_counter"),
-             py::kw_only(), py::arg("scale"), py::arg("causal"), py::arg("ping_pong") = false,
-             py::arg("stream") = py::none(),
+             py::kw_only(), py::arg("scale"), py::arg("causal"), py::arg("stream") = py::none(),
              "Writes out and lse of every query, on a stream; the ends of sequences stay on the device.");
   module.def("mla_prefill_backward", &bound_mla_prefill_backward, py::arg("q"), py::arg("k_nope"), py::arg("k_rope"),
              py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"),

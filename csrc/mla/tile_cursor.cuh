@@ -17,12 +17,10 @@ class TileCursor {
     int index;     // among the sequence's tiles
   };
 
-  // A sequence has `tiles_a_block` tiles for every `block_rows` of its rows. The search starts at sequence `window`, of
-  // which the first tile has the number `window_begin`.
-  __device__ __forceinline__ TileCursor(const int32_t* ends, int num_sequences, int block_rows, int tiles_a_block,
-                                        int window = 0, int window_begin = 0)
+  // A sequence has `tiles_a_block` tiles for every `block_rows` of its rows.
+  __device__ __forceinline__ TileCursor(const int32_t* ends, int num_sequences, int block_rows, int tiles_a_block)
       : ends_(ends), num_sequences_(num_sequences), block_rows_(block_rows), tiles_a_block_(tiles_a_block) {
-    enter_window(window, window_begin);
+    enter_window(0, 0);
   }
 
   __device__ __forceinline__ Place find(int number) {
@@ -34,9 +32,6 @@ class TileCursor {
     const int end_before = __shfl_sync(~0u, end_, max(owner - 1, 0));
     return {window_ + owner, number - (owner == 0 ? window_begin_ : end_before)};
   }
-
-  __device__ __forceinline__ int window() const { return window_; }
-  __device__ __forceinline__ int window_begin() const { return window_begin_; }
 
  private:
   __device__ __forceinline__ int window_end() const { return __shfl_sync(~0u, end_, 31); }
@@ -61,10 +56,27 @@ class TileCursor {
   int end_;  // of the tiles of sequence window_ + lane
 };
 
-// Heads whose `head_bytes` fit in L2 together.
-__device__ __forceinline__ int heads_in_l2(int64_t head_bytes, int num_heads) {
-  constexpr int64_t kL2Bytes = 32 << 20;
-  return static_cast<int>(min(max(kL2Bytes / head_bytes, int64_t(1)), int64_t(num_heads)));
+// Numbers of the tiles that a block takes: its own first, then whatever comes next. Used by one whole warp.
+class TileNumbers {
+ public:
+  __device__ __forceinline__ explicit TileNumbers(int32_t* counter) : counter_(counter), upcoming_(blockIdx.x) {}
+
+  __device__ __forceinline__ int next() {
+    const int number = __shfl_sync(~0u, upcoming_, 0);
+    if (threadIdx.x % 32 == 0) upcoming_ = gridDim.x + atomicAdd(counter_, 1);  // one tile ahead, to hide its latency
+    return number;
+  }
+
+ private:
+  int32_t* counter_;
+  int upcoming_;  // lane 0: number of the next tile
+};
+
+// Heads of which `rows` rows of `kRowBytes` each fit in L2 together.
+template <int kRowBytes>
+__device__ __forceinline__ int heads_in_l2(int rows, int num_heads) {
+  constexpr int kL2Rows = (32 << 20) / kRowBytes;
+  return min(max(kL2Rows / max(rows, 1), 1), num_heads);
 }
 
 }  // namespace dsv3rt
