@@ -18,8 +18,6 @@ struct KeyTile {
   int query_tile;  // index of the sequence's first tile of queries
   int first_block, end_block;  // of 64 queries that see any key of the tile
   int masked_end;              // those before it need a mask
-
-  __device__ __forceinline__ bool is_none() const { return head < 0; }
 };
 
 // First tile of queries of a sequence: tiles of different sequences never overlap.
@@ -27,49 +25,31 @@ __device__ __forceinline__ int tile_of(int first_query, int sequence) {
   return first_query / kBackwardQueries + sequence;
 }
 
-class KeyTileScheduler {
- public:
-  // Used by one whole warp.
-  __device__ __forceinline__ KeyTileScheduler(const MlaBackwardParams& params, int32_t* counter)
-      : params_(params),
-        cursor_(params.k_ends, params.num_sequences, kGradientKeys, params.num_heads),
-        numbers_(counter) {}
+__device__ __forceinline__ KeyTile place_key_tile(const MlaBackwardParams& params, TileCursor::Place found) {
+  KeyTile tile{-1};
+  if (found.sequence < 0) return tile;
+  const int num_queries = length_of(params.q_ends, found.sequence), num_keys = length_of(params.k_ends, found.sequence);
+  const int num_blocks = ceil_div(num_keys, kGradientKeys);
+  const int section = heads_in_l2<(kQueryDim + kValueDim) * 2>(num_queries, params.num_heads);
+  const int first_head = found.index / (section * num_blocks) * section;
+  const int inside = found.index % (section * num_blocks), heads = min(section, params.num_heads - first_head);
+  const int first_key = inside / heads * kGradientKeys;
 
-  __device__ __forceinline__ KeyTile next() {
-    const TileCursor::Place found = cursor_.find(numbers_.next());
-    return found.sequence < 0 ? KeyTile{-1} : place(found.sequence, found.index);
-  }
-
- private:
-  __device__ __forceinline__ KeyTile place(int sequence, int index) const {
-    const int num_queries = length_of(params_.q_ends, sequence), num_keys = length_of(params_.k_ends, sequence);
-    const int num_blocks = ceil_div(num_keys, kGradientKeys);
-    const int section = heads_in_l2<(kQueryDim + kValueDim) * 2>(num_queries, params_.num_heads);
-    const int first_head = index / (section * num_blocks) * section;
-    const int inside = index % (section * num_blocks), heads = min(section, params_.num_heads - first_head);
-    const int first_key = inside / heads * kGradientKeys;
-
-    KeyTile tile;
-    tile.head = first_head + inside % heads;
-    tile.key = params_.k_ends[sequence] + first_key;
-    tile.num_keys = min(kGradientKeys, num_keys - first_key);
-    tile.query = params_.q_ends[sequence];
-    tile.num_queries = num_queries;
-    tile.seen = params_.causal ? 1 + num_keys - num_queries - first_key : kGradientKeys;
-    tile.query_tile = tile_of(tile.query, sequence);
-    tile.end_block = ceil_div(num_queries, kBackwardQueries);
-    // Query i sees seen + i keys of the tile: the first that sees one, and the first that sees all.
-    const int first_seeing = params_.causal ? max(1 - tile.seen, 0) : 0;
-    const int first_whole = params_.causal ? max(tile.num_keys - tile.seen, 0) : 0;
-    tile.first_block = min(first_seeing / kBackwardQueries, tile.end_block);
-    // Keys past the end of the sequence need none: a key's numbers stay in its row, which is not stored.
-    tile.masked_end = min(max(ceil_div(first_whole, kBackwardQueries), tile.first_block), tile.end_block);
-    return tile;
-  }
-
-  const MlaBackwardParams& params_;
-  TileCursor cursor_;
-  TileNumbers numbers_;
-};
+  tile.head = first_head + inside % heads;
+  tile.key = params.k_ends[found.sequence] + first_key;
+  tile.num_keys = min(kGradientKeys, num_keys - first_key);
+  tile.query = params.q_ends[found.sequence];
+  tile.num_queries = num_queries;
+  tile.seen = params.causal ? 1 + num_keys - num_queries - first_key : kGradientKeys;
+  tile.query_tile = tile_of(tile.query, found.sequence);
+  tile.end_block = ceil_div(num_queries, kBackwardQueries);
+  // Query i sees seen + i keys of the tile: the first that sees one, and the first that sees all.
+  const int first_seeing = params.causal ? max(1 - tile.seen, 0) : 0;
+  const int first_whole = params.causal ? max(tile.num_keys - tile.seen, 0) : 0;
+  tile.first_block = min(first_seeing / kBackwardQueries, tile.end_block);
+  // Keys past the end of the sequence need none: a key's numbers stay in its row, which is not stored.
+  tile.masked_end = min(max(ceil_div(first_whole, kBackwardQueries), tile.first_block), tile.end_block);
+  return tile;
+}
 
 }  // namespace dsv3rt

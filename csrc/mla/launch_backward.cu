@@ -19,11 +19,11 @@ const char* encode_maps(const MlaBackwardParams& params, int query_rows, int key
 
 template <class Storage, class Maps>
 const char* launch(void (*kernel)(Maps, MlaBackwardParams), const MlaBackwardParams& params, const Maps& maps,
-                   int num_sms, cudaStream_t stream) {
+                   int num_threads, int num_sms, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= kMaxSharedBytes);
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<num_sms, kBackwardThreads, kSharedBytes, stream>>>(maps, params);
+  kernel<<<num_sms, num_threads, kSharedBytes, stream>>>(maps, params);
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }
@@ -49,11 +49,11 @@ const char* mla_prefill_backward(const MlaBackwardParams& params, void* stream) 
   mla_backward_prepare_kernel<<<dim3(params.num_tiles, params.num_heads), 256, 0, cuda_stream>>>(params);
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   if (const char* error =
-          launch<KeyGradientStorage>(sm90_mla_key_gradients_kernel, params, key_maps, num_sms, cuda_stream)) {
+          launch<KeyGradientStorage>(sm90_mla_key_gradients_kernel, params, key_maps, kKeyGradientThreads, num_sms, cuda_stream)) {
     return error;
   }
   if (const char* error =
-          launch<QueryGradientStorage>(sm90_mla_query_gradients_kernel, params, query_maps, num_sms, cuda_stream)) {
+          launch<QueryGradientStorage>(sm90_mla_query_gradients_kernel, params, query_maps, kQueryGradientThreads, num_sms, cuda_stream)) {
     return error;
   }
   const int64_t rope_numbers = int64_t(params.num_keys) * kRopeDim;

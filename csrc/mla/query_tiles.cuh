@@ -22,7 +22,6 @@ struct QueryTile {
   int seen;  // keys that the first query sees, each further one sees one more, up to num_keys; may be <= 0
   int num_blocks;  // of keys that any query of the tile sees; -1: no tile is left
 
-  __device__ __forceinline__ bool is_none() const { return num_blocks < 0; }
   // Blocks that every query sees whole.
   __device__ __forceinline__ int num_whole_blocks() const { return max(min(num_keys, seen), 0) / kBlockKeys; }
 };
@@ -35,13 +34,18 @@ class QueryTileScheduler {
   __device__ __forceinline__ QueryTileScheduler(const Params& params, int32_t* counter)
       : params_(params), cursor_(params.q_ends, params.num_sequences, kTileQueries, params.num_heads), numbers_(counter) {}
 
-  __device__ __forceinline__ QueryTile<kBlockKeys> next() {
+  // `tile` may lie in shared memory: all lanes write the same.
+  __device__ __forceinline__ void next(QueryTile<kBlockKeys>& tile) {
     const TileCursor::Place found = cursor_.find(numbers_.next());
-    return found.sequence < 0 ? QueryTile<kBlockKeys>{0, 0, 0, 0, 0, 0, 0, -1} : place(found.sequence, found.index);
+    if (found.sequence < 0) {
+      tile.num_blocks = -1;
+    } else {
+      place(tile, found.sequence, found.index);
+    }
   }
 
  private:
-  __device__ __forceinline__ QueryTile<kBlockKeys> place(int sequence, int index) const {
+  __device__ __forceinline__ void place(QueryTile<kBlockKeys>& tile, int sequence, int index) const {
     const int num_queries = length_of(params_.q_ends, sequence), num_keys = length_of(params_.k_ends, sequence);
     const int num_blocks = ceil_div(num_queries, kTileQueries);
     const int section = heads_in_l2<(kNopeDim + kValueDim) * 2>(num_keys, params_.num_heads);
@@ -49,17 +53,16 @@ class QueryTileScheduler {
     const int inside = index % (section * num_blocks), heads = min(section, params_.num_heads - first_head);
     const int first_query = (num_blocks - 1 - inside / heads) * kTileQueries;
 
-    QueryTile<kBlockKeys> tile;
     tile.head = first_head + inside % heads;
     tile.sequence = sequence;
     tile.query = params_.q_ends[sequence] + first_query;
     tile.query_end = min(params_.q_ends[sequence] + num_queries, params_.num_queries);
     tile.key = params_.k_ends[sequence];
     tile.num_keys = num_keys;
-    tile.seen = params_.causal ? first_query + 1 + num_keys - num_queries : num_keys;
-    const int last_seen = tile.seen + (params_.causal ? min(kTileQueries, num_queries - first_query) - 1 : 0);
+    const int seen = params_.causal ? first_query + 1 + num_keys - num_queries : num_keys;
+    tile.seen = seen;
+    const int last_seen = seen + (params_.causal ? min(kTileQueries, num_queries - first_query) - 1 : 0);
     tile.num_blocks = ceil_div(max(min(num_keys, last_seen), 0), kBlockKeys);
-    return tile;
   }
 
   const Params& params_;

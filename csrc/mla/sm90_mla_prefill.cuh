@@ -65,7 +65,8 @@ __device__ __forceinline__ void producer_load_tiles(PrefillStorage& storage, con
   TwoStage slot, ring;
   uint32_t q_parity = 0;
   while (true) {
-    const PrefillTile tile = scheduler.next();
+    PrefillTile tile;
+    scheduler.next(tile);
     if (threadIdx.x == 0) {
       storage.tile_empty[slot.stage()].wait(slot.empty_parity());
       storage.tile[slot.stage()] = tile;

@@ -7,6 +7,7 @@
 #include "hopper/arithmetic.cuh"
 #include "hopper/fragment.cuh"
 #include "hopper/shared.cuh"
+#include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_bf16.cuh"
 #include "mla/backward_products.cuh"
@@ -19,7 +20,6 @@ struct QueryGradientMaps {
   CUtensorMap q, dout, k_nope, k_rope, v;
 };
 
-using QueryConsumer = BackwardConsumer<QueryGradientStorage, GradientTile>;
 using KeyScores = float[kGradientBlockKeys / 2];    // (queries, keys)
 using DoutFragments = uint32_t[kValueDim / 16][4];  // a register operand along columns of values
 
@@ -28,49 +28,112 @@ struct RowStatistics {
   float lse_log2[2], delta[2];
 };
 
-__device__ __forceinline__ void load_key_block(QueryGradientStorage& storage, const QueryGradientMaps& maps,
-                                               int num_keys, const GradientTile& tile, int block,
-                                               BackwardProducer<GradientTile>& producer) {
-  const int stage = producer.ring.stage, row = tile.key + block * kGradientBlockKeys;
-  const auto load = [&](Barrier& full) {
-    tma_load_4d(storage.k[stage][0], maps.k_nope, full, 0, row, 0, tile.head);
-    tma_load_4d(storage.k[stage][kNopeDim / kSlab], maps.k_rope, full, 0, row, 0, 0);
-    tma_load_4d(storage.v[stage][0], maps.v, full, 0, row, 0, tile.head);
-  };
-  storage.barriers.empty[stage].wait(producer.ring.parity ^ 1);
-  const bool ends_array = tile.key + tile.num_keys >= num_keys;  // the engine pads with zeros
-  producer.fill(storage.barriers.full[stage], sizeof(storage.k[0]) + sizeof(storage.v[0]), load,
-                ends_array ? kGradientBlockKeys : tile.num_keys - block * kGradientBlockKeys, storage.k[stage],
-                storage.v[stage]);
-  producer.ring.advance();
+// Walks through the tiles that another warp hands on. They stay in shared memory, read when needed: registers are short.
+struct TileReader {
+  QueryGradientStorage& storage;
+  TwoStage slot;
+
+  __device__ __forceinline__ const GradientTile& await_tile() {
+    storage.tile_full[slot.stage()].wait(slot.full_parity());
+    return storage.tile[slot.stage()];
+  }
+
+  __device__ __forceinline__ void release_tile() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) storage.tile_empty[slot.stage()].arrive();
+    ++slot.count;
+  }
+};
+
+// Of one whole warp: hands tiles on until there are none, the last of which says so.
+__device__ __forceinline__ void hand_tiles_on(QueryGradientStorage& storage, const MlaBackwardParams& params) {
+  QueryTileScheduler<kGradientBlockKeys, MlaBackwardParams> scheduler(params, params.tile_counters + 1);
+  TwoStage slot;
+  while (true) {
+    GradientTile& tile = storage.tile[slot.stage()];
+    storage.tile_empty[slot.stage()].wait(slot.empty_parity());
+    scheduler.next(tile);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) storage.tile_full[slot.stage()].arrive();
+    if (tile.num_blocks < 0) return;
+    ++slot.count;
+  }
+}
+
+// What the warp that loads keeps.
+struct QueryProducer : TileReader {
+  const QueryGradientMaps& maps;
+  RingOf<kBackwardStages> ring;
+  uint32_t queries_parity = 0, arrived_parity = 0;
+};
+
+// By a whole warp. Keys and values behind the end of the sequence are cleared before they are handed on.
+__device__ __forceinline__ void load_key_block(QueryProducer& self, int num_keys, const GradientTile& tile, int block) {
+  QueryGradientStorage& storage = self.storage;
+  const int stage = self.ring.stage, row = tile.key + block * kGradientBlockKeys;
+  const int left = tile.num_keys - block * kGradientBlockKeys;
+  // Past the end of the array the engine pads with zeros.
+  const bool clears = left < kGradientBlockKeys && tile.key + tile.num_keys < num_keys;
+  storage.empty[stage].wait(self.ring.parity ^ 1);
+  if (threadIdx.x % 32 == 0) {
+    Barrier& arrived = clears ? storage.arrived : storage.full[stage];
+    arrived.arrive_and_expect(sizeof(storage.k[0]) + sizeof(storage.v[0]));
+    tma_load_4d(storage.k[stage][0], self.maps.k_nope, arrived, 0, row, 0, tile.head);
+    tma_load_4d(storage.k[stage][kNopeDim / kSlab], self.maps.k_rope, arrived, 0, row, 0, 0);
+    tma_load_4d(storage.v[stage][0], self.maps.v, arrived, 0, row, 0, tile.head);
+  }
+  if (clears) {
+    storage.arrived.wait(self.arrived_parity);
+    self.arrived_parity ^= 1;
+    clear_rows<32>(storage.k[stage], left, threadIdx.x);
+    clear_rows<32>(storage.v[stage], left, threadIdx.x);
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) storage.full[stage].arrive();
+  }
+  self.ring.advance();
 }
 
 // Rows behind the end of the sequence do no harm here: a query's numbers stay in its row, which is not stored.
-__device__ __forceinline__ void load_query_tile(QueryGradientStorage& storage, const QueryGradientMaps& maps,
-                                                const GradientTile& tile, BackwardProducer<GradientTile>& producer) {
-  Barrier& full = storage.barriers.operands_full;
-  producer.await_operands_empty();
+__device__ __forceinline__ void load_query_tile(QueryProducer& self, const GradientTile& tile) {
+  QueryGradientStorage& storage = self.storage;
+  storage.queries_empty.wait(self.queries_parity ^ 1);
+  self.queries_parity ^= 1;
   if (threadIdx.x % 32 != 0) return;
-  full.arrive_and_expect(sizeof(storage.q) + sizeof(storage.dout));
-  tma_load_4d(storage.q[0], maps.q, full, 0, tile.query, 0, tile.head, L2Hint::kEvictFirst);
-  tma_load_4d(storage.dout[0], maps.dout, full, 0, tile.query, 0, tile.head, L2Hint::kEvictFirst);
+  storage.queries_full.arrive_and_expect(sizeof(storage.q) + sizeof(storage.dout));
+  tma_load_4d(storage.q[0], self.maps.q, storage.queries_full, 0, tile.query, 0, tile.head, L2Hint::kEvictFirst);
+  tma_load_4d(storage.dout[0], self.maps.dout, storage.queries_full, 0, tile.query, 0, tile.head, L2Hint::kEvictFirst);
 }
 
 // Blocks of keys from the last that is seen to the first.
-__device__ __forceinline__ void load_for_queries(QueryGradientStorage& storage, const QueryGradientMaps& maps,
-                                                 const MlaBackwardParams& params) {
-  BackwardProducer<GradientTile> producer{{storage.barriers}};
+__device__ __forceinline__ void load_tiles(QueryGradientStorage& storage, const QueryGradientMaps& maps,
+                                           const MlaBackwardParams& params) {
+  QueryProducer self{{storage}, maps};
   while (true) {
-    const GradientTile& tile = producer.await_tile();
-    if (tile.is_none()) return;
-    if (tile.num_blocks > 0) load_query_tile(storage, maps, tile, producer);
+    const GradientTile& tile = self.await_tile();
+    if (tile.num_blocks < 0) return;
+    if (tile.num_blocks > 0) load_query_tile(self, tile);
 #pragma unroll 1
-    for (int block = tile.num_blocks - 1; block >= 0; --block) {
-      load_key_block(storage, maps, params.num_keys, tile, block, producer);
-    }
-    producer.release_tile();
+    for (int block = tile.num_blocks - 1; block >= 0; --block) load_key_block(self, params.num_keys, tile, block);
+    self.release_tile();
   }
 }
+
+// What a consumer warpgroup knows throughout.
+struct QueryConsumer : TileReader {
+  const MlaBackwardParams& params;
+  int warpgroup;
+  RingOf<kBackwardStages> ring;  // of the block of keys that comes next
+  uint32_t queries_parity = 0;
+
+  __device__ __forceinline__ void release(Barrier& empty) const {
+    if (threadIdx.x % 32 == 0) empty.arrive();
+  }
+  // Row inside the tile of this thread's first accumulators.
+  __device__ __forceinline__ int row() const {
+    return warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  }
+};
 
 __device__ __forceinline__ void start_key_scores(const QueryConsumer& self, KeyScores& scores, int stage) {
   const uint64_t q = k_major_swizzle128_descriptor(self.storage.q[0] + self.warpgroup * 64 * kSlab);
@@ -145,7 +208,7 @@ __device__ __forceinline__ void advance_keys(QueryConsumer& self, const Gradient
   QueryGradientStorage& storage = self.storage;
   const int stage = self.ring.stage, stage_before = self.ring.stage_before();
   KeyScores scores, dweights;
-  storage.barriers.full[stage].wait(self.ring.parity);
+  storage.full[stage].wait(self.ring.parity);
   start_key_scores(self, scores, stage);
   start_dweights(self, dweights, dout, stage);
   if constexpr (!kFirst) accumulate_rows<kQueryDim>(sums.dq, sums.dscores, storage.k[stage_before]);
@@ -167,7 +230,7 @@ __device__ __forceinline__ void advance_keys(QueryConsumer& self, const Gradient
   if constexpr (!kFirst) {
     wgmma_wait<0>();
     pin_registers(sums.dq);
-    self.release(storage.barriers.empty[stage_before]);
+    self.release(storage.empty[stage_before]);
   }
   pin_registers(dweights);
   pack_block(sums.dscores, dweights);
@@ -194,7 +257,8 @@ __device__ __forceinline__ void sum_over_keys(QueryConsumer& self, const Gradien
   QueryGradientStorage& storage = self.storage;
   const RowStatistics statistics = statistics_of(self, tile);
   DoutFragments dout;
-  self.await_operands();
+  storage.queries_full.wait(self.queries_parity);
+  self.queries_parity ^= 1;
   load_dout_fragments(self, dout);
   const int num_whole_blocks = tile.num_whole_blocks();
   int block = tile.num_blocks - 1;
@@ -206,19 +270,19 @@ __device__ __forceinline__ void sum_over_keys(QueryConsumer& self, const Gradien
 #pragma unroll 1
   for (; block >= 0; --block) advance_keys<false, false>(self, tile, block, statistics, dout, sums);
   const int stage_before = self.ring.stage_before();
-  self.release(storage.barriers.operands_empty);
+  self.release(storage.queries_empty);
   accumulate_rows<kQueryDim>(sums.dq, sums.dscores, storage.k[stage_before]);
   wgmma_wait<0>();
   pin_registers(sums.dq);
-  self.release(storage.barriers.empty[stage_before]);
+  self.release(storage.empty[stage_before]);
 }
 
 __device__ __forceinline__ void consume_for_queries(QueryGradientStorage& storage, const MlaBackwardParams& params) {
-  QueryConsumer self(storage, params);
+  QueryConsumer self{{storage}, params, __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0)};
   const int64_t row_stride = int64_t(params.num_heads) * kQueryDim;
   while (true) {
     const GradientTile& tile = self.await_tile();
-    if (tile.is_none()) return;
+    if (tile.num_blocks < 0) return;
     QuerySums sums;
     if (tile.num_blocks > 0) sum_over_keys(self, tile, sums);
     auto* dq = static_cast<__nv_bfloat16*>(params.dq) + tile.query * row_stride + tile.head * kQueryDim;
@@ -227,18 +291,26 @@ __device__ __forceinline__ void consume_for_queries(QueryGradientStorage& storag
   }
 }
 
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+__global__ void __launch_bounds__(kQueryGradientThreads, 1)
     sm90_mla_query_gradients_kernel(const __grid_constant__ QueryGradientMaps maps,
                                     const __grid_constant__ MlaBackwardParams params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& storage = *reinterpret_cast<QueryGradientStorage*>(shared_bytes);
-  if (threadIdx.x == 0) storage.barriers.init();
+  if (threadIdx.x == 0) {
+    storage.queries_full.init(1);
+    storage.queries_empty.init(kBackwardConsumerWarps);
+    storage.arrived.init(1);
+    for (Barrier& barrier : storage.full) barrier.init(1);
+    for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps);
+    for (Barrier& barrier : storage.tile_full) barrier.init(1);
+    for (Barrier& barrier : storage.tile_empty) barrier.init(kBackwardConsumerWarps + 1);  // and the warp that loads
+    fence_barrier_init();
+  }
   __syncthreads();
   if (threadIdx.x < 128) {
     release_registers<24>();
-    using Scheduler = QueryTileScheduler<kGradientBlockKeys, MlaBackwardParams>;
-    if (threadIdx.x < 32) load_for_queries(storage, maps, params);
-    if (threadIdx.x / 32 == 1) hand_tiles_on(storage.barriers, Scheduler(params, params.tile_counters + 1));
+    if (threadIdx.x < 32) load_tiles(storage, maps, params);
+    if (threadIdx.x / 32 == 1) hand_tiles_on(storage, params);
   } else {
     claim_registers<240>();
     consume_for_queries(storage, params);

@@ -17,10 +17,12 @@ class TileCursor {
     int index;     // among the sequence's tiles
   };
 
-  // A sequence has `tiles_a_block` tiles for every `block_rows` of its rows.
-  __device__ __forceinline__ TileCursor(const int32_t* ends, int num_sequences, int block_rows, int tiles_a_block)
+  // A sequence has `tiles_a_block` tiles for every `block_rows` of its rows. The search starts at sequence `window`, of
+  // which the first tile has the number `window_begin`.
+  __device__ __forceinline__ TileCursor(const int32_t* ends, int num_sequences, int block_rows, int tiles_a_block,
+                                        int window = 0, int window_begin = 0)
       : ends_(ends), num_sequences_(num_sequences), block_rows_(block_rows), tiles_a_block_(tiles_a_block) {
-    enter_window(0, 0);
+    enter_window(window, window_begin);
   }
 
   __device__ __forceinline__ Place find(int number) {
@@ -32,6 +34,9 @@ class TileCursor {
     const int end_before = __shfl_sync(~0u, end_, max(owner - 1, 0));
     return {window_ + owner, number - (owner == 0 ? window_begin_ : end_before)};
   }
+
+  __device__ __forceinline__ int window() const { return window_; }
+  __device__ __forceinline__ int window_begin() const { return window_begin_; }
 
  private:
   __device__ __forceinline__ int window_end() const { return __shfl_sync(~0u, end_, 31); }
