@@ -49,6 +49,7 @@ struct QueryGradientStorage {
   Barrier full[kBackwardStages], empty[kBackwardStages];
   Barrier arrived;  // keys that the producer has to clear in part before it hands them on
   GradientTile tile[kTileSlots];
+  int window, window_begin;  // where the search for tiles goes on
 };
 
 // Rows from `first` on belong to another sequence: zeros instead, because zero times NaN is NaN. Done by threads

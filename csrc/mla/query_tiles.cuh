@@ -26,48 +26,30 @@ struct QueryTile {
   __device__ __forceinline__ int num_whole_blocks() const { return max(min(num_keys, seen), 0) / kBlockKeys; }
 };
 
-// `Params`: those of the forward or the backward pass.
+// `Params`: those of the forward or the backward pass. `tile` may lie in shared memory: all lanes write the same.
 template <int kBlockKeys, class Params>
-class QueryTileScheduler {
- public:
-  // Used by one whole warp.
-  __device__ __forceinline__ QueryTileScheduler(const Params& params, int32_t* counter)
-      : params_(params), cursor_(params.q_ends, params.num_sequences, kTileQueries, params.num_heads), numbers_(counter) {}
+__device__ __forceinline__ void place_query_tile(QueryTile<kBlockKeys>& tile, const Params& params,
+                                                 TileCursor::Place found) {
+  tile.num_blocks = -1;
+  if (found.sequence < 0) return;
+  const int sequence = found.sequence, index = found.index;
+  const int num_queries = length_of(params.q_ends, sequence), num_keys = length_of(params.k_ends, sequence);
+  const int num_blocks = ceil_div(num_queries, kTileQueries);
+  const int section = heads_in_l2<(kNopeDim + kValueDim) * 2>(num_keys, params.num_heads);
+  const int first_head = index / (section * num_blocks) * section;
+  const int inside = index % (section * num_blocks), heads = min(section, params.num_heads - first_head);
+  const int first_query = (num_blocks - 1 - inside / heads) * kTileQueries;
 
-  // `tile` may lie in shared memory: all lanes write the same.
-  __device__ __forceinline__ void next(QueryTile<kBlockKeys>& tile) {
-    const TileCursor::Place found = cursor_.find(numbers_.next());
-    if (found.sequence < 0) {
-      tile.num_blocks = -1;
-    } else {
-      place(tile, found.sequence, found.index);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void place(QueryTile<kBlockKeys>& tile, int sequence, int index) const {
-    const int num_queries = length_of(params_.q_ends, sequence), num_keys = length_of(params_.k_ends, sequence);
-    const int num_blocks = ceil_div(num_queries, kTileQueries);
-    const int section = heads_in_l2<(kNopeDim + kValueDim) * 2>(num_keys, params_.num_heads);
-    const int first_head = index / (section * num_blocks) * section;
-    const int inside = index % (section * num_blocks), heads = min(section, params_.num_heads - first_head);
-    const int first_query = (num_blocks - 1 - inside / heads) * kTileQueries;
-
-    tile.head = first_head + inside % heads;
-    tile.sequence = sequence;
-    tile.query = params_.q_ends[sequence] + first_query;
-    tile.query_end = min(params_.q_ends[sequence] + num_queries, params_.num_queries);
-    tile.key = params_.k_ends[sequence];
-    tile.num_keys = num_keys;
-    const int seen = params_.causal ? first_query + 1 + num_keys - num_queries : num_keys;
-    tile.seen = seen;
-    const int last_seen = seen + (params_.causal ? min(kTileQueries, num_queries - first_query) - 1 : 0);
-    tile.num_blocks = ceil_div(max(min(num_keys, last_seen), 0), kBlockKeys);
-  }
-
-  const Params& params_;
-  TileCursor cursor_;
-  TileNumbers numbers_;
-};
+  tile.head = first_head + inside % heads;
+  tile.sequence = sequence;
+  tile.query = params.q_ends[sequence] + first_query;
+  tile.query_end = min(params.q_ends[sequence] + num_queries, params.num_queries);
+  tile.key = params.k_ends[sequence];
+  tile.num_keys = num_keys;
+  const int seen = params.causal ? first_query + 1 + num_keys - num_queries : num_keys;
+  tile.seen = seen;
+  const int last_seen = seen + (params.causal ? min(kTileQueries, num_queries - first_query) - 1 : 0);
+  tile.num_blocks = ceil_div(max(min(num_keys, last_seen), 0), kBlockKeys);
+}
 
 }  // namespace dsv3rt

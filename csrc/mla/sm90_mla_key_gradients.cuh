@@ -47,7 +47,7 @@ __device__ __forceinline__ void fetch_tile(KeyGradientStorage& storage, const Ml
     storage.tile[slot] = tile;
     storage.window = cursor.window();
     storage.window_begin = cursor.window_begin();
-    storage.next_tile = gridDim.x + atomicAdd(params.tile_counters, 1);
+    storage.next_tile = gridDim.x + atomicAdd(params.tile_counters + 1, 1);
   }
 }
 
@@ -193,6 +193,7 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
   pin_registers(sums.scores);
   pack_block(sums.packed, sums.scores);
   load_ahead(self, tile, block);
+  __syncwarp();
   self.ring.advance();
 }
 

@@ -61,12 +61,13 @@ __device__ __forceinline__ void producer_load_tile(PrefillStorage& storage, cons
 
 __device__ __forceinline__ void producer_load_tiles(PrefillStorage& storage, const PrefillMaps& maps,
                                                     const MlaPrefillParams& params) {
-  QueryTileScheduler<kTileKeys, MlaPrefillParams> scheduler(params, params.tile_counter);
+  TileCursor cursor(params.q_ends, params.num_sequences, kTileQueries, params.num_heads);
+  TileNumbers numbers(params.tile_counter);
   TwoStage slot, ring;
   uint32_t q_parity = 0;
   while (true) {
     PrefillTile tile;
-    scheduler.next(tile);
+    place_query_tile(tile, params, cursor.find(numbers.next()));
     if (threadIdx.x == 0) {
       storage.tile_empty[slot.stage()].wait(slot.empty_parity());
       storage.tile[slot.stage()] = tile;

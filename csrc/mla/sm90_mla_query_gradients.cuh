@@ -47,12 +47,17 @@ struct TileReader {
 
 // Of one whole warp: hands tiles on until there are none, the last of which says so.
 __device__ __forceinline__ void hand_tiles_on(QueryGradientStorage& storage, const MlaBackwardParams& params) {
-  QueryTileScheduler<kGradientBlockKeys, MlaBackwardParams> scheduler(params, params.tile_counters + 1);
   TwoStage slot;
   while (true) {
     GradientTile& tile = storage.tile[slot.stage()];
     storage.tile_empty[slot.stage()].wait(slot.empty_parity());
-    scheduler.next(tile);
+    int number = 0;
+    if (threadIdx.x % 32 == 0) number = atomicAdd(params.tile_counters, 1);
+    TileCursor cursor(params.q_ends, params.num_sequences, kTileQueries, params.num_heads, storage.window,
+                      storage.window_begin);
+    place_query_tile(tile, params, cursor.find(__shfl_sync(~0u, number, 0)));
+    storage.window = cursor.window();
+    storage.window_begin = cursor.window_begin();
     __syncwarp();
     if (threadIdx.x % 32 == 0) storage.tile_full[slot.stage()].arrive();
     if (tile.num_blocks < 0) return;
@@ -300,6 +305,8 @@ __global__ void __launch_bounds__(kQueryGradientThreads, 1)
     storage.queries_full.init(1);
     storage.queries_empty.init(kBackwardConsumerWarps);
     storage.arrived.init(1);
+    storage.window = 0;
+    storage.window_begin = 0;
     for (Barrier& barrier : storage.full) barrier.init(1);
     for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps);
     for (Barrier& barrier : storage.tile_full) barrier.init(1);

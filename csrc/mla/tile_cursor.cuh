@@ -2,6 +2,8 @@
 // order.
 #pragma once
 
+#include <cstdint>
+
 #include "common/math.h"
 
 namespace dsv3rt {
