@@ -1,4 +1,5 @@
-// What runs before and behind the products of the backward pass: statistics of queries, and the sum of dk_rope over heads.
+// What runs before and behind the products of the backward pass: statistics of queries, and the sum of dk_rope over
+// heads.
 #pragma once
 
 #include "hopper/fragment.cuh"
@@ -22,7 +23,8 @@ __device__ __forceinline__ QueryRows find_query_rows(const MlaBackwardParams& pa
   return {params.q_ends[low] + offset, count};
 }
 
-// One block a tile and head: delta = sum(out * dout) - dlse, and lse in base 2. Queries that see no key, and those that are missing from a tile, get an lse of infinity: their weights come out as zero.
+// One block a tile and head: delta = sum(out * dout) - dlse, and lse in base 2. Queries that see no key, and those that
+// are missing from a tile, get an lse of infinity: their weights come out as zero.
 __global__ void __launch_bounds__(256) mla_backward_prepare_kernel(const __grid_constant__ MlaBackwardParams params) {
   constexpr float kLog2E = 1.44269504088896341f;
   const int head = blockIdx.y, lane = threadIdx.x % 16;

@@ -48,12 +48,12 @@ const char* mla_prefill_backward(const MlaBackwardParams& params, void* stream) 
 
   mla_backward_prepare_kernel<<<dim3(params.num_tiles, params.num_heads), 256, 0, cuda_stream>>>(params);
   DSV3RT_CUDA_CHECK(cudaGetLastError());
-  if (const char* error =
-          launch<KeyGradientStorage>(sm90_mla_key_gradients_kernel, params, key_maps, kKeyGradientThreads, num_sms, cuda_stream)) {
+  if (const char* error = launch<KeyGradientStorage>(sm90_mla_key_gradients_kernel, params, key_maps,
+                                                     kKeyGradientThreads, num_sms, cuda_stream)) {
     return error;
   }
-  if (const char* error =
-          launch<QueryGradientStorage>(sm90_mla_query_gradients_kernel, params, query_maps, kQueryGradientThreads, num_sms, cuda_stream)) {
+  if (const char* error = launch<QueryGradientStorage>(sm90_mla_query_gradients_kernel, params, query_maps,
+                                                       kQueryGradientThreads, num_sms, cuda_stream)) {
     return error;
   }
   const int64_t rope_numbers = int64_t(params.num_keys) * kRopeDim;

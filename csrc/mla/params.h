@@ -36,8 +36,8 @@ struct MlaPrefillParams {
 // Returns null, or what went wrong.
 const char* mla_prefill(const MlaPrefillParams& params, void* stream);
 
-// Gradients of the inputs from those of out and lse. Statistics of queries lie in tiles of 64 queries of one sequence and
-// head; sequence b's first tile has the index tile_of(q_ends[b], b).
+// Gradients of the inputs from those of out and lse. Statistics of queries lie in tiles of 64 queries of one sequence
+// and head; sequence b's first tile has the index tile_of(q_ends[b], b).
 struct MlaBackwardParams {
   HeadsView q, k_nope, k_rope, v;  // as in the forward pass
   HeadsView out, dout;             // (Tq, H, 128)

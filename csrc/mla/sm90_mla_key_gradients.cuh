@@ -1,7 +1,8 @@
 // Latent attention, gradients of keys and values. One persistent block an SM of two warpgroups that own 64 keys
-// each; one of their threads loads, because registers are short. For every 64 queries, transposed scores and weights stay in registers, and are the
-// register operand of the products that sum dv and dk over queries. dk of one block of queries is multiplied while the
-// scores of the next become weights, dv while their gradients become those of the scores.
+// each; one of their threads loads, because registers are short. For every 64 queries, transposed scores and weights
+// stay in registers, and are the register operand of the products that sum dv and dk over queries. dk of one block of
+// queries is multiplied while the scores of the next become weights, dv while their gradients become those of the
+// scores.
 #pragma once
 
 #include "hopper/arithmetic.cuh"
@@ -162,8 +163,7 @@ struct KeySums {
 };
 
 template <bool kFirst, bool kMask>
-__device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTile& tile, int block,
-                                                KeySums& sums) {
+__device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTile& tile, int block, KeySums& sums) {
   KeyGradientStorage& storage = self.storage;
   const int stage = self.ring.stage, stage_before = self.ring.stage_before();
   await_queries(self, tile, block);

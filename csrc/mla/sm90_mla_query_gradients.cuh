@@ -20,7 +20,7 @@ struct QueryGradientMaps {
   CUtensorMap q, dout, k_nope, k_rope, v;
 };
 
-using KeyScores = float[kGradientBlockKeys / 2];    // (queries, keys)
+using KeyScores = float[kGradientBlockKeys / 2];  // (queries, keys)
 using DoutFragments = uint32_t[kValueDim / 16][4];  // a register operand along columns of values
 
 // Of the thread's two rows.
@@ -28,7 +28,8 @@ struct RowStatistics {
   float lse_log2[2], delta[2];
 };
 
-// Walks through the tiles that another warp hands on. They stay in shared memory, read when needed: registers are short.
+// Walks through the tiles that another warp hands on. They stay in shared memory, read when needed: registers are
+// short.
 struct TileReader {
   QueryGradientStorage& storage;
   TwoStage slot;
@@ -162,8 +163,8 @@ __device__ __forceinline__ void start_dweights(const QueryConsumer& self, KeySco
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kValueDim / 16; ++step) {
-    WgmmaBF16<kGradientBlockKeys, Major::kK>::multiply(
-        dweights, dout[step], v + step / 4 * (sizeof(Slab64) >> 4) + step % 4 * 2, step != 0);
+    WgmmaBF16<kGradientBlockKeys, Major::kK>::multiply(dweights, dout[step],
+                                                       v + step / 4 * (sizeof(Slab64) >> 4) + step % 4 * 2, step != 0);
   }
   wgmma_commit();
   pin_registers(dweights);
@@ -247,8 +248,8 @@ __device__ __forceinline__ RowStatistics statistics_of(const QueryConsumer& self
   const int first = params.q_ends[tile.sequence], query = tile.query + self.warpgroup * 64;
   RowStatistics result = {{INFINITY, INFINITY}, {0, 0}};
   if (query >= tile.query_end) return result;  // there is no such tile of statistics
-  const int64_t index = int64_t(tile.head) * params.num_tiles + tile_of(first, tile.sequence) +
-                        (query - first) / kBackwardQueries;
+  const int64_t index =
+      int64_t(tile.head) * params.num_tiles + tile_of(first, tile.sequence) + (query - first) / kBackwardQueries;
   const auto& rows = reinterpret_cast<const QueryStatistics*>(params.statistics)[index];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -327,8 +327,8 @@ struct Gradients {
 
 // One block a query and head of one sequence: its part of the gradients in FP64, added up. Shared memory: weights and
 // their gradients.
-__global__ void reference_gradients(Arrays a, const __nv_bfloat16* dout, Sample first, int queries, int keys, bool causal,
-                                    double scale, double* dq, double* dkv, double* dk_rope) {
+__global__ void reference_gradients(Arrays a, const __nv_bfloat16* dout, Sample first, int queries, int keys,
+                                    bool causal, double scale, double* dq, double* dkv, double* dk_rope) {
   extern __shared__ double weights[];
   double* dweights = weights + keys;
   __shared__ double total, delta;
