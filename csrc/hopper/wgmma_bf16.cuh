@@ -1,5 +1,5 @@
-// wgmma.mma_async m64nNk16, BF16 x BF16 into FP32. D = A B^T (+ D), B (n, k) from shared memory; A (m, k) from registers
-// or, K-major, from shared memory.
+// wgmma.mma_async m64nNk16, BF16 x BF16 into FP32. D = A B^T (+ D), B (n, k) from shared memory; A (m, k) from
+// registers or, K-major, from shared memory.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-instructions-wgmma-mma
 //
 // Thread t of the warpgroup holds, of row 16 (t / 32) + t % 32 / 4 (+ 8 for the second pair), columns 8i + 2 (t % 4)
