@@ -176,6 +176,7 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
   take_weights<kMask>(sums.scores, storage.statistics[stage], self.params.scale * 1.44269504088896341f, hidden_to);
   pin_registers(sums.scores);
   if constexpr (!kFirst) {
+    storage.full[stage].wait(self.ring.parity);  // long true: a branch, behind which the assembler would else move work
     wgmma_wait<0>();
     pin_registers(sums.dk);
     self.release(storage.empty[stage_before]);
@@ -188,6 +189,7 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
   pin_registers(sums.scores);
   take_dscores(sums.scores, sums.packed, storage.statistics[stage]);
   pin_registers(sums.scores);
+  storage.full[stage].wait(self.ring.parity);
   wgmma_wait<0>();
   pin_registers(sums.dv);
   pin_registers(sums.scores);

@@ -229,11 +229,14 @@ __device__ __forceinline__ void advance_keys(QueryConsumer& self, const Gradient
     }
   }
   take_key_weights<kMask>(scores, statistics, self.params.scale * 1.44269504088896341f, seen);
+  pin_registers(scores);
+  storage.full[stage].wait(self.ring.parity);  // long true: a branch, behind which the assembler would else move work
   wgmma_wait<kFirst ? 0 : 1>();
   pin_registers(dweights);
   take_key_dscores(dweights, scores, statistics);
   pin_registers(dweights);
   if constexpr (!kFirst) {
+    storage.full[stage].wait(self.ring.parity);
     wgmma_wait<0>();
     pin_registers(sums.dq);
     self.release(storage.empty[stage_before]);
