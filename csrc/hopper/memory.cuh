@@ -1,5 +1,4 @@
 // Global-memory accesses that C++ has no word for.
-// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async
 #pragma once
 
@@ -8,17 +7,6 @@
 #include "hopper/barrier.cuh"
 
 namespace dsv3rt {
-
-// red.global.add.v2.f32: adds without reading back; 8-byte aligned
-__device__ __forceinline__ void add_to_global(float* target, float x, float y) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x), "f"(y) : "memory");
-}
-
-// red.global.add.v4.f32: the same for four; 16-byte aligned
-__device__ __forceinline__ void add_to_global(float* target, float x, float y, float z, float w) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x), "f"(y), "f"(z), "f"(w)
-               : "memory");
-}
 
 // cp.async: global -> shared without passing through registers; zeros where not `valid`. kBytes: 4, 8 or 16.
 template <int kBytes>

@@ -1,6 +1,7 @@
 // Shared memory by address.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-stmatrix
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-ldmatrix
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,14 @@ namespace dsv3rt {
 __device__ __forceinline__ void store_matrices(uint32_t shared_address, const uint32_t (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// ldmatrix.x4: the same in the other direction
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t shared_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address)
                : "memory");
 }
 

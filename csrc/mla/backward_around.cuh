@@ -1,17 +1,18 @@
-// What runs before and behind the backward kernel: statistics of queries, and sums in FP32 to gradients in BF16.
+// What runs before and behind the products of the backward pass: statistics of queries, and the sum of dk_rope over
+// heads.
 #pragma once
 
+#include "hopper/fragment.cuh"
 #include "mla/backward_storage.cuh"
-#include "mla/store_rows.cuh"
 
 namespace dsv3rt {
 
 // Queries of one tile: row of the first, and how many there are; none behind the last sequence and between two.
-struct QueryTile {
+struct QueryRows {
   int first, count;
 };
 
-__device__ __forceinline__ QueryTile find_query_tile(const MlaBackwardParams& params, int tile) {
+__device__ __forceinline__ QueryRows find_query_rows(const MlaBackwardParams& params, int tile) {
   int low = 0, high = params.num_sequences;  // tile_of(low) <= tile < tile_of(high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -22,12 +23,12 @@ __device__ __forceinline__ QueryTile find_query_tile(const MlaBackwardParams& pa
   return {params.q_ends[low] + offset, count};
 }
 
-// One block a tile and head: delta = sum(out * dout) - dlse, lse in base 2, and zeros where dq will be summed. Queries
-// that see no key, and those that are missing from a tile, get an lse of infinity: their weights come out as zero.
+// One block a tile and head: delta = sum(out * dout) - dlse, and lse in base 2. Queries that see no key, and those that
+// are missing from a tile, get an lse of infinity: their weights come out as zero.
 __global__ void __launch_bounds__(256) mla_backward_prepare_kernel(const __grid_constant__ MlaBackwardParams params) {
   constexpr float kLog2E = 1.44269504088896341f;
   const int head = blockIdx.y, lane = threadIdx.x % 16;
-  const QueryTile tile = find_query_tile(params, blockIdx.x);
+  const QueryRows tile = find_query_rows(params, blockIdx.x);
   const int64_t index = int64_t(head) * params.num_tiles + blockIdx.x;
   auto& statistics = reinterpret_cast<QueryStatistics*>(params.statistics)[index];
 #pragma unroll
@@ -57,44 +58,21 @@ __global__ void __launch_bounds__(256) mla_backward_prepare_kernel(const __grid_
       statistics.delta[row] = blind ? 0 : sum - params.dlse[place];
     }
   }
-  auto* sums = reinterpret_cast<float4*>(params.dq_sum + index * kQuerySumFloats);
-  for (int i = threadIdx.x; i < kQuerySumFloats / 4; i += 256) sums[i] = make_float4(0, 0, 0, 0);
 }
 
-// One block a tile and head, thread by thread what the backward kernel's threads summed.
-__global__ void __launch_bounds__(256) mla_backward_finish_kernel(const __grid_constant__ MlaBackwardParams params) {
-  const int head = blockIdx.y, warpgroup = threadIdx.x / 128;
-  const QueryTile tile = find_query_tile(params, blockIdx.x);
-  if (tile.count == 0) return;
-  const int64_t index = int64_t(head) * params.num_tiles + blockIdx.x;
-  const float* source = params.dq_sum + index * kQuerySumFloats + query_sum_offset();
-  QueryGradient dq;
-#pragma unroll
-  for (int i = 0; i < (kNopeDim + kRopeDim) / 4; i += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(source + i / 4 * kQuerySumStride);
-    float* target = i < kNopeDim / 4 ? &dq.nope[i] : &dq.rope[i - kNopeDim / 4];
-    target[0] = four.x, target[1] = four.y, target[2] = four.z, target[3] = four.w;
-  }
-  const int64_t row_stride = int64_t(params.num_heads) * kQueryDim;
-  const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  auto* target = static_cast<__nv_bfloat16*>(params.dq) + tile.first * row_stride + head * kQueryDim;
-  store_rows<kNopeDim / 16>(target + warpgroup * (kNopeDim / 2), row_stride, row, tile.count, dq.nope, 0, params.scale);
-  store_rows<kRopeDim / 16>(target + kNopeDim + warpgroup * (kRopeDim / 2), row_stride, row, tile.count, dq.rope, 0,
-                            params.scale);
-}
-
-// dk_rope, eight numbers a thread.
+// dk_rope: the sum over heads, one after another, so that it comes out the same every time. Four columns a thread.
 __global__ void __launch_bounds__(256) mla_backward_rope_kernel(const __grid_constant__ MlaBackwardParams params) {
-  const int64_t first = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 8;
-  if (first >= int64_t(params.num_keys) * kRopeDim) return;
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float* pair = params.dk_rope_sum + first + i * 2;
-    words[i] = pack_bf16(pair[0] * params.scale, pair[1] * params.scale);
+  const int64_t numbers = int64_t(params.num_keys) * kRopeDim;
+  const int64_t first = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 4;
+  if (first >= numbers) return;
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+  for (int head = 0; head < params.num_heads; ++head) {
+    const float4 part = *reinterpret_cast<const float4*>(params.dk_rope_parts + head * numbers + first);
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
   }
-  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(params.dk_rope) + first) =
-      make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(params.dk_rope) + first) = make_uint2(
+      pack_bf16(sum.x * params.scale, sum.y * params.scale), pack_bf16(sum.z * params.scale, sum.w * params.scale));
 }
 
 }  // namespace dsv3rt

@@ -1,50 +1,67 @@
-// Shared memory of the backward kernel, laid out as in the forward pass.
+// Shared memory of the two kernels of the backward pass, laid out as in the forward pass.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "hopper/barrier.cuh"
-#include "mla/backward_tiles.cuh"
+#include "mla/key_tiles.cuh"
+#include "mla/query_tiles.cuh"
+#include "mla/rings.cuh"
 
 namespace dsv3rt {
 
-constexpr int kBackwardSlab = 64;
-constexpr int kBackwardThreads = 256;  // two warpgroups of 64 keys each; no producer: registers are short
-constexpr int kQueryStages = 3, kDoutStages = 2, kDscoreBuffers = 2;
+constexpr int kBackwardConsumerWarps = 8;  // two warpgroups, of 64 rows each
+constexpr int kKeyGradientThreads = 32 * kBackwardConsumerWarps;  // no producer: registers are short
+constexpr int kQueryGradientThreads = 128 + 32 * kBackwardConsumerWarps;
+constexpr int kBackwardStages = 3;
+constexpr int kGradientBlockKeys = 64;  // that queries meet at a time
 
-using BackwardKeySlab = __nv_bfloat16[kBackwardKeys * kBackwardSlab];
-using BackwardQuerySlab = __nv_bfloat16[kBackwardQueries * kBackwardSlab];
+using Slab128 = __nv_bfloat16[128 * kSlab];  // 128 rows
+using Slab64 = __nv_bfloat16[64 * kSlab];
+using GradientTile = QueryTile<kGradientBlockKeys>;
 
-// A warpgroup's columns of dq, all 64 queries: 64 of nope, 32 of rope.
-struct QueryGradient {
-  float nope[kNopeDim / 4];
-  float rope[kRopeDim / 4];
-};
-
-// Sums of dq over blocks of keys are kept as the threads hold them: four accumulators of each thread of a warpgroup in
-// a row, then the next four.
-constexpr int kQuerySumFloats = kBackwardQueries * kQueryDim, kQuerySumStride = 128 * 4;
-
-__device__ __forceinline__ int query_sum_offset() {
-  return threadIdx.x / 128 * (kQuerySumFloats / 2) + threadIdx.x % 128 * 4;
-}
-
-// Of a tile of queries, as the preprocessing kernel writes it.
+// Of a tile of queries, as the preparing kernel writes it.
 struct QueryStatistics {
   float lse_log2[kBackwardQueries];
   float delta[kBackwardQueries];
 };
 
-struct BackwardStorage {
-  alignas(1024) BackwardKeySlab k[kQueryDim / kBackwardSlab];
-  alignas(1024) BackwardKeySlab v[kValueDim / kBackwardSlab];
-  alignas(1024) BackwardQuerySlab q[kQueryStages][kQueryDim / kBackwardSlab];
-  alignas(1024) BackwardQuerySlab dout[kDoutStages][kValueDim / kBackwardSlab];
-  alignas(1024) __nv_bfloat16 dscores[kDscoreBuffers][kBackwardKeys * kBackwardQueries];  // a row of 64 queries a key
-  alignas(128) QueryStatistics statistics[kQueryStages];
-  Barrier keys_full, q_full[kQueryStages], dout_full[kDoutStages];
-  BackwardTile tile;
+// Gradients of keys: 128 keys stay, queries pass.
+struct KeyGradientStorage {
+  alignas(1024) Slab128 k[kQueryDim / kSlab];
+  alignas(1024) Slab128 v[kValueDim / kSlab];
+  alignas(1024) Slab64 q[kBackwardStages][kQueryDim / kSlab];
+  alignas(1024) Slab64 dout[kBackwardStages][kValueDim / kSlab];
+  alignas(128) QueryStatistics statistics[kBackwardStages];
+  Barrier keys_full, keys_empty, full[kBackwardStages], empty[kBackwardStages];
+  KeyTile tile[kTileSlots];
   int next_tile, window, window_begin;  // where the search for tiles goes on
 };
+
+// Gradients of queries: 128 queries stay, keys pass.
+struct QueryGradientStorage {
+  alignas(1024) Slab128 q[kQueryDim / kSlab];
+  alignas(1024) Slab128 dout[kValueDim / kSlab];
+  alignas(1024) Slab64 k[kBackwardStages][kQueryDim / kSlab];
+  alignas(1024) Slab64 v[kBackwardStages][kValueDim / kSlab];
+  Barrier tile_full[kTileSlots], tile_empty[kTileSlots];
+  Barrier queries_full, queries_empty;
+  Barrier full[kBackwardStages], empty[kBackwardStages];
+  Barrier arrived;  // keys that the producer has to clear in part before it hands them on
+  GradientTile tile[kTileSlots];
+  int window, window_begin;  // where the search for tiles goes on
+};
+
+// Rows from `first` on belong to another sequence: zeros instead, because zero times NaN is NaN. Done by threads
+// `thread`, of which there are kThreads.
+template <int kThreads, int kSlabs, int kElements>
+__device__ __forceinline__ void clear_rows(__nv_bfloat16 (&slabs)[kSlabs][kElements], int first, int thread) {
+  constexpr int kChunks = kSlab * 2 / 16;
+#pragma unroll 1
+  for (int chunk = first * kChunks + thread; chunk < kElements / 8; chunk += kThreads) {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) reinterpret_cast<uint4*>(slabs[slab])[chunk] = make_uint4(0, 0, 0, 0);
+  }
+}
 
 }  // namespace dsv3rt

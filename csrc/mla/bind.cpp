@@ -62,8 +62,7 @@ struct Arguments {
 
 void bound_mla_prefill(const TensorView& q, const TensorView& k_nope, const TensorView& k_rope, const TensorView& v,
                        const TensorView& out, const TensorView& lse, const TensorView& q_ends, const TensorView& k_ends,
-                       const TensorView& tile_counter, float scale, bool causal, bool ping_pong,
-                       pybind11::handle stream) {
+                       const TensorView& tile_counter, float scale, bool causal, pybind11::handle stream) {
   constexpr Arguments arguments{"mla_prefill"};
   ArgCheck(arguments.op, "q", q).on_cuda().shape({kAny, kAny, kAny});
   ArgCheck(arguments.op, "q_ends", q_ends).shape({kAny});
@@ -85,7 +84,6 @@ void bound_mla_prefill(const TensorView& q, const TensorView& k_nope, const Tens
   params.num_sequences = static_cast<int>(sequences);
   params.scale = scale;
   params.causal = causal;
-  params.ping_pong = ping_pong;
   params.device = q.device.index;
   throw_on_error(arguments.op, mla_prefill(params, stream_for(arguments.op, q, stream)));
 }
@@ -95,11 +93,12 @@ void bound_mla_prefill_backward(const TensorView& q, const TensorView& k_nope, c
                                 const TensorView& dout, const TensorView& dlse, const TensorView& dq,
                                 const TensorView& dk_nope, const TensorView& dk_rope, const TensorView& dv,
                                 const TensorView& q_ends, const TensorView& k_ends, const TensorView& statistics,
-                                const TensorView& dq_sum, const TensorView& dk_rope_sum, float scale, bool causal,
-                                pybind11::handle stream) {
+                                const TensorView& dk_rope_parts, const TensorView& tile_counters, float scale,
+                                bool causal, pybind11::handle stream) {
   constexpr Arguments arguments{"mla_prefill_backward"};
   ArgCheck(arguments.op, "q", q).on_cuda().shape({kAny, kAny, kAny});
   ArgCheck(arguments.op, "q_ends", q_ends).shape({kAny});
+  ArgCheck(arguments.op, "tile_counters", tile_counters).dtype({DataType::kInt32}).shape({2});
   MlaBackwardParams params{};
   params.k_rope = arguments.rope_keys(k_rope);
   const int64_t queries = q.shape[0], keys = k_rope.shape[0], heads = q.shape[1], sequences = q_ends.shape[0] - 1;
@@ -126,8 +125,8 @@ void bound_mla_prefill_backward(const TensorView& q, const TensorView& k_nope, c
   params.q_ends = arguments.ends("q_ends", q_ends, sequences);
   params.k_ends = arguments.ends("k_ends", k_ends, sequences);
   params.statistics = arguments.scratch("statistics", statistics, tiles * 2 * kBackwardQueries);
-  params.dq_sum = arguments.scratch("dq_sum", dq_sum, tiles * kBackwardQueries * kQueryDim);
-  params.dk_rope_sum = arguments.scratch("dk_rope_sum", dk_rope_sum, keys * kRopeDim + 1);
+  params.dk_rope_parts = arguments.scratch("dk_rope_parts", dk_rope_parts, heads * keys * kRopeDim);
+  params.tile_counters = static_cast<int32_t*>(tile_counters.data);
   params.num_queries = static_cast<int>(queries);
   params.num_keys = static_cast<int>(keys);
   params.num_heads = static_cast<int>(heads);
@@ -145,13 +144,12 @@ void bind_mla(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("mla_prefill", &bound_mla_prefill, py::arg("q"), py::arg("k_nope"), py::arg("k_rope"), py::arg("v"),
              py::arg("out"), py::arg("lse"), py::arg("q_ends"), py::arg("k_ends"), py::arg("tile_counter"),
-             py::kw_only(), py::arg("scale"), py::arg("causal"), py::arg("ping_pong") = false,
-             py::arg("stream") = py::none(),
+             py::kw_only(), py::arg("scale"), py::arg("causal"), py::arg("stream") = py::none(),
              "Writes out and lse of every query, on a stream; the ends of sequences stay on the device.");
   module.def("mla_prefill_backward", &bound_mla_prefill_backward, py::arg("q"), py::arg("k_nope"), py::arg("k_rope"),
              py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"), py::arg("dq"),
              py::arg("dk_nope"), py::arg("dk_rope"), py::arg("dv"), py::arg("q_ends"), py::arg("k_ends"),
-             py::arg("statistics"), py::arg("dq_sum"), py::arg("dk_rope_sum"), py::kw_only(), py::arg("scale"),
+             py::arg("statistics"), py::arg("dk_rope_parts"), py::arg("tile_counters"), py::kw_only(), py::arg("scale"),
              py::arg("causal"), py::arg("stream") = py::none(),
              "Writes dq, dk_nope, dk_rope and dv, on a stream; the last three arrays are scratch.");
 }

@@ -15,18 +15,6 @@ const char* encode_maps(const MlaPrefillParams& params, PrefillMaps& maps) {
   return encode_heads(maps.v, params.v, keys, heads, kValueDim, kTileKeys);
 }
 
-template <bool kPingPong>
-const char* launch(const MlaPrefillParams& params, const PrefillMaps& maps, int num_sms, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(PrefillStorage);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
-  const auto kernel = sm90_mla_prefill_kernel<kPingPong>;
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.tile_counter, 0, sizeof(int32_t), stream));
-  kernel<<<num_sms, kPrefillThreads, kSharedBytes, stream>>>(maps, params);
-  DSV3RT_CUDA_CHECK(cudaGetLastError());
-  return nullptr;
-}
-
 }  // namespace
 
 const char* mla_prefill(const MlaPrefillParams& params, void* stream) {
@@ -38,8 +26,14 @@ const char* mla_prefill(const MlaPrefillParams& params, void* stream) {
   PrefillMaps maps{};
   if (const char* error = encode_maps(params, maps)) return error;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return params.ping_pong ? launch<true>(params, maps, num_sms, cuda_stream)
-                          : launch<false>(params, maps, num_sms, cuda_stream);
+  constexpr int kSharedBytes = sizeof(PrefillStorage);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  const auto kernel = sm90_mla_prefill_kernel;
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.tile_counter, 0, sizeof(int32_t), cuda_stream));
+  kernel<<<num_sms, kPrefillThreads, kSharedBytes, cuda_stream>>>(maps, params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return nullptr;
 }
 
 }  // namespace dsv3rt

@@ -6,6 +6,7 @@
 namespace dsv3rt {
 
 constexpr int kNopeDim = 128, kRopeDim = 64, kQueryDim = kNopeDim + kRopeDim, kValueDim = 128;
+constexpr int kSlab = 64;  // columns of an operand that lie together in shared memory
 constexpr int kBackwardQueries = 64;  // of a tile
 
 // A (rows, heads, columns) BF16 array with contiguous columns, 16-byte aligned; strides in elements, multiples of 8.
@@ -29,15 +30,14 @@ struct MlaPrefillParams {
   int num_heads, num_sequences;
   float scale;       // positive
   bool causal;       // the last query of a sequence sees its last key
-  bool ping_pong;    // warpgroups take turns at issuing products
   int device;
 };
 
 // Returns null, or what went wrong.
 const char* mla_prefill(const MlaPrefillParams& params, void* stream);
 
-// Gradients of the inputs from those of out and lse. Statistics of queries and sums of dq lie in tiles of 64 queries of
-// one sequence and head; sequence b's first tile has the index tile_of(q_ends[b], b).
+// Gradients of the inputs from those of out and lse. Statistics of queries lie in tiles of 64 queries of one sequence
+// and head; sequence b's first tile has the index tile_of(q_ends[b], b).
 struct MlaBackwardParams {
   HeadsView q, k_nope, k_rope, v;  // as in the forward pass
   HeadsView out, dout;             // (Tq, H, 128)
@@ -51,8 +51,8 @@ struct MlaBackwardParams {
   const int32_t* q_ends;           // (B + 1,)
   const int32_t* k_ends;           // (B + 1,)
   float* statistics;               // scratch (H, tiles, 2, 64): lse * log2(e); sum(out * dout) - dlse
-  float* dq_sum;                   // scratch (H, tiles, 64 * 192), in the order of accumulators
-  float* dk_rope_sum;              // scratch (Tk, 64) and, behind it, one int32: the counter of tiles
+  float* dk_rope_parts;            // scratch (H, Tk, 64): of each head
+  int32_t* tile_counters;          // two numbers of scratch
   int num_queries, num_keys;       // Tq, Tk
   int num_heads, num_sequences;
   int num_tiles;                   // of queries, at least Tq / 64 + B

@@ -5,17 +5,18 @@
 
 #include "hopper/barrier.cuh"
 #include "mla/params.h"
-#include "mla/prefill_tiles.cuh"
+#include "mla/query_tiles.cuh"
+#include "mla/rings.cuh"
 
 namespace dsv3rt {
 
-constexpr int kSlab = 64;
+constexpr int kTileKeys = 128;  // of a block
 constexpr int kKeyStages = 2;
-constexpr int kTileSlots = 2;
 constexpr int kPrefillConsumers = 2;  // warpgroups of 64 queries
 constexpr int kPrefillConsumerWarps = 4 * kPrefillConsumers;
 constexpr int kPrefillThreads = 128 + 32 * kPrefillConsumerWarps;
 
+using PrefillTile = QueryTile<kTileKeys>;
 using QuerySlab = __nv_bfloat16[kTileQueries * kSlab];
 using KeySlab = __nv_bfloat16[kTileKeys * kSlab];
 
@@ -28,15 +29,6 @@ struct PrefillStorage {
   Barrier v_full[kKeyStages], v_empty[kKeyStages];
   Barrier tile_full[kTileSlots], tile_empty[kTileSlots];
   PrefillTile tile[kTileSlots];
-};
-
-// Position in a ring of two: which of both, and the parity of the phase in which it is filled.
-struct TwoStage {
-  int count = 0;
-
-  __device__ __forceinline__ int stage() const { return count & 1; }
-  __device__ __forceinline__ uint32_t full_parity() const { return count >> 1 & 1; }
-  __device__ __forceinline__ uint32_t empty_parity() const { return full_parity() ^ 1; }  // passes at once at first
 };
 static_assert(kKeyStages == 2 && kTileSlots == 2);
 

@@ -19,7 +19,7 @@ struct PrefillMaps {
 };
 
 constexpr int kScoreFragment = kTileKeys / 2, kOutFragment = kValueDim / 2;  // accumulators a thread
-constexpr int kConsumerBarrier = 1, kTurnBarrier = 2;  // named barriers; the second and the next are turns
+constexpr int kConsumerBarrier = 1;  // named
 
 __device__ __forceinline__ void producer_load_keys(PrefillStorage& storage, const PrefillMaps& maps,
                                                    const PrefillTile& tile, int block, TwoStage ring) {
@@ -61,11 +61,13 @@ __device__ __forceinline__ void producer_load_tile(PrefillStorage& storage, cons
 
 __device__ __forceinline__ void producer_load_tiles(PrefillStorage& storage, const PrefillMaps& maps,
                                                     const MlaPrefillParams& params) {
-  PrefillScheduler scheduler(params);
+  TileCursor cursor(params.q_ends, params.num_sequences, kTileQueries, params.num_heads);
+  TileNumbers numbers(params.tile_counter);
   TwoStage slot, ring;
   uint32_t q_parity = 0;
   while (true) {
-    const PrefillTile tile = scheduler.next();
+    PrefillTile tile;
+    place_query_tile(tile, params, cursor.find(numbers.next()));
     if (threadIdx.x == 0) {
       storage.tile_empty[slot.stage()].wait(slot.empty_parity());
       storage.tile[slot.stage()] = tile;
@@ -99,15 +101,6 @@ struct PrefillConsumer {
   // Row inside the tile of this thread's first accumulators.
   __device__ __forceinline__ int row() const {
     return warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  }
-
-  template <bool kPingPong>
-  __device__ __forceinline__ void await_turn() const {
-    if constexpr (kPingPong) named_barrier_sync(kTurnBarrier + warpgroup, 32 * kPrefillConsumerWarps);
-  }
-  template <bool kPingPong>
-  __device__ __forceinline__ void pass_turn() const {
-    if constexpr (kPingPong) named_barrier_arrive(kTurnBarrier + (warpgroup ^ 1), 32 * kPrefillConsumerWarps);
   }
 };
 
@@ -177,18 +170,16 @@ __device__ __forceinline__ void clear_foreign_values(const PrefillConsumer& self
 }
 
 // Scores of one block while the block before meets its values.
-template <bool kPingPong, bool kMask>
+template <bool kMask>
 __device__ __forceinline__ void advance_block(PrefillConsumer& self, const PrefillTile& tile, int block,
                                               SoftmaxState& state, Scores& scores, Weights& weights, Out& out) {
   const TwoStage behind = self.ring;
   ++self.ring.count;
   self.storage.k_full[self.ring.stage()].wait(self.ring.full_parity());
-  self.await_turn<kPingPong>();
   start_scores(self, scores, self.ring.stage());
   scale_rows(out, state.rescale);
   self.storage.v_full[behind.stage()].wait(behind.full_parity());
   start_out(self, out, weights, behind.stage());
-  self.pass_turn<kPingPong>();
   wgmma_wait<1>();
   pin_registers(scores);
   self.release_scores_operands(block);
@@ -201,7 +192,6 @@ __device__ __forceinline__ void advance_block(PrefillConsumer& self, const Prefi
   pack_weights(weights, scores);
 }
 
-template <bool kPingPong>
 __device__ __forceinline__ void attend_tile(PrefillConsumer& self, const PrefillTile& tile, SoftmaxState& state,
                                             Out& out) {
   PrefillStorage& storage = self.storage;
@@ -210,9 +200,7 @@ __device__ __forceinline__ void attend_tile(PrefillConsumer& self, const Prefill
   int block = tile.num_blocks - 1;
   storage.q_full.wait(self.q_parity);
   storage.k_full[self.ring.stage()].wait(self.ring.full_parity());
-  self.await_turn<kPingPong>();
   start_scores(self, scores, self.ring.stage());
-  self.pass_turn<kPingPong>();
   wgmma_wait<0>();
   pin_registers(scores);
   self.release_scores_operands(block);
@@ -222,10 +210,10 @@ __device__ __forceinline__ void attend_tile(PrefillConsumer& self, const Prefill
   const int num_whole_blocks = tile.num_whole_blocks();
 #pragma unroll 1
   for (--block; block >= num_whole_blocks; --block) {
-    advance_block<kPingPong, true>(self, tile, block, state, scores, weights, out);
+    advance_block<true>(self, tile, block, state, scores, weights, out);
   }
 #pragma unroll 1
-  for (; block >= 0; --block) advance_block<kPingPong, false>(self, tile, block, state, scores, weights, out);
+  for (; block >= 0; --block) advance_block<false>(self, tile, block, state, scores, weights, out);
   self.q_parity ^= 1;
 
   scale_rows(out, state.rescale);
@@ -257,12 +245,10 @@ __device__ __forceinline__ void finish_tile(const PrefillConsumer& self, const P
   store_rows<kValueDim / 8>(target, row_stride, self.row(), tile.query_end - tile.query, out, 0, 1.0f);
 }
 
-template <bool kPingPong>
 __device__ __forceinline__ void consumer_attend_tiles(PrefillStorage& storage, const MlaPrefillParams& params) {
   constexpr float kLog2E = 1.44269504088896341f;
   PrefillConsumer self{storage, params, __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128) - 1, 0)};
   self.scale_log2 = params.scale * kLog2E;
-  if (self.warpgroup == 1) self.pass_turn<kPingPong>();
   while (true) {
     storage.tile_full[self.slot.stage()].wait(self.slot.full_parity());
     const PrefillTile tile = storage.tile[self.slot.stage()];
@@ -272,12 +258,11 @@ __device__ __forceinline__ void consumer_attend_tiles(PrefillStorage& storage, c
     if (tile.num_blocks < 0) return;
     SoftmaxState state;
     Out out = {};
-    if (tile.num_blocks > 0) attend_tile<kPingPong>(self, tile, state, out);
+    if (tile.num_blocks > 0) attend_tile(self, tile, state, out);
     finish_tile(self, tile, state, out);
   }
 }
 
-template <bool kPingPong>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
     sm90_mla_prefill_kernel(const __grid_constant__ PrefillMaps maps, const __grid_constant__ MlaPrefillParams params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -302,7 +287,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     if (warp == 0) producer_load_tiles(storage, maps, params);
   } else {
     claim_registers<232>();
-    consumer_attend_tiles<kPingPong>(storage, params);
+    consumer_attend_tiles(storage, params);
   }
 }
 

@@ -2,6 +2,8 @@
 // order.
 #pragma once
 
+#include <cstdint>
+
 #include "common/math.h"
 
 namespace dsv3rt {
@@ -61,10 +63,27 @@ class TileCursor {
   int end_;  // of the tiles of sequence window_ + lane
 };
 
-// Heads whose `head_bytes` fit in L2 together.
-__device__ __forceinline__ int heads_in_l2(int64_t head_bytes, int num_heads) {
-  constexpr int64_t kL2Bytes = 32 << 20;
-  return static_cast<int>(min(max(kL2Bytes / head_bytes, int64_t(1)), int64_t(num_heads)));
+// Numbers of the tiles that a block takes: its own first, then whatever comes next. Used by one whole warp.
+class TileNumbers {
+ public:
+  __device__ __forceinline__ explicit TileNumbers(int32_t* counter) : counter_(counter), upcoming_(blockIdx.x) {}
+
+  __device__ __forceinline__ int next() {
+    const int number = __shfl_sync(~0u, upcoming_, 0);
+    if (threadIdx.x % 32 == 0) upcoming_ = gridDim.x + atomicAdd(counter_, 1);  // one tile ahead, to hide its latency
+    return number;
+  }
+
+ private:
+  int32_t* counter_;
+  int upcoming_;  // lane 0: number of the next tile
+};
+
+// Heads of which `rows` rows of `kRowBytes` each fit in L2 together.
+template <int kRowBytes>
+__device__ __forceinline__ int heads_in_l2(int rows, int num_heads) {
+  constexpr int kL2Rows = (32 << 20) / kRowBytes;
+  return min(max(kL2Rows / max(rows, 1), 1), num_heads);
 }
 
 }  // namespace dsv3rt

@@ -1,8 +1,7 @@
-// Runs the prefill kernel on a GPU without Python: correctness on small and awkward batches, then TFLOPS. Build and
+// Runs the prefill kernels on a GPU without Python: correctness on small and awkward batches, then TFLOPS. Build and
 // run:
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a --ptxas-options=--register-usage-level=10 -Icsrc
 //        csrc/mla/launch_*.cu tests/csrc/check_mla_prefill.cu -o build/check_mla_prefill && build/check_mla_prefill
-// Gradients are checked from Python (tests/gpu/test_mla_backward_kernel.py); here they are only timed.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <unistd.h>
@@ -154,8 +153,7 @@ struct Problem {
     check(cudaMemset(buffer.data + first, 0xff, (end - first) * 2), "poison");
   }
 
-  void run(bool ping_pong) {
-    params.ping_pong = ping_pong;
+  void run() {
     if (const char* error = dsv3rt::mla_prefill(params, nullptr)) {
       std::printf("launch: %s\n", error);
       std::exit(1);
@@ -190,9 +188,9 @@ std::vector<Sample> samples_of(const Case& c, const Problem& p) {
   return samples;
 }
 
-bool verify(const Case& c, bool ping_pong) {
+bool verify(const Case& c) {
   Problem p(c);
-  p.run(ping_pong);
+  p.run();
   check(cudaDeviceSynchronize(), c.name);
   const std::vector<Sample> samples = samples_of(c, p);
   int most_seen = 0;
@@ -229,8 +227,8 @@ bool verify(const Case& c, bool ping_pong) {
   for (size_t i = size_t(p.Tq) * p.heads; i < got_lse.size(); ++i) untouched &= std::isnan(got_lse[i]);
   // Values are up to 3; weights and the result are rounded to 2^-9 each: well inside 3 * 2^-8 + 3 * 2^-9.
   const bool good = worst < 0.02 && worst_lse < 1e-5 && untouched;
-  std::printf("%-4s %-44s ping_pong %d  out %.2e  lse %.2e%s\n", good ? "ok" : "BAD", c.name, ping_pong, worst,
-              worst_lse, untouched ? "" : "  WROTE PAST THE END");
+  std::printf("%-4s %-44s out %.2e  lse %.2e%s\n", good ? "ok" : "BAD", c.name, worst, worst_lse,
+              untouched ? "" : "  WROTE PAST THE END");
   return good;
 }
 
@@ -259,65 +257,157 @@ float time_of(const char* name, const Run& run) {
   return times[times.size() / 2];
 }
 
-// Both ways in turn, so that a card that warms up slows both alike.
 void measure(const Case& c) {
-  constexpr int kRounds = 5;
   Problem p(c);
-  float ms[2][kRounds];
-  for (int round = 0; round < kRounds; ++round) {
-    for (const bool ping_pong : {false, true}) ms[ping_pong][round] = time_of(c.name, [&] { p.run(ping_pong); });
-  }
+  const float ms = time_of(c.name, [&] { p.run(); });
   const double flops = 2 * c.heads * pairs_of(c) * (kQueryDim + kValueDim);
-  for (const bool ping_pong : {false, true}) {
-    std::sort(ms[ping_pong], ms[ping_pong] + kRounds);
-    const auto tflops = [&](int round) { return flops / ms[ping_pong][round] * 1e-9; };
-    std::printf("%-32s forward, ping_pong %d  %.3f ms  %.0f TFLOPS (%.0f to %.0f)\n", c.name, ping_pong,
-                ms[ping_pong][kRounds / 2], tflops(kRounds / 2), tflops(kRounds - 1), tflops(0));
-  }
+  std::printf("%-32s forward   %.3f ms  %.0f TFLOPS\n", c.name, ms, flops / ms * 1e-9);
 }
 
-void measure_backward(const Case& c) {
-  Problem p(c);
-  p.run(false);
-  const size_t heads = c.heads, tiles = heads * (p.Tq / dsv3rt::kBackwardQueries + c.q_lengths.size());
-  Buffer<__nv_bfloat16> dout(p.Tq * heads * kValueDim), dq(p.q.count), dkv(p.kv.count), dk_rope(p.k_rope.count);
-  Buffer<float> dlse(p.Tq * heads), statistics(tiles * 2 * dsv3rt::kBackwardQueries);
-  Buffer<float> dq_sum(tiles * dsv3rt::kBackwardQueries * kQueryDim), dk_rope_sum(p.k_rope.count + 1);
-  fill<<<256, 256>>>(dout.data, dout.count, 4, 1);
-  check(cudaMemset(dlse.data, 0, dlse.count * 4), "zero");
-  dsv3rt::MlaBackwardParams params{};
-  params.q = p.params.q;
-  params.k_nope = p.params.k_nope;
-  params.k_rope = p.params.k_rope;
-  params.v = p.params.v;
-  params.out = {p.out.data, int64_t(heads) * kValueDim, kValueDim};
-  params.dout = {dout.data, int64_t(heads) * kValueDim, kValueDim};
-  params.lse = p.lse.data;
-  params.dlse = dlse.data;
-  params.dq = dq.data;
-  params.dk_nope = dkv.data;
-  params.dv = dkv.data + kNopeDim;
-  params.dk_rope = dk_rope.data;
-  params.dkv_row_stride = int64_t(heads) * 256;
-  params.dkv_head_stride = 256;
-  params.q_ends = p.params.q_ends;
-  params.k_ends = p.params.k_ends;
-  params.statistics = statistics.data;
-  params.dq_sum = dq_sum.data;
-  params.dk_rope_sum = dk_rope_sum.data;
-  params.num_queries = p.Tq;
-  params.num_keys = p.Tk;
-  params.num_heads = c.heads;
-  params.num_sequences = p.params.num_sequences;
-  params.num_tiles = static_cast<int>(tiles / heads);
-  params.scale = p.params.scale;
-  params.causal = c.causal;
-  const float ms = time_of(c.name, [&] {
+// A forward pass and the arrays of the backward pass.
+struct Gradients {
+  explicit Gradients(const Case& c)
+      : p(c),
+        heads(c.heads),
+        tiles(heads * (p.Tq / dsv3rt::kBackwardQueries + c.q_lengths.size())),
+        dout(p.Tq * heads * kValueDim),
+        dq(p.q.count),
+        dkv(p.kv.count),
+        dk_rope(p.k_rope.count),
+        dlse(p.Tq * heads),
+        statistics(tiles * 2 * dsv3rt::kBackwardQueries),
+        dk_rope_parts(heads * p.k_rope.count),
+        counters(2) {
+    fill<<<256, 256>>>(dout.data, dout.count, 4, 1);
+    check(cudaMemset(dlse.data, 0, dlse.count * 4), "zero");
+    for (Buffer<__nv_bfloat16>* buffer : {&dq, &dkv, &dk_rope}) Problem::poison(*buffer, 0, buffer->count);
+    p.run();
+    params.q = p.params.q;
+    params.k_nope = p.params.k_nope;
+    params.k_rope = p.params.k_rope;
+    params.v = p.params.v;
+    params.out = {p.out.data, int64_t(heads) * kValueDim, kValueDim};
+    params.dout = {dout.data, int64_t(heads) * kValueDim, kValueDim};
+    params.lse = p.lse.data;
+    params.dlse = dlse.data;
+    params.dq = dq.data;
+    params.dk_nope = dkv.data;
+    params.dv = dkv.data + kNopeDim;
+    params.dk_rope = dk_rope.data;
+    params.dkv_row_stride = int64_t(heads) * 256;
+    params.dkv_head_stride = 256;
+    params.q_ends = p.params.q_ends;
+    params.k_ends = p.params.k_ends;
+    params.statistics = statistics.data;
+    params.dk_rope_parts = dk_rope_parts.data;
+    params.tile_counters = counters.data;
+    params.num_queries = p.Tq;
+    params.num_keys = p.Tk;
+    params.num_heads = c.heads;
+    params.num_sequences = p.params.num_sequences;
+    params.num_tiles = static_cast<int>(tiles / heads);
+    params.scale = p.params.scale;
+    params.causal = c.causal;
+  }
+
+  void run() {
     if (const char* error = dsv3rt::mla_prefill_backward(params, nullptr)) {
       std::printf("launch: %s\n", error);
       std::exit(1);
     }
-  });
+  }
+
+  Problem p;
+  size_t heads, tiles;
+  Buffer<__nv_bfloat16> dout, dq, dkv, dk_rope;
+  Buffer<float> dlse, statistics, dk_rope_parts;
+  Buffer<int> counters;
+  dsv3rt::MlaBackwardParams params{};
+};
+
+// One block a query and head of one sequence: its part of the gradients in FP64, added up. Shared memory: weights and
+// their gradients.
+__global__ void reference_gradients(Arrays a, const __nv_bfloat16* dout, Sample first, int queries, int keys,
+                                    bool causal, double scale, double* dq, double* dkv, double* dk_rope) {
+  extern __shared__ double weights[];
+  double* dweights = weights + keys;
+  __shared__ double total, delta;
+  const int i = blockIdx.x, head = blockIdx.y, seen = causal ? max(0, min(keys, i + 1 + keys - queries)) : keys;
+  const size_t row = size_t(first.query + i) * a.heads + head;
+  const auto kv_at = [&](int j) { return (size_t(first.key + j) * a.heads + head) * 256; };
+  const auto number = [](const __nv_bfloat16& x) { return double(__bfloat162float(x)); };
+  const auto key = [&](int j, int c) {
+    return number(c < kNopeDim ? a.kv[kv_at(j) + c] : a.k_rope[size_t(first.key + j) * kRopeDim + c - kNopeDim]);
+  };
+  for (int j = threadIdx.x; j < seen; j += blockDim.x) {
+    double score = 0, dweight = 0;
+    for (int c = 0; c < kQueryDim; ++c) score += number(a.q[row * kQueryDim + c]) * key(j, c);
+    for (int c = 0; c < kValueDim; ++c) dweight += number(dout[row * kValueDim + c]) * number(a.kv[kv_at(j) + 128 + c]);
+    weights[j] = exp(score * scale);  // scores are small here
+    dweights[j] = dweight;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    total = delta = 0;
+    for (int j = 0; j < seen; ++j) total += weights[j], delta += weights[j] * dweights[j];
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < kQueryDim; c += blockDim.x) {
+    double sum = 0;
+    for (int j = 0; j < seen; ++j) {
+      const double weight = weights[j] / total, dscore = scale * weight * (dweights[j] - delta / total);
+      const double dk = dscore * number(a.q[row * kQueryDim + c]);
+      sum += dscore * key(j, c);
+      atomicAdd(c < kNopeDim ? &dkv[kv_at(j) + c] : &dk_rope[size_t(first.key + j) * kRopeDim + c - kNopeDim], dk);
+      if (c < kValueDim) atomicAdd(&dkv[kv_at(j) + 128 + c], weight * number(dout[row * kValueDim + c]));
+    }
+    dq[row * kQueryDim + c] = sum;
+  }
+}
+
+// Half of the squared distance over the squared size; NaN stays.
+double difference(const Buffer<__nv_bfloat16>& mine, const Buffer<double>& theirs) {
+  std::vector<__nv_bfloat16> got(mine.count);
+  std::vector<double> want(theirs.count);
+  check(cudaMemcpy(got.data(), mine.data, got.size() * 2, cudaMemcpyDeviceToHost), "download");
+  check(cudaMemcpy(want.data(), theirs.data, want.size() * 8, cudaMemcpyDeviceToHost), "download");
+  double error = 0, size = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double x = __bfloat162float(got[i]);
+    error += (x - want[i]) * (x - want[i]);
+    size += x * x + want[i] * want[i];
+  }
+  return error == 0 ? 0 : error / size;
+}
+
+bool verify_backward(const Case& c) {
+  Gradients g(c);
+  g.run();
+  check(cudaDeviceSynchronize(), c.name);
+  Buffer<double> dq(g.dq.count), dkv(g.dkv.count), dk_rope(g.dk_rope.count);
+  for (Buffer<double>* buffer : {&dq, &dkv, &dk_rope}) {
+    check(cudaMemset(buffer->data, 0, buffer->count * 8), "zero");
+  }
+  check(cudaFuncSetAttribute(reference_gradients, cudaFuncAttributeMaxDynamicSharedMemorySize, 100000), "reference");
+  for (size_t b = 0; b < c.q_lengths.size(); ++b) {
+    if (c.q_lengths[b] == 0 || c.k_lengths[b] == 0) continue;
+    reference_gradients<<<dim3(c.q_lengths[b], c.heads), 192, c.k_lengths[b] * 16>>>(
+        {g.p.q.data, g.p.kv.data, g.p.k_rope.data, c.heads}, g.dout.data, {g.p.q_ends[b], 0, g.p.k_ends[b], 0},
+        c.q_lengths[b], c.k_lengths[b], c.causal, g.params.scale, dq.data, dkv.data, dk_rope.data);
+  }
+  check(cudaDeviceSynchronize(), "reference");
+  const double diffs[3] = {difference(g.dq, dq), difference(g.dkv, dkv), difference(g.dk_rope, dk_rope)};
+  // As in tests/gpu/test_mla_backward_kernel.py.
+  bool good = true;
+  for (const double diff : diffs) good &= diff < 1e-5;
+  std::printf("%-4s %-44s dq %.2e  dk_nope, dv %.2e  dk_rope %.2e\n", good ? "ok" : "BAD", c.name, diffs[0], diffs[1],
+              diffs[2]);
+  return good;
+}
+
+void measure_backward(const Case& c) {
+  Gradients g(c);
+  const float ms = time_of(c.name, [&] { g.run(); });
   const double flops = 2 * c.heads * pairs_of(c) * (3 * kQueryDim + 2 * kValueDim);
   std::printf("%-32s backward  %.3f ms  %.0f TFLOPS\n", c.name, ms, flops / ms * 1e-9);
 }
@@ -325,7 +415,7 @@ void measure_backward(const Case& c) {
 }  // namespace
 
 int main() {
-  alarm(120);  // a kernel that hangs ends with its process
+  alarm(240);  // a kernel that hangs ends with its process
   const std::vector<int> ragged{1, 127, 128, 129, 300, 5, 1000, 64, 63, 65};
   const std::vector<Case> cases = {
       {"one tile", {128}, {128}, 1, true},
@@ -350,9 +440,19 @@ int main() {
       {"8192 tokens", {8192}, {8192}, 16, true},
   };
   bool good = true;
-  for (const Case& c : cases) {
-    for (const bool ping_pong : {false, true}) good &= verify(c, ping_pong);
-  }
+  for (const Case& c : cases) good &= verify(c);
+  const std::vector<Case> differentiated = {
+      {"gradients: one tile", {128}, {128}, 1, true},
+      {"gradients: many blocks", {1024}, {1024}, 3, true},
+      {"gradients: many blocks, all keys", {1024}, {1024}, 3, false},
+      {"gradients: odd length", {777}, {777}, 5, true},
+      {"gradients: ragged", ragged, ragged, 3, true},
+      {"gradients: ragged, all keys", ragged, ragged, 3, false},
+      {"gradients: more keys than queries", {100, 1, 130}, {1000, 513, 131}, 3, true},
+      {"gradients: more queries than keys", {1000, 300, 7}, {100, 299, 0}, 3, true},
+      {"gradients: 128 heads", {300}, {300}, 128, true},
+  };
+  for (const Case& c : differentiated) good &= verify_backward(c);
   if (!good) return 1;
   const std::vector<Case> timed = {
       {"4096 causal", {4096}, {4096}, 128, true},

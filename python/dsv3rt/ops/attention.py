@@ -146,8 +146,7 @@ def mla_prefill(
         BackendUnavailableError: what the kernel is for, no extension.
     Numerics: fp32 scores, softmax and sums; the kernels round weights and their gradients to bf16 before they meet the
         other operand. They run on CUDA for bf16 with N, R, U = 128, 64, 128, k_nope and v in any strides (so that both
-        may be views of one projection); everything else is the reference. The forward pass is bitwise repeatable; dq
-        and dk_rope are sums in no fixed order.
+        may be views of one projection); everything else is the reference. Both passes are bitwise repeatable.
     Source: DeepSeek-V2 report (arXiv 2405.04434) sec. 2.1; FlashMLA dense prefill.
     """
     op = "mla_prefill"

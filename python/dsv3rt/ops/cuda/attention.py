@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
 
-QUERY_TILE = 64  # queries whose gradients are summed together
+QUERY_TILE = 64  # queries whose statistics lie together
 
 
 def mla_prefill(inputs: list[Tensor], cu_seqlens: list[Tensor], *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -43,8 +43,9 @@ def mla_prefill_backward(
             gradient.zero_()
         return [dq, dk_nope, dk_rope, dv]
     tiles = H * (q.shape[0] // QUERY_TILE + len(cu_seqlens[0]) - 1)
-    numbers = (tiles * 2 * QUERY_TILE, tiles * QUERY_TILE * q.shape[2], k_rope.numel() + 1)
-    scratch = [torch.empty(n, dtype=torch.float32, device=q.device) for n in numbers]
+    statistics = torch.empty(tiles * 2 * QUERY_TILE, dtype=torch.float32, device=q.device)
+    dk_rope_parts = torch.empty(H * k_rope.numel(), dtype=torch.float32, device=q.device)
+    scratch = (statistics, dk_rope_parts, torch.empty(2, dtype=torch.int32, device=q.device))
     dense = [gradient.contiguous() for gradient in gradients]
     extension.mla_prefill_backward(
         *inputs, *results, *dense, dq, dk_nope, dk_rope, dv, *cu_seqlens, *scratch, scale=scale, causal=causal
