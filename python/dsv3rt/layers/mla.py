@@ -71,9 +71,15 @@ class MLA(nn.Module):
 
     Parameter names and shapes are the Hugging Face checkpoint's; `q_lora_rank=None` gives one `q_proj`.
 
-    Saved tensors, training form: x, the two latents before their norms, q, kv (which k_nope and v view), k_rope, the
-    attention's output and lse. A ledger that recomputes "mla_up" keeps none of q, kv and k_rope: they come again from
-    the latents by one norm and one GEMM each (V3 report sec. 3.2.3).
+    Saved tensors, training form on the kernels; bytes a token counted in BF16 at DeepSeek-V3's widths:
+        x (T, D)                                            14,336
+        both latents before their norms, with k_rope         4,224
+        both latents after them (*)                          4,096
+        q, turned (*)                                       49,152
+        kv, which k_nope and v view, and k_rope turned (*)  65,664
+        the attention's output and FP32 lse                 33,280
+    A ledger that recomputes "mla_up" keeps none of (*): they come again from the latents by one norm and one GEMM each
+    (V3 report sec. 3.2.3), and 51,840 of 170,752 bytes remain.
     """
 
     def __init__(
