@@ -141,10 +141,8 @@ class Gradients:
         self.sums = {one.name: one for one in sums}
         self._by_parameter = {id(one.parameter): one for one in sums}
         self._queues: dict[tuple[int, ...], list[_Bucket]] = {}  # of each group, in the order in which they set out
-        self._bucket_of: dict[str, _Bucket] = {}
         for bucket in _buckets(sums, groups, bucket_bytes):
             self._queues.setdefault(bucket.sums[0].share.ranks, []).append(bucket)
-            self._bucket_of.update({one.name: bucket for one in bucket.sums})
         for one in sums:
             if one.name not in late:
                 one.parameter.register_post_accumulate_grad_hook(self.take)
