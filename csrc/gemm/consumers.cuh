@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "gemm/epilogue.cuh"
-#include "gemm/ring.cuh"
+#include "hopper/ring.cuh"
 #include "hopper/shared.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_fp8.cuh"

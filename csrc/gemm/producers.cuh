@@ -1,8 +1,8 @@
 // The warps that feed the ring: operands and row scales by the copy engine, 128x128 scales by ordinary loads.
 #pragma once
 
-#include "gemm/ring.cuh"
 #include "gemm/scheduler.cuh"
+#include "hopper/ring.cuh"
 #include "hopper/tma.cuh"
 
 namespace dsv3rt {

@@ -7,6 +7,7 @@
 
 #include "hopper/arithmetic.cuh"
 #include "hopper/fragment.cuh"
+#include "hopper/ring.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_bf16.cuh"
@@ -27,7 +28,7 @@ struct KeyWarpgroup {
   KeyGradientStorage& storage;
   const KeyGradientMaps& maps;
   const MlaBackwardParams& params;
-  RingOf<kBackwardStages> ring;  // of the block of queries that comes next
+  RingPosition<kBackwardStages> ring;  // of the block of queries that comes next
   uint32_t keys_parity = 0;
 
   __device__ __forceinline__ int index() const { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }

@@ -6,6 +6,7 @@
 
 #include "hopper/arithmetic.cuh"
 #include "hopper/fragment.cuh"
+#include "hopper/ring.cuh"
 #include "hopper/shared.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/wgmma.cuh"
@@ -69,7 +70,7 @@ __device__ __forceinline__ void hand_tiles_on(QueryGradientStorage& storage, con
 // What the warp that loads keeps.
 struct QueryProducer : TileReader {
   const QueryGradientMaps& maps;
-  RingOf<kBackwardStages> ring;
+  RingPosition<kBackwardStages> ring;
   uint32_t queries_parity = 0, arrived_parity = 0;
 };
 
@@ -129,7 +130,7 @@ __device__ __forceinline__ void load_tiles(QueryGradientStorage& storage, const 
 struct QueryConsumer : TileReader {
   const MlaBackwardParams& params;
   int warpgroup;
-  RingOf<kBackwardStages> ring;  // of the block of keys that comes next
+  RingPosition<kBackwardStages> ring;  // of the block of keys that comes next
   uint32_t queries_parity = 0;
 
   __device__ __forceinline__ void release(Barrier& empty) const {
