@@ -33,6 +33,19 @@ class BarrierAddress {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_) : "memory");
   }
 
+  // mbarrier.arrive + mbarrier.pending_count: whether this arrival was the last of its phase
+  __device__ __forceinline__ bool arrive_as_last() const {
+    uint32_t pending;
+    asm volatile(
+        "{\n.reg .b64 before;\n"
+        "mbarrier.arrive.shared::cta.b64 before, [%1];\n"
+        "mbarrier.pending_count.b64 %0, before;\n}"
+        : "=r"(pending)
+        : "r"(address_)
+        : "memory");
+    return pending == 1;
+  }
+
   // mapa + mbarrier.arrive on the same barrier of another CTA of the cluster
   __device__ __forceinline__ void arrive_at(uint32_t cta_rank) const {
     asm volatile(
@@ -63,6 +76,7 @@ class Barrier {
 
   __device__ __forceinline__ BarrierAddress address() const { return BarrierAddress(smem_address(this)); }
   __device__ __forceinline__ void arrive() { address().arrive(); }
+  __device__ __forceinline__ bool arrive_as_last() { return address().arrive_as_last(); }
   __device__ __forceinline__ void wait(uint32_t parity) { address().wait(parity); }
 
  private:

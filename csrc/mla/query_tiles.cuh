@@ -26,7 +26,7 @@ struct QueryTile {
   __device__ __forceinline__ int num_whole_blocks() const { return max(min(num_keys, seen), 0) / kBlockKeys; }
 };
 
-// `Params`: those of the forward or the backward pass. `tile` may lie in shared memory: all lanes write the same.
+// `Params`: those of the forward or the backward pass.
 template <int kBlockKeys, class Params>
 __device__ __forceinline__ void place_query_tile(QueryTile<kBlockKeys>& tile, const Params& params,
                                                  TileCursor::Place found) {

@@ -1,5 +1,6 @@
 // Latent attention, gradients of keys and values. One persistent block an SM of two warpgroups that own 64 keys
-// each; one of their threads loads, because registers are short. For every 64 queries, transposed scores and weights
+// each; they load as well, because registers are short: the last warp that is done with a block of queries has the
+// next one put in its place. For every 64 queries, transposed scores and weights
 // stay in registers, and are the register operand of the products that sum dv and dk over queries. dk of one block of
 // queries is multiplied while the scores of the next become weights, dv while their gradients become those of the
 // scores.
@@ -33,8 +34,11 @@ struct KeyWarpgroup {
 
   __device__ __forceinline__ int index() const { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
   __device__ __forceinline__ void release(Barrier& empty) const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) empty.arrive();
   }
+  // The parity of the block before.
+  __device__ __forceinline__ uint32_t parity_before() const { return ring.parity ^ (ring.stage == 0); }
   // Row inside the tile of this thread's first accumulators.
   __device__ __forceinline__ int row() const { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
 };
@@ -81,13 +85,17 @@ __device__ __forceinline__ void load_first(const KeyWarpgroup& self, const KeyTi
   }
 }
 
-// Two blocks ahead of the one at `self.ring`, as soon as everybody has done with what lies there.
-__device__ __forceinline__ void load_ahead(const KeyWarpgroup& self, const KeyTile& tile, int block) {
-  if (threadIdx.x != 0 || block + 2 >= tile.end_block) return;
-  const int stage = self.ring.stage_before();
-  const uint32_t full_parity = self.ring.parity ^ (self.ring.stage + 2 >= kBackwardStages);
-  self.storage.empty[stage].wait(full_parity ^ 1);
-  load_queries(self, tile, block + 2, stage);
+// Two blocks ahead of the one at `self.ring`, where the block before that lay. Before the first block of a tile nobody
+// uses that stage.
+template <bool kFirst>
+__device__ __forceinline__ void load_ahead(const KeyWarpgroup& self, const KeyTile& tile, int block, int stage_before) {
+  Barrier& empty = self.storage.empty[stage_before];
+  __syncwarp();
+  if (kFirst ? threadIdx.x == 0 : threadIdx.x % 32 == 0 && empty.arrive_as_last()) {
+    if (!kFirst) empty.wait(self.parity_before());  // done: makes what the other warps did visible
+    if (block + 2 < tile.end_block) load_queries(self, tile, block + 2, stage_before);
+  }
+  __syncwarp();
 }
 
 // Waits for a block of queries. Those behind the end of the sequence are cleared.
@@ -166,7 +174,8 @@ struct KeySums {
 template <bool kFirst, bool kMask>
 __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTile& tile, int block, KeySums& sums) {
   KeyGradientStorage& storage = self.storage;
-  const int stage = self.ring.stage, stage_before = self.ring.stage_before();
+  // In a uniform register, where descriptors are computed from it.
+  const int stage = __shfl_sync(~0u, self.ring.stage, 0), stage_before = stage == 0 ? kBackwardStages - 1 : stage - 1;
   await_queries(self, tile, block);
   start_transposed(sums.scores, storage.k, storage.q[stage], self.index());
   if constexpr (!kFirst) accumulate_rows<kQueryDim>(sums.dk, sums.packed, storage.q[stage_before]);
@@ -180,12 +189,12 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
     storage.full[stage].wait(self.ring.parity);  // long true: a branch, behind which the assembler would else move work
     wgmma_wait<0>();
     pin_registers(sums.dk);
-    self.release(storage.empty[stage_before]);
   }
   pin_registers(sums.scores);
   pack_block(sums.packed, sums.scores);
   start_transposed(sums.scores, storage.v, storage.dout[stage], self.index());
   accumulate_rows<kValueDim>(sums.dv, sums.packed, storage.dout[stage]);
+  load_ahead<kFirst>(self, tile, block, stage_before);
   wgmma_wait<1>();
   pin_registers(sums.scores);
   take_dscores(sums.scores, sums.packed, storage.statistics[stage]);
@@ -195,8 +204,6 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
   pin_registers(sums.dv);
   pin_registers(sums.scores);
   pack_block(sums.packed, sums.scores);
-  load_ahead(self, tile, block);
-  __syncwarp();
   self.ring.advance();
 }
 

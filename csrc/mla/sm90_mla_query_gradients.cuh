@@ -57,12 +57,16 @@ __device__ __forceinline__ void hand_tiles_on(QueryGradientStorage& storage, con
     if (threadIdx.x % 32 == 0) number = atomicAdd(params.tile_counters, 1);
     TileCursor cursor(params.q_ends, params.num_sequences, kTileQueries, params.num_heads, storage.window,
                       storage.window_begin);
-    place_query_tile(tile, params, cursor.find(__shfl_sync(~0u, number, 0)));
-    storage.window = cursor.window();
-    storage.window_begin = cursor.window_begin();
+    const TileCursor::Place found = cursor.find(__shfl_sync(~0u, number, 0));
     __syncwarp();
-    if (threadIdx.x % 32 == 0) storage.tile_full[slot.stage()].arrive();
-    if (tile.num_blocks < 0) return;
+    if (threadIdx.x % 32 == 0) {
+      place_query_tile(tile, params, found);
+      storage.window = cursor.window();
+      storage.window_begin = cursor.window_begin();
+      storage.tile_full[slot.stage()].arrive();
+    }
+    __syncwarp();
+    if (found.sequence < 0) return;
     ++slot.count;
   }
 }
@@ -134,6 +138,7 @@ struct QueryConsumer : TileReader {
   uint32_t queries_parity = 0;
 
   __device__ __forceinline__ void release(Barrier& empty) const {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) empty.arrive();
   }
   // Row inside the tile of this thread's first accumulators.
