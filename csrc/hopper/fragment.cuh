@@ -1,4 +1,5 @@
-// What is done with wgmma's accumulators outside of it: packing to BF16 and trading words inside a quad of lanes.
+// What is done with wgmma's accumulators outside of it: packing to BF16, arithmetic on pairs, and trading words inside
+// a quad of lanes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,6 +11,12 @@ namespace dsv3rt {
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 product =
+      __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
 }
 
 // Lane q of a quad gives words[j] to lane j and gets word q of lane j in words[j].

@@ -14,6 +14,7 @@ constexpr int kBackwardConsumerWarps = 8;  // two warpgroups, of 64 rows each
 constexpr int kKeyGradientThreads = 32 * kBackwardConsumerWarps;  // no producer: registers are short
 constexpr int kQueryGradientThreads = 128 + 32 * kBackwardConsumerWarps;
 constexpr int kBackwardStages = 3;
+constexpr int kQueryStages = 4;  // of q in the kernel of keys, which needs it longest
 constexpr int kGradientBlockKeys = 64;  // that queries meet at a time
 
 using Slab128 = __nv_bfloat16[128 * kSlab];  // 128 rows
@@ -26,14 +27,16 @@ struct QueryStatistics {
   float delta[kBackwardQueries];
 };
 
-// Gradients of keys: 128 keys stay, queries pass.
+// Gradients of keys: 128 keys stay, queries pass. Their statistics come with q.
 struct KeyGradientStorage {
   alignas(1024) Slab128 k[kQueryDim / kSlab];
   alignas(1024) Slab128 v[kValueDim / kSlab];
-  alignas(1024) Slab64 q[kBackwardStages][kQueryDim / kSlab];
+  alignas(1024) Slab64 q[kQueryStages][kQueryDim / kSlab];
   alignas(1024) Slab64 dout[kBackwardStages][kValueDim / kSlab];
-  alignas(128) QueryStatistics statistics[kBackwardStages];
-  Barrier keys_full, keys_empty, full[kBackwardStages], empty[kBackwardStages];
+  alignas(128) QueryStatistics statistics[kQueryStages];
+  Barrier keys_full, keys_empty;
+  Barrier q_full[kQueryStages], dout_full[kBackwardStages];
+  Barrier empty[kQueryStages];  // both of a block of queries, counted by its stage of q
   KeyTile tile[kTileSlots];
   int next_tile, window, window_begin;  // where the search for tiles goes on
 };

@@ -29,16 +29,22 @@ struct KeyWarpgroup {
   KeyGradientStorage& storage;
   const KeyGradientMaps& maps;
   const MlaBackwardParams& params;
-  RingPosition<kBackwardStages> ring;  // of the block of queries that comes next
+  int warpgroup;
+  RingPosition<kQueryStages> q_ring;  // of the block of queries that comes next
+  RingPosition<kBackwardStages> dout_ring;
   uint32_t keys_parity = 0;
 
-  __device__ __forceinline__ int index() const { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
   __device__ __forceinline__ void release(Barrier& empty) const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) empty.arrive();
   }
-  // The parity of the block before.
-  __device__ __forceinline__ uint32_t parity_before() const { return ring.parity ^ (ring.stage == 0); }
+  // Stages in uniform registers, where descriptors are computed from them.
+  __device__ __forceinline__ void advance() {
+    q_ring.advance();
+    dout_ring.advance();
+    q_ring.stage = __shfl_sync(~0u, q_ring.stage, 0);
+    dout_ring.stage = __shfl_sync(~0u, dout_ring.stage, 0);
+  }
   // Row inside the tile of this thread's first accumulators.
   __device__ __forceinline__ int row() const { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
 };
@@ -57,55 +63,69 @@ __device__ __forceinline__ void fetch_tile(KeyGradientStorage& storage, const Ml
   }
 }
 
-// The rest is loaded by one thread.
-__device__ __forceinline__ void load_queries(const KeyWarpgroup& self, const KeyTile& tile, int block, int stage) {
+// Everything is loaded by one thread.
+__device__ __forceinline__ void load_q(const KeyWarpgroup& self, const KeyTile& tile, int block, int stage) {
   KeyGradientStorage& storage = self.storage;
-  Barrier& full = storage.full[stage];
-  const int row = tile.query + block * kBackwardQueries;
-  full.arrive_and_expect(sizeof(storage.q[0]) + sizeof(storage.dout[0]) + sizeof(QueryStatistics));
-  tma_load_4d(storage.q[stage][0], self.maps.q, full, 0, row, 0, tile.head);
-  tma_load_4d(storage.dout[stage][0], self.maps.dout, full, 0, row, 0, tile.head);
+  Barrier& full = storage.q_full[stage];
+  full.arrive_and_expect(sizeof(storage.q[0]) + sizeof(QueryStatistics));
+  tma_load_4d(storage.q[stage][0], self.maps.q, full, 0, tile.query + block * kBackwardQueries, 0, tile.head);
   const int64_t index = int64_t(tile.head) * self.params.num_tiles + tile.query_tile + block;
   bulk_load(&storage.statistics[stage], self.params.statistics + index * (sizeof(QueryStatistics) / 4),
             sizeof(QueryStatistics), full);
 }
 
-// Keys and the first two blocks of queries, for which `self.ring` and the next stage must be free. Keys behind the end
-// of the sequence do no harm: a key's numbers stay in its row, which is not stored.
+__device__ __forceinline__ void load_dout(const KeyWarpgroup& self, const KeyTile& tile, int block, int stage) {
+  KeyGradientStorage& storage = self.storage;
+  Barrier& full = storage.dout_full[stage];
+  full.arrive_and_expect(sizeof(storage.dout[0]));
+  tma_load_4d(storage.dout[stage][0], self.maps.dout, full, 0, tile.query + block * kBackwardQueries, 0, tile.head);
+}
+
+// How many blocks ahead of the one that is computed: of q three, of dout two.
+constexpr int kQueriesAhead = kQueryStages - 1, kDoutAhead = kBackwardStages - 1;
+
+// Keys and the first blocks of queries, for which `self`'s stages and the next ones must be free but the last. Keys
+// behind the end of the sequence do no harm: a key's numbers stay in its row, which is not stored.
 __device__ __forceinline__ void load_first(const KeyWarpgroup& self, const KeyTile& tile) {
   KeyGradientStorage& storage = self.storage;
   if (tile.head < 0 || tile.first_block >= tile.end_block) return;
   storage.keys_full.arrive_and_expect(sizeof(storage.k) + sizeof(storage.v));
   tma_load_4d(storage.k[0], self.maps.k_nope, storage.keys_full, 0, tile.key, 0, tile.head);
   tma_load_4d(storage.k[kNopeDim / kSlab], self.maps.k_rope, storage.keys_full, 0, tile.key, 0, 0);
-  load_queries(self, tile, tile.first_block, self.ring.stage);
   tma_load_4d(storage.v[0], self.maps.v, storage.keys_full, 0, tile.key, 0, tile.head);
-  if (tile.first_block + 1 < tile.end_block) {
-    load_queries(self, tile, tile.first_block + 1, (self.ring.stage + 1) % kBackwardStages);
+#pragma unroll
+  for (int ahead = 0; ahead < kQueriesAhead; ++ahead) {
+    const int block = tile.first_block + ahead;
+    if (block >= tile.end_block) break;
+    load_q(self, tile, block, (self.q_ring.stage + ahead) % kQueryStages);
+    if (ahead < kDoutAhead) load_dout(self, tile, block, (self.dout_ring.stage + ahead) % kBackwardStages);
   }
 }
 
-// Two blocks ahead of the one at `self.ring`, where the block before that lay. Before the first block of a tile nobody
-// uses that stage.
+// Puts the next blocks where the block before the current one lay.
+__device__ __forceinline__ void load_ahead(const KeyWarpgroup& self, const KeyTile& tile, int block) {
+  if (block + kQueriesAhead < tile.end_block) {
+    load_q(self, tile, block + kQueriesAhead, self.q_ring.stage_before());
+  }
+  if (block + kDoutAhead < tile.end_block) load_dout(self, tile, block + kDoutAhead, self.dout_ring.stage_before());
+}
+
+// Whether this thread is to load ahead: the last one to be done with the block before. Before the first block of a tile
+// nobody uses its stages.
 template <bool kFirst>
-__device__ __forceinline__ void load_ahead(const KeyWarpgroup& self, const KeyTile& tile, int block, int stage_before) {
-  Barrier& empty = self.storage.empty[stage_before];
+__device__ __forceinline__ bool release_block_before(const KeyWarpgroup& self) {
   __syncwarp();
-  if (kFirst ? threadIdx.x == 0 : threadIdx.x % 32 == 0 && empty.arrive_as_last()) {
-    if (!kFirst) empty.wait(self.parity_before());  // done: makes what the other warps did visible
-    if (block + 2 < tile.end_block) load_queries(self, tile, block + 2, stage_before);
-  }
-  __syncwarp();
+  if (kFirst) return threadIdx.x == 0;
+  return threadIdx.x % 32 == 0 && self.storage.empty[self.q_ring.stage_before()].arrive_as_last();
 }
 
-// Waits for a block of queries. Those behind the end of the sequence are cleared.
-__device__ __forceinline__ void await_queries(const KeyWarpgroup& self, const KeyTile& tile, int block) {
+// Those queries of the last block that lie behind the end of the sequence, where other sequences follow.
+__device__ __forceinline__ void clear_queries(const KeyWarpgroup& self, const KeyTile& tile) {
   KeyGradientStorage& storage = self.storage;
-  const int stage = self.ring.stage, left = tile.num_queries - block * kBackwardQueries;
-  storage.full[stage].wait(self.ring.parity);
+  const int left = tile.num_queries - (tile.end_block - 1) * kBackwardQueries;
   if (left >= kBackwardQueries || tile.query + tile.num_queries >= self.params.num_queries) return;
-  clear_rows<kKeyGradientThreads>(storage.q[stage], left, threadIdx.x);
-  clear_rows<kKeyGradientThreads>(storage.dout[stage], left, threadIdx.x);
+  clear_rows<kKeyGradientThreads>(storage.q[self.q_ring.stage], left, threadIdx.x);
+  clear_rows<kKeyGradientThreads>(storage.dout[self.dout_ring.stage], left, threadIdx.x);
   fence_async_proxy();
   __syncthreads();
 }
@@ -127,39 +147,43 @@ __device__ __forceinline__ void start_transposed(TransposedScores& scores, const
   pin_registers(scores);
 }
 
+// A number for each of this thread's columns.
+using ColumnPairs = float2[kBackwardQueries / 8];
+
+__device__ __forceinline__ void load_columns(ColumnPairs& pairs, const float (&values)[kBackwardQueries]) {
+#pragma unroll
+  for (int octet = 0; octet < kBackwardQueries / 8; ++octet) {
+    pairs[octet] = *reinterpret_cast<const float2*>(&values[octet * 8 + threadIdx.x % 4 * 2]);
+  }
+}
+
 // Weights exp2(scale * score - lse) of a column's query. Zero where the key is hidden: in the thread's first row from
 // columns up to and including `hidden_to`, counted from the thread's first; eight more in its second.
 template <bool kMask>
-__device__ __forceinline__ void take_weights(TransposedScores& scores, const QueryStatistics& statistics,
-                                             float scale_log2, int hidden_to) {
+__device__ __forceinline__ void take_weights(TransposedScores& scores, const ColumnPairs& lse_log2, float scale_log2,
+                                             int hidden_to) {
 #pragma unroll
   for (int octet = 0; octet < kBackwardQueries / 8; ++octet) {
-    const float2 lse = *reinterpret_cast<const float2*>(&statistics.lse_log2[octet * 8 + threadIdx.x % 4 * 2]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float& score = scores[octet * 4 + i];
-      score = exp2_approx(fmaf(score, scale_log2, -(i % 2 ? lse.y : lse.x)));
+      score = exp2_approx(fmaf(score, scale_log2, -(i % 2 ? lse_log2[octet].y : lse_log2[octet].x)));
       if (kMask && octet * 8 + i % 2 - i / 2 * 8 <= hidden_to) score = 0;
     }
   }
 }
 
-__device__ __forceinline__ float2 unpack_bf16(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
-}
-
-// Gradients of weights become those of the scaled scores, without the scale: weight * (dweight - delta).
-__device__ __forceinline__ void take_dscores(TransposedScores& dweights, const PackedBlock& weights,
-                                             const QueryStatistics& statistics) {
+// Weights become the gradients of the scaled scores, without the scale: weight * (dweight - delta), in BF16 both
+// factors and the product.
+__device__ __forceinline__ void take_dscores(PackedBlock& weights, const TransposedScores& dweights,
+                                             const ColumnPairs& delta) {
 #pragma unroll
   for (int octet = 0; octet < kBackwardQueries / 8; ++octet) {
-    const float2 delta = *reinterpret_cast<const float2*>(&statistics.delta[octet * 8 + threadIdx.x % 4 * 2]);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float2 weight = unpack_bf16(weights[octet / 2][octet % 2 * 2 + row]);
-      float* pair = &dweights[octet * 4 + row * 2];
-      pair[0] = weight.x * (pair[0] - delta.x);
-      pair[1] = weight.y * (pair[1] - delta.y);
+      const float* pair = &dweights[octet * 4 + row * 2];
+      uint32_t& weight = weights[octet / 2][octet % 2 * 2 + row];
+      weight = multiply_bf16(weight, pack_bf16(pair[0] - delta[octet].x, pair[1] - delta[octet].y));
     }
   }
 }
@@ -172,52 +196,67 @@ struct KeySums {
 };
 
 template <bool kFirst, bool kMask>
-__device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTile& tile, int block, KeySums& sums) {
+__device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTile& tile, int block, int end_block,
+                                                KeySums& sums) {
   KeyGradientStorage& storage = self.storage;
-  // In a uniform register, where descriptors are computed from it.
-  const int stage = __shfl_sync(~0u, self.ring.stage, 0), stage_before = stage == 0 ? kBackwardStages - 1 : stage - 1;
-  await_queries(self, tile, block);
-  start_transposed(sums.scores, storage.k, storage.q[stage], self.index());
-  if constexpr (!kFirst) accumulate_rows<kQueryDim>(sums.dk, sums.packed, storage.q[stage_before]);
+  const int q_stage = self.q_ring.stage, dout_stage = self.dout_ring.stage;
+  // Loads from shared memory queue up behind the products that a warp has issued: what is to be read comes first.
+  storage.q_full[q_stage].wait(self.q_ring.parity);
+  storage.dout_full[dout_stage].wait(self.dout_ring.parity);
+  if (block == end_block - 1) clear_queries(self, tile);
+  ColumnPairs columns;
+  load_columns(columns, storage.statistics[q_stage].lse_log2);
+  start_transposed(sums.scores, storage.k, storage.q[q_stage], self.warpgroup);
+  if constexpr (!kFirst) accumulate_rows<kQueryDim>(sums.dk, sums.packed, storage.q[self.q_ring.stage_before()]);
   wgmma_wait<kFirst ? 0 : 1>();
   pin_registers(sums.scores);
   // Query `column` of the block sees the key when key < seen + first query of the block + column.
-  const int hidden_to = self.row() - tile.seen - block * kBackwardQueries - static_cast<int>(threadIdx.x % 4 * 2);
-  take_weights<kMask>(sums.scores, storage.statistics[stage], self.params.scale * 1.44269504088896341f, hidden_to);
+  const int hidden_to =
+      kMask ? self.row() - tile.seen - block * kBackwardQueries - static_cast<int>(threadIdx.x % 4 * 2) : 0;
+  take_weights<kMask>(sums.scores, columns, self.params.scale * 1.44269504088896341f, hidden_to);
   pin_registers(sums.scores);
+  storage.q_full[q_stage].wait(self.q_ring.parity);  // long true: a branch, behind which the assembler moves no work
   if constexpr (!kFirst) {
-    storage.full[stage].wait(self.ring.parity);  // long true: a branch, behind which the assembler would else move work
     wgmma_wait<0>();
     pin_registers(sums.dk);
   }
   pin_registers(sums.scores);
   pack_block(sums.packed, sums.scores);
-  start_transposed(sums.scores, storage.v, storage.dout[stage], self.index());
-  accumulate_rows<kValueDim>(sums.dv, sums.packed, storage.dout[stage]);
-  load_ahead<kFirst>(self, tile, block, stage_before);
+  const bool loads = release_block_before<kFirst>(self);
+  load_columns(columns, storage.statistics[q_stage].delta);
+  start_transposed(sums.scores, storage.v, storage.dout[dout_stage], self.warpgroup);
+  accumulate_rows<kValueDim>(sums.dv, sums.packed, storage.dout[dout_stage]);
+  if (loads) [[unlikely]] {
+    // Long true: makes what the other warps did visible.
+    if (!kFirst) storage.empty[self.q_ring.stage_before()].wait(self.q_ring.parity ^ (q_stage == 0));
+    load_ahead(self, tile, block);
+  }
+  __syncwarp();
   wgmma_wait<1>();
   pin_registers(sums.scores);
-  take_dscores(sums.scores, sums.packed, storage.statistics[stage]);
-  pin_registers(sums.scores);
-  storage.full[stage].wait(self.ring.parity);
+  PackedBlock dscores;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) dscores[i / 4][i % 4] = sums.packed[i / 4][i % 4];
+  take_dscores(dscores, sums.scores, columns);
+  storage.q_full[q_stage].wait(self.q_ring.parity);
   wgmma_wait<0>();
   pin_registers(sums.dv);
-  pin_registers(sums.scores);
-  pack_block(sums.packed, sums.scores);
-  self.ring.advance();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sums.packed[i / 4][i % 4] = dscores[i / 4][i % 4];
+  self.advance();
 }
 
 __device__ __forceinline__ void sum_over_queries(KeyWarpgroup& self, const KeyTile& tile, const KeyTile& next_tile,
                                                  KeySums& sums) {
   KeyGradientStorage& storage = self.storage;
   int block = tile.first_block;
+  const int end_block = tile.end_block, masked_end = tile.masked_end;
   storage.keys_full.wait(self.keys_parity);
-  advance_queries<true, true>(self, tile, block, sums);
+  advance_queries<true, true>(self, tile, block, end_block, sums);
 #pragma unroll 1
-  for (++block; block < tile.masked_end; ++block) advance_queries<false, true>(self, tile, block, sums);
+  for (++block; block < masked_end; ++block) advance_queries<false, true>(self, tile, block, end_block, sums);
 #pragma unroll 1
-  for (; block < tile.end_block; ++block) advance_queries<false, false>(self, tile, block, sums);
-  const int stage_before = self.ring.stage_before();
+  for (; block < end_block; ++block) advance_queries<false, false>(self, tile, block, end_block, sums);
   self.release(storage.keys_empty);
   if (threadIdx.x == 0) {  // what waits for all warps has them behind the last block but one as well
     storage.keys_empty.wait(self.keys_parity);
@@ -225,6 +264,7 @@ __device__ __forceinline__ void sum_over_queries(KeyWarpgroup& self, const KeyTi
   }
   __syncwarp();
   self.keys_parity ^= 1;
+  const int stage_before = self.q_ring.stage_before();
   accumulate_rows<kQueryDim>(sums.dk, sums.packed, storage.q[stage_before]);
   wgmma_wait<0>();
   pin_registers(sums.dk);
@@ -255,11 +295,12 @@ __global__ void __launch_bounds__(kKeyGradientThreads, 1)
                                   const __grid_constant__ MlaBackwardParams params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& storage = *reinterpret_cast<KeyGradientStorage*>(shared_bytes);
-  KeyWarpgroup self{storage, maps, params};
+  KeyWarpgroup self{storage, maps, params, __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0)};
   if (threadIdx.x == 0) {
     storage.keys_full.init(1);
     storage.keys_empty.init(kBackwardConsumerWarps);
-    for (Barrier& barrier : storage.full) barrier.init(1);
+    for (Barrier& barrier : storage.q_full) barrier.init(1);
+    for (Barrier& barrier : storage.dout_full) barrier.init(1);
     for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps);
     fence_barrier_init();
     storage.next_tile = blockIdx.x;
