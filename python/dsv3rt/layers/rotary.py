@@ -1,4 +1,4 @@
-"""Rotation of queries where they lie: a token's 128 heads are 48 KB, too much to copy for the sake of a third of them."""
+"""Rotation of queries where they lie: a token's 128 heads are 48 KB, too much to copy for a third of them."""
 
 from __future__ import annotations
 

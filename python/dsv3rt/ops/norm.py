@@ -126,8 +126,8 @@ def rms_norm_backward(
         ValueError: shape.
         TypeError: dtype outside the above.
         BackendUnavailableError: what the kernel is for, no extension.
-    Numerics: fp32 inside; dweight is summed over the rows in a fixed order, so that it is bitwise repeatable. The kernel
-        is for what `rms_norm`'s is for.
+    Numerics: fp32 inside; dweight is summed over the rows in a fixed order, so that it is bitwise repeatable. The
+        kernel is for what `rms_norm`'s is for.
     """
     op = "rms_norm_backward"
     check_tensor(op, "x_TD", x_TD, (None, None), FLOATS)
