@@ -59,6 +59,10 @@ class Matrix:
         elements = self.rows * self.columns
         return elements + 4 * (elements // 128)
 
+    @property
+    def bf16_bytes(self) -> int:
+        return 2 * self.rows * self.columns
+
     def quantize_blocks_bytes(self, *, element_bytes: int, with_transpose: bool) -> int:
         """Least traffic of a 128x128 quantisation, whose scales are few enough to leave out."""
         return self.rows * self.columns * (element_bytes + (2 if with_transpose else 1))
@@ -208,3 +212,6 @@ DECODES = (
 )
 
 ROUTINGS = (Routing(),)
+
+# What is normed: the residual stream, and the latents of queries, and of keys and values.
+NORMS = tuple(Matrix(rows, columns) for columns in (7168, 1536, 512) for rows in (TOKENS, 4 * TOKENS))

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/build_info.h"
+#include "embed/bind.h"
 #include "gemm/bind.h"
 #include "mla/bind.h"
 #include "quant/bind.h"
@@ -20,9 +21,11 @@ PYBIND11_MODULE(_C, module) {
     result["arch"] = info.arch;
     result["kernels"] = py::make_tuple("quantize_1x128", "quantize_128x128", "swiglu_quantize_1x128",
                                        "swiglu_backward_quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt",
-                                       "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward");
+                                       "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward", "rms_norm",
+                                       "rms_norm_backward", "rms_norm_quantize_1x128", "rope", "embedding_backward");
     return result;
   });
+  dsv3rt::bind_embed(module);
   dsv3rt::bind_gemm(module);
   dsv3rt::bind_mla(module);
   dsv3rt::bind_quant(module);

@@ -1,96 +1,11 @@
 #include "quant/bind.h"
 
-#include <optional>
-
-#include "common/arg_check.h"
-#include "common/dlpack_caster.h"
-#include "common/math.h"
-#include "quant/params.h"
+#include "quant/bind_checks.h"
 
 namespace dsv3rt {
 namespace {
 
 namespace py = pybind11;
-
-constexpr int64_t kTile = 128;
-using OptionalView = std::optional<TensorView>;
-
-int64_t alignment_in_elements(DataType dtype) {
-  return dtype == DataType::kFloat32 ? 4 : dtype == DataType::kBFloat16 ? 8 : 16;
-}
-
-QuantInput input_of(DataType dtype) {
-  return dtype == DataType::kBFloat16  ? QuantInput::kBFloat16
-         : dtype == DataType::kFloat32 ? QuantInput::kFloat32
-                                       : QuantInput::kFloat8;
-}
-
-// An array of rows that kernels read 16 bytes at a time.
-void check_rows(const ArgCheck& check, const TensorView& view) {
-  check.shape({kAny, kAny}).strides({kAny, 1}).aligned(16).stride_multiple_of(0, alignment_in_elements(view.dtype));
-}
-
-void check_codes(const char* op, const char* name, const TensorView& codes, const TensorView& x,
-                 std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides, int alignment) {
-  ArgCheck(op, name, codes)
-      .on_device_of(x, "x")
-      .dtype({DataType::kFloat8E4M3, DataType::kUInt8})
-      .shape(shape)
-      .strides(strides)
-      .aligned(alignment);
-}
-
-// Scales in the GEMM's layout: rows contiguous, columns a multiple of four numbers apart.
-void check_row_scales(const char* op, const char* name, const TensorView& scale, const TensorView& x, int64_t num_rows,
-                      int64_t num_columns) {
-  ArgCheck(op, name, scale)
-      .on_device_of(x, "x")
-      .dtype({DataType::kFloat32})
-      .shape({num_rows, ceil_div(num_columns, kTile)})
-      .strides({1, kAny})
-      .stride_multiple_of(1, 4)
-      .stride_at_least(1, num_rows)
-      .aligned(16);
-}
-
-void both_or_none(const char* op, const char* names, bool first, bool second) {
-  if (first != second) {
-    throw py::value_error(std::string(op) + ": " + names + " must be given together, got one of them");
-  }
-}
-
-// Transposed codes (D, Tp) and their scales (D, Tp / 128).
-void set_transposed(const char* op, const std::string& prefix, const TensorView& x, int64_t num_rows,
-                    int64_t num_columns, const TensorView& codes, const TensorView& scale, uint8_t*& data_t,
-                    float*& scale_t, int64_t& stride) {
-  const int64_t padded_rows = round_up(num_rows, kTile);
-  const std::string data_name = prefix + "data_t", scale_name = prefix + "scale_t";
-  check_codes(op, data_name.c_str(), codes, x, {num_columns, padded_rows}, {padded_rows, 1}, 16);
-  ArgCheck(op, scale_name.c_str(), scale)
-      .on_device_of(x, "x")
-      .dtype({DataType::kFloat32})
-      .shape({num_columns, padded_rows / kTile})
-      .strides({1, kAny})
-      .stride_at_least(1, num_columns);
-  data_t = static_cast<uint8_t*>(codes.data);
-  scale_t = static_cast<float*>(scale.data);
-  // Along an axis of one tile a framework may report any stride.
-  stride = scale.strides[1];
-}
-
-QuantOutput output_of(const char* op, const TensorView& x, int64_t num_rows, int64_t num_columns,
-                      const TensorView& data, const TensorView& scale, bool pow2_scales) {
-  check_codes(op, "data", data, x, {num_rows, num_columns}, {num_columns, 1}, 16);
-  check_row_scales(op, "scale", scale, x, num_rows, num_columns);
-  QuantOutput out{};
-  out.data = static_cast<uint8_t*>(data.data);
-  out.scale = static_cast<float*>(scale.data);
-  out.scale_stride = scale.strides[1];
-  out.num_rows = num_rows;
-  out.num_columns = static_cast<int>(num_columns);
-  out.scale_mask = pow2_scales ? kPow2ScaleMask : 0;
-  return out;
-}
 
 RowGroups groups_of(const char* op, const TensorView& x, const OptionalView& counts, const OptionalView& offsets) {
   both_or_none(op, "counts and offsets", counts.has_value(), offsets.has_value());
@@ -286,6 +201,7 @@ void bind_quant(py::module_& module) {
       py::arg("offsets") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
       "Writes the quantised gradient of x = (gate, up) into data and scale, and transposed into data_t and "
       "scale_t, on a stream; on request also the product transposed, and partial sums of the weights' gradient.");
+  bind_norm(module);
 }
 
 }  // namespace dsv3rt

@@ -50,17 +50,6 @@ const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t str
   return nullptr;
 }
 
-// Runs `launch`, which returns null or what went wrong, on the device of the data.
-template <class Launch>
-const char* on_device(int device, void* stream, Launch launch) {
-  const DeviceGuard guard(device);
-  DSV3RT_CUDA_CHECK(guard.status());
-  const char* error = launch(static_cast<cudaStream_t>(stream));
-  if (error != nullptr) return error;
-  DSV3RT_CUDA_CHECK(cudaGetLastError());
-  return nullptr;
-}
-
 }  // namespace
 
 const char* quantize_1x128(const Quantize1x128Params& params, void* stream) {

@@ -88,10 +88,47 @@ struct SwigluBackwardParams {
   int device;
 };
 
+// x, or x + residual rounded to BF16, divided by the root of its mean square, times the weight.
+struct NormParams {
+  const void* x;             // (T, D) BF16, rows x_stride elements apart, 16-byte aligned
+  const void* residual;      // like x, rows residual_stride apart; null: none
+  const void* weight;        // (D,) BF16 or FP32, 16-byte aligned
+  void* sum;                 // (T, D) BF16, contiguous: x + residual; given if and only if the residual is
+  void* y;                   // (T, D) BF16, contiguous; null: not wanted
+  float* rstd;               // (T,)
+  int* row_blocks_done;      // scratch, ceil(T / 128) numbers; given if and only if out.data_t is
+  int64_t x_stride;
+  int64_t residual_stride;
+  float eps;
+  QuantInput weight_type;    // BF16 or FP32
+  QuantOutput out;           // of T x D; data null: no casts, D a multiple of 8
+  int device;
+};
+
+constexpr int kMinNormColumns = 64, kMaxNormColumns = 16384;
+
+struct NormBackwardParams {
+  const void* grad;           // (T, D) BF16, rows grad_stride elements apart, 16-byte aligned, as all inputs
+  const void* x;
+  const void* grad_residual;  // added to dx; null: none
+  const void* weight;         // (D,) BF16 or FP32
+  const float* rstd;          // (T,)
+  void* dx;                   // (T, D) BF16, contiguous
+  float* weight_parts;        // (num_parts, D): sums over the rows that one block takes
+  int64_t grad_stride, x_stride, grad_residual_stride;
+  int64_t num_rows;           // T
+  int num_columns;            // D, a multiple of 8
+  int num_parts;
+  QuantInput weight_type;     // BF16 or FP32
+  int device;
+};
+
 // Each returns null, or what went wrong.
 const char* quantize_1x128(const Quantize1x128Params& params, void* stream);
 const char* quantize_128x128(const Quantize128x128Params& params, void* stream);
 const char* swiglu_quantize_1x128(const SwigluParams& params, void* stream);
 const char* swiglu_backward_quantize_1x128(const SwigluBackwardParams& params, void* stream);
+const char* rms_norm(const NormParams& params, void* stream);
+const char* rms_norm_backward(const NormBackwardParams& params, void* stream);
 
 }  // namespace dsv3rt

@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_octets(const Source& source, int rows_left,
     }
   }
 #pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) octets[r] = Source::octet(raw[r]);
+  for (int r = 0; r < kRowsPerThread; ++r) octets[r] = source.octet(raw[r]);
 }
 
 // Row form. A warp takes two tiles (256 columns) of four rows: 16 lanes a tile, 8 elements a lane.

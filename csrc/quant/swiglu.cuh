@@ -22,11 +22,6 @@ __device__ __forceinline__ Activation activate(float gate) {
   return {sigmoid, __fmul_rn(gate, sigmoid)};
 }
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // Eight neighbouring gates and the eight ups that they belong to.
 template <typename Type>
 struct GateUp;
@@ -127,8 +122,7 @@ class SwigluSource {
     for (int i = 0; i < 8; ++i) {
       products[i] = __fmul_rn(__fmul_rn(activate(gates[i]).silu, ups[i]), raw.weight);
     }
-    return {make_uint4(pack_bf16(products[0], products[1]), pack_bf16(products[2], products[3]),
-                       pack_bf16(products[4], products[5]), pack_bf16(products[6], products[7]))};
+    return round_octet(products);
   }
 
  private:

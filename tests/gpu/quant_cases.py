@@ -72,6 +72,9 @@ class Guarded:
     def floats(self, *shape: int) -> Tensor:
         return self._new(4 * torch.Size(shape).numel()).view(torch.float32).fill_(torch.nan).view(shape)
 
+    def halves(self, *shape: int) -> Tensor:
+        return self._new(2 * torch.Size(shape).numel()).view(torch.bfloat16).fill_(torch.nan).view(shape)
+
     def row_scales(self, rows: int, tiles: int) -> Tensor:
         stride = round_up(rows, 4)
         room = (tiles - 1) * stride + rows

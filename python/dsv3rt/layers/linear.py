@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dsv3rt import ops
 from dsv3rt.layers.ledger import Ledger
 
 
@@ -46,4 +47,4 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, dim, dtype=dtype, device=device))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return functional.embedding(tokens, self.weight)
+        return ops.embedding(tokens, self.weight)

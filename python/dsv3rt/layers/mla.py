@@ -14,6 +14,7 @@ from dsv3rt.config import ModelConfig
 from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.norm import RMSNorm
+from dsv3rt.layers.rotary import rotate_queries
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,11 @@ class MLA(nn.Module):
         q: Tensor = self.q_proj(x_TD, ledger) if self.config.q_lora_rank is None else self.q_a_proj(x_TD, ledger)
         return q
 
-    def _queries(
-        self, q: Tensor, cos_TR: Tensor, sin_TR: Tensor, ledger: Ledger | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(T, H, N) and the rotated (T, H, R), from `_query_input`."""
+    def _queries(self, q: Tensor, cos_TR: Tensor, sin_TR: Tensor, ledger: Ledger | None = None) -> Tensor:
+        """(T, H, N + R), the rope part rotated, from `_query_input`, which stays as it is."""
         config = self.config
-        if config.q_lora_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q), ledger)
-        q_THC = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
-        nope_THN, rope_THR = q_THC.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        return nope_THN, ops.rope(rope_THR, cos_TR, sin_TR)
+        q = q.clone() if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q), ledger)
+        return rotate_queries(q.unflatten(-1, (config.num_heads, config.qk_head_dim)), cos_TR, sin_TR)
 
     def _latents(self, kv_a: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised (T, C) and the rotated (T, R), from the joint projection: what the cache holds."""
@@ -130,7 +126,7 @@ class MLA(nn.Module):
         cos_TR, sin_TR = sequences.cos_TR, sequences.sin_TR
 
         def up(q: Tensor, kv_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            q_THC = torch.cat(self._queries(q, cos_TR, sin_TR, ledger), dim=-1)
+            q_THC = self._queries(q, cos_TR, sin_TR, ledger)
             latent_TC, k_rope_TR = self._latents(kv_a, cos_TR, sin_TR)
             return q_THC, self.kv_b_proj(latent_TC, ledger), k_rope_TR
 
@@ -151,7 +147,8 @@ class MLA(nn.Module):
         inference: call it without grad.
         """
         config = self.config
-        q_nope_THN, q_rope_THR = self._queries(self._query_input(x_TD), step.cos_TR, step.sin_TR)
+        q_THC = self._queries(self._query_input(x_TD), step.cos_TR, step.sin_TR)
+        q_nope_THN, q_rope_THR = q_THC.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         rows = torch.cat(self._latents(self.kv_a_proj_with_mqa(x_TD), step.cos_TR, step.sin_TR), dim=-1)
         cache.view(-1, cache.shape[-1])[step.slots_T] = rows
 

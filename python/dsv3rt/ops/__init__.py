@@ -4,6 +4,7 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 """
 
 from dsv3rt.ops.attention import mla_decode, mla_prefill
+from dsv3rt.ops.embed import embedding, rope, rope_
 from dsv3rt.ops.gemm import (
     fp8_gemm_nt,
     grouped_gemm_nt,
@@ -14,15 +15,17 @@ from dsv3rt.ops.gemm import (
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
-from dsv3rt.ops.norm import rms_norm, rope, swiglu
+from dsv3rt.ops.norm import rms_norm, rms_norm_backward, swiglu
+from dsv3rt.ops.norm_cast import rms_norm_quantize_1x128
 from dsv3rt.ops.optim import adamw_step
 from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
 from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quantize_1x128
-from dsv3rt.ops.types import AdamWHyper, GroupLayout, Permutation, QuantTensor, Routing, SwigluGradients
+from dsv3rt.ops.types import AdamWHyper, GroupLayout, NormQuant, Permutation, QuantTensor, Routing, SwigluGradients
 
 __all__ = [
     "AdamWHyper",
     "GroupLayout",
+    "NormQuant",
     "Permutation",
     "QuantTensor",
     "Routing",
@@ -31,6 +34,7 @@ __all__ = [
     "balance_loss",
     "calc_diff",
     "dequantize",
+    "embedding",
     "fp8_gemm_nt",
     "grouped_gemm_nt",
     "grouped_weight_grad",
@@ -43,7 +47,10 @@ __all__ = [
     "quantize_1x128",
     "quantize_128x128",
     "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_quantize_1x128",
     "rope",
+    "rope_",
     "route",
     "swiglu",
     "swiglu_backward_quantize_1x128",

@@ -75,6 +75,21 @@ class SwigluGradients:
 
 
 @dataclass(frozen=True)
+class NormQuant:
+    """What `rms_norm_quantize_1x128` returns.
+
+    sum_TD: x + residual, or None without a residual. y_TD: the normed rows, or None. q: them by rows; q_t: by columns,
+    or None. rstd_T: float32 1 / sqrt(mean(square) + eps) of each row.
+    """
+
+    sum_TD: Tensor | None
+    y_TD: Tensor | None
+    q: QuantTensor
+    q_t: QuantTensor | None
+    rstd_T: Tensor
+
+
+@dataclass(frozen=True)
 class Permutation:
     """How `permute` placed rows: row_of_TK[t, k] is the row of token t's k-th choice; num_rows is P."""
 

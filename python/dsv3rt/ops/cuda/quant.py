@@ -18,7 +18,7 @@ Groups = tuple[Tensor | None, Tensor | None]  # counts and offsets of a GroupLay
 def quantize_1x128(x_TD: Tensor, groups: Groups, *, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
     """[data, scale] or [data, scale, data_t, scale_t]."""
     results = empty_1x128(x_TD, (x_TD.shape[0], x_TD.shape[1]), by_rows=True, by_columns=with_transpose)
-    data, scale, *transposed = _as_bytes(results)
+    data, scale, *transposed = as_bytes(results)
     data_t, scale_t = transposed or (None, None)
     load().quantize_1x128(
         x_TD,
@@ -37,7 +37,7 @@ def quantize_128x128(w: Tensor, *, pow2_scales: bool, with_transpose: bool) -> l
     """[data, scale] or [data, scale, data_t, scale_t]."""
     results = empty_128x128(w, with_transpose)
     batched = results if w.dim() == 3 else [result.unsqueeze(0) for result in results]
-    data, scale, *transposed = _as_bytes(batched)
+    data, scale, *transposed = as_bytes(batched)
     data_t, scale_t = transposed or (None, None)
     load().quantize_128x128(
         w if w.dim() == 3 else w.unsqueeze(0), data, scale, data_t=data_t, scale_t=scale_t, pow2_scales=pow2_scales
@@ -56,7 +56,7 @@ def swiglu_quantize_1x128(
 ) -> list[Tensor]:
     """[data, scale] or [data, scale, data_t, scale_t] of the product."""
     results = empty_1x128(x, (x.shape[0], x.shape[1] // 2), by_rows=True, by_columns=with_transpose)
-    data, scale, *transposed = _as_bytes(results)
+    data, scale, *transposed = as_bytes(results)
     data_t, scale_t = transposed or (None, None)
     load().swiglu_quantize_1x128(
         _bytes(x),
@@ -87,14 +87,14 @@ def swiglu_backward_quantize_1x128(
     num_rows, hidden = grad_TF.shape
     results = empty_1x128(x, (num_rows, 2 * hidden), by_rows=True, by_columns=True)
     products = empty_1x128(x, (num_rows, hidden), by_rows=False, by_columns=with_product)
-    product_data_t, product_scale_t = _as_bytes(products) or (None, None)
+    product_data_t, product_scale_t = as_bytes(products) or (None, None)
     partial = None
     if weight_T is not None:
         partial = torch.empty((hidden // TILE, num_rows), dtype=torch.float32, device=x.device)
     load().swiglu_backward_quantize_1x128(
         _bytes(x),
         grad_TF,
-        *_as_bytes(results),
+        *as_bytes(results),
         x_scale=x_scale,
         weight=weight_T,
         output_data_t=product_data_t,
@@ -112,5 +112,5 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def _as_bytes(tensors: list[Tensor]) -> list[Tensor]:
+def as_bytes(tensors: list[Tensor]) -> list[Tensor]:
     return [_bytes(tensor) for tensor in tensors]

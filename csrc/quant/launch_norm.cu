@@ -1,0 +1,86 @@
+#include <algorithm>
+
+#include "common/launch.h"
+#include "quant/norm_backward.cuh"
+#include "quant/norm_both.cuh"
+
+namespace dsv3rt {
+namespace {
+
+template <class Shape, typename Weight>
+const char* launch_rows(const NormParams& params, cudaStream_t stream) {
+  const unsigned blocks = ceil_div(params.out.num_rows, int64_t(kNormThreads / Shape::kThreads));
+  norm_rows_kernel<Shape, Weight><<<blocks, kNormThreads, 0, stream>>>(params);
+  return nullptr;
+}
+
+template <class Shape, typename Weight>
+const char* launch_both(const NormParams& params, cudaStream_t stream) {
+  constexpr int kBlocksAtOnce = 2 * 132;  // of an H100
+  NormStages stages{};
+  stages.row_blocks = kTile / (kTileThreads / Shape::kThreads);
+  stages.column_blocks = ceil_div(params.out.num_columns, kTile);
+  stages.lag = ceil_div(kBlocksAtOnce, stages.blocks()) + 1;  // what is waited for is done, as a rule
+  stages.num_strips = static_cast<int>(ceil_div(params.out.num_rows, int64_t(kTile)));
+  DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.row_blocks_done, 0, stages.num_strips * sizeof(int), stream));
+  const unsigned blocks = unsigned(stages.num_strips + stages.lag) * stages.blocks();
+  norm_both_kernel<Shape, Weight><<<blocks, kTileThreads, 0, stream>>>(params, stages);
+  return nullptr;
+}
+
+// The same shape for the same width in every kernel: it fixes the order of the sums.
+template <typename Weight>
+const char* launch_norm(const NormParams& params, cudaStream_t stream) {
+  const int columns = params.out.num_columns;
+  const bool both = params.out.data_t != nullptr;
+  const auto launch = [&]<class Shape>(Shape) {
+    return both ? launch_both<Shape, Weight>(params, stream) : launch_rows<Shape, Weight>(params, stream);
+  };
+  using Narrow = RowShape<32, 1>;
+  using Latent = RowShape<32, 2>;
+  using Hidden = RowShape<128, 2>;
+  using Wide = RowShape<256, 2>;
+  static_assert(Wide::kMaxColumns == kMaxNormColumns);
+  return columns <= Narrow::kMaxColumns   ? launch(Narrow{})
+         : columns <= Latent::kMaxColumns ? launch(Latent{})
+         : columns <= Hidden::kMaxColumns ? launch(Hidden{})
+                                          : launch(Wide{});
+}
+
+NormGroups groups_for(int columns) {
+  NormGroups groups{};
+  groups.threads = round_up(ceil_div(columns / 8, kNormOctets), 32);
+  const int most = groups.threads == 32 ? kMaxNormGroups : 15;  // as many named barriers as there are for groups
+  groups.count = std::min(1024 / groups.threads, most);
+  return groups;
+}
+
+template <typename Weight>
+const char* launch_norm_backward(const NormBackwardParams& params, cudaStream_t stream) {
+  const NormGroups groups = groups_for(params.num_columns);
+  const auto kernel = norm_backward_kernel<Weight>;
+  const int shared_bytes = groups.shared_bytes(params.grad_residual != nullptr);
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  kernel<<<params.num_parts, groups.block_threads(), shared_bytes, stream>>>(params, groups);
+  return nullptr;
+}
+
+}  // namespace
+
+const char* rms_norm(const NormParams& params, void* stream) {
+  if (params.out.num_rows == 0) return nullptr;
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    return params.weight_type == QuantInput::kBFloat16 ? launch_norm<__nv_bfloat16>(params, cuda_stream)
+                                                       : launch_norm<float>(params, cuda_stream);
+  });
+}
+
+const char* rms_norm_backward(const NormBackwardParams& params, void* stream) {
+  if (params.num_rows == 0) return nullptr;
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    return params.weight_type == QuantInput::kBFloat16 ? launch_norm_backward<__nv_bfloat16>(params, cuda_stream)
+                                                       : launch_norm_backward<float>(params, cuda_stream);
+  });
+}
+
+}  // namespace dsv3rt
