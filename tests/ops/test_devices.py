@@ -69,7 +69,7 @@ def head(device: str) -> list[Tensor]:
 def optimizer(device: str) -> list[Tensor]:
     master, grad, m, v = (draw(device, 33).detach().float() for _ in range(4))
     v = v.abs()
-    ops.adamw_step(master, grad, m, v, hyper=ops.AdamWHyper(lr=0.1), step=3)
+    ops.adamw_step([ops.AdamWSlot(master, grad, m, v)], hyper=ops.AdamWHyper(lr=0.1), step=3)
     return [master, m, v]
 
 

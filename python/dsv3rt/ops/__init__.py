@@ -15,13 +15,14 @@ from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
 from dsv3rt.ops.norm import rms_norm, rope, swiglu
-from dsv3rt.ops.optim import adamw_step
+from dsv3rt.ops.optim import adamw_step, grad_norms
 from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
 from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quantize_1x128
-from dsv3rt.ops.types import AdamWHyper, GroupLayout, Permutation, QuantTensor, Routing, SwigluGradients
+from dsv3rt.ops.types import AdamWHyper, AdamWSlot, GroupLayout, Permutation, QuantTensor, Routing, SwigluGradients
 
 __all__ = [
     "AdamWHyper",
+    "AdamWSlot",
     "GroupLayout",
     "Permutation",
     "QuantTensor",
@@ -32,6 +33,7 @@ __all__ = [
     "calc_diff",
     "dequantize",
     "fp8_gemm_nt",
+    "grad_norms",
     "grouped_gemm_nt",
     "grouped_weight_grad",
     "k_grouped_fp8_gemm_nt",
