@@ -24,18 +24,18 @@ def linear_cross_entropy(
     weight gradient; inside a group in pieces, whose FP32 logits lie where the weight gradient is written afterwards.
     Only with several groups is there an FP32 weight gradient beside.
     """
-    T, V, width = h_TD.shape[0], w_VD.shape[0], round_up(w_VD.shape[0], 8)
+    (T, D), V, width = h_TD.shape, w_VD.shape[0], round_up(w_VD.shape[0], 8)
     h_TD, w_VD = h_TD.contiguous(), w_VD.contiguous()
     count = (labels_T != ignore_index).sum().clamp(min=1)
     factor = count.float().reciprocal()
     losses = h_TD.new_empty(T, dtype=torch.float32)
     dh = torch.empty_like(h_TD) if with_dh else None
-    group = _balanced(T, max(1, DLOGITS_BYTES // (2 * width))) if with_dw else T
+    group = _balanced(T, max(1, DLOGITS_BYTES // (2 * width))) if with_dw else max(1, T)
     storage = h_TD.new_empty(w_VD.numel() // 2 + 1 if with_dw else 0, dtype=torch.float32)
-    scratch = _scratch(storage, min(group, FEW_ROWS), group, max(width, h_TD.shape[1]))
-    piece = _balanced(group, scratch.numel() // max(width, h_TD.shape[1]))
+    scratch = _scratch(storage, min(group, FEW_ROWS), group, max(width, D))
+    piece = _balanced(group, scratch.numel() // max(width, D))
     dlogits = h_TD.new_empty(group if with_dw else piece if with_dh else 0, width)
-    gradient = _WeightGradient(storage, scratch, (V, h_TD.shape[1]), groups=ceil_div(T, group)) if with_dw else None
+    gradient = _WeightGradient(storage, scratch, (V, D), groups=ceil_div(T, group)) if with_dw else None
 
     for start in range(0, T, group):
         end = min(start + group, T)
@@ -50,7 +50,7 @@ def linear_cross_entropy(
                 logits, labels_T[rows], factor, losses[rows], dlogits=out, ignore_index=ignore_index, z_loss=z_loss
             )
             if dh is not None:
-                wide = scratch[: size * h_TD.shape[1]].view(size, -1)
+                wide = scratch[: size * D].view(size, D)
                 _mm_into(out, w_VD, torch.float32, out=wide)
                 dh[rows] = wide
         if gradient is not None:
