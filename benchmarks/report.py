@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 
 FIELDS = ("op", "shape", "metric", "value", "peer", "peer_value", "ratio", "commit")
-UNITS = {"tflops": "TFLOPS", "gbps": "GB/s", "us": "µs"}
+UNITS = {"tflops": "TFLOPS", "gbps": "GB/s", "us": "µs", "mb": "MB"}
 PEERS = {
     "cublas_block": "`torch._scaled_mm` with block scales (cuBLASLt)",
     "cublas_tensor": "`torch._scaled_mm` with one scale a tensor (cuBLASLt)",
@@ -27,8 +27,9 @@ PEERS = {
     "bf16_matmul": "`torch.matmul` in BF16",
     "cudnn": "cuDNN attention through torch",
     "copy": "the same run's device-to-device copy, read plus write",
-    "torch_eager": "the same computation in torch, eager",
-    "torch_compile": "the same computation under `torch.compile`",
+    "torch_eager": "the same chain of torch ops",
+    "torch_compile": "that chain under torch.compile",
+    "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
     "transformers": "Hugging Face transformers",
 }

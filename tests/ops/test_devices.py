@@ -66,19 +66,12 @@ def head(device: str) -> list[Tensor]:
     return with_gradients([ops.linear_cross_entropy(h, w, labels, z_loss=0.1)], [h, w])
 
 
-def optimizer(device: str) -> list[Tensor]:
-    master, grad, m, v = (draw(device, 33).detach().float() for _ in range(4))
-    v = v.abs()
-    ops.adamw_step(master, grad, m, v, hyper=ops.AdamWHyper(lr=0.1), step=3)
-    return [master, m, v]
-
-
 def fp8(device: str) -> list[Tensor]:
     w = ops.quantize_128x128(draw(device, 130, 144).detach().float())
     return [w.data, w.scale, ops.dequantize(w)]
 
 
-@pytest.mark.parametrize("case", [norms, attention, decoding, experts, head, optimizer, fp8])
+@pytest.mark.parametrize("case", [norms, attention, decoding, experts, head, fp8])
 def test_reference_runs_alike_on_cuda(case: Case) -> None:
     results = []
     for device in ("cpu", "cuda"):
@@ -86,7 +79,7 @@ def test_reference_runs_alike_on_cuda(case: Case) -> None:
         results.append(case(device))
     for on_cpu, on_cuda in zip(*results, strict=True):
         assert on_cuda.device.type == "cuda"
-        # FP64 sums in another order; FP32 for the optimizer, whose roundings may fuse.
+        # FP64 sums in another order.
         close = {"rtol": 1e-9, "atol": 1e-11} if on_cpu.dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-7}
         torch.testing.assert_close(on_cuda.cpu().double(), on_cpu.double(), **close)
 

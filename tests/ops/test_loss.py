@@ -116,22 +116,42 @@ class Watch(TorchDispatchMode):
         return result
 
 
+class Results(TorchDispatchMode):
+    """Notes how many results the registered op gave, each time: the loss and the gradients that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.dsv3rt.linear_cross_entropy.default:
+            self.counts.append(len(result))
+        return result
+
+
 def test_linear_cross_entropy_never_holds_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "CHUNK_LOGITS", 4 * 50)
     h, w, labels = problem(64, 50, 3)
-    with Watch() as watch:
-        ops.linear_cross_entropy(h, w, labels).backward()
+    with torch.no_grad(), Watch() as watch:
+        reference.linear_cross_entropy(h, w, labels, -100, 0.0, with_dh=True, with_dw=True)
     assert watch.numel == 4 * 50  # all logits would be 64 * 50
     assert watch.products == 16 * 3
 
 
 def test_linear_cross_entropy_takes_no_gradients_under_no_grad() -> None:
     h, w, labels = problem(6, 7, 4)
-    with torch.no_grad(), Watch() as watch:
+    with torch.no_grad(), Results() as results:
         loss = ops.linear_cross_entropy(h, w, labels)
-    assert watch.products == 1
+    assert results.counts == [1]
     assert not loss.requires_grad
-    assert loss.item() == ops.linear_cross_entropy(h, w, labels).item()
+    with Results() as results:
+        assert loss.item() == ops.linear_cross_entropy(h, w, labels).item()
+        ops.linear_cross_entropy(h, w.detach(), labels)
+    assert results.counts == [3, 2]
+    with torch.no_grad(), Watch() as watch:
+        reference.linear_cross_entropy(h, w, labels, -100, 0.0, with_dh=False, with_dw=False)
+    assert watch.products == 1
 
 
 def test_linear_cross_entropy_may_be_differentiated_twice_over() -> None:
@@ -143,6 +163,16 @@ def test_linear_cross_entropy_may_be_differentiated_twice_over() -> None:
     assert h.grad is not None
     assert once is not None
     torch.testing.assert_close(h.grad, 2 * once)
+
+
+def test_linear_cross_entropy_scales_its_gradients_in_place_only_where_the_graph_goes() -> None:
+    h, w, labels = problem(6, 7, 4)
+    loss = ops.linear_cross_entropy(h, w, labels)
+    kept = torch.autograd.grad(loss, (h, w), torch.tensor(0.5), retain_graph=True)
+    used = torch.autograd.grad(loss, (h, w), torch.tensor(0.5))
+    for a, b in zip(kept, used, strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
 
 
 def test_linear_cross_entropy_rejects_bad_arguments() -> None:

@@ -17,13 +17,23 @@ from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
 from dsv3rt.ops.norm import rms_norm, rms_norm_backward, swiglu
 from dsv3rt.ops.norm_cast import rms_norm_quantize_1x128
-from dsv3rt.ops.optim import adamw_step
+from dsv3rt.ops.optim import adamw_step, grad_norms
 from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
 from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quantize_1x128
-from dsv3rt.ops.types import AdamWHyper, GroupLayout, NormQuant, Permutation, QuantTensor, Routing, SwigluGradients
+from dsv3rt.ops.types import (
+    AdamWHyper,
+    AdamWSlot,
+    GroupLayout,
+    NormQuant,
+    Permutation,
+    QuantTensor,
+    Routing,
+    SwigluGradients,
+)
 
 __all__ = [
     "AdamWHyper",
+    "AdamWSlot",
     "GroupLayout",
     "NormQuant",
     "Permutation",
@@ -36,6 +46,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "fp8_gemm_nt",
+    "grad_norms",
     "grouped_gemm_nt",
     "grouped_weight_grad",
     "k_grouped_fp8_gemm_nt",

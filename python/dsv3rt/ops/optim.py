@@ -1,54 +1,155 @@
-"""The optimizer's fused update."""
+"""The optimizer's fused update, and the norms that its clipping needs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from dsv3rt.ops.checks import check_same_device, check_tensor, require
+from dsv3rt.ops.checks import check_dtype, check_same_device, check_tensor, require
 from dsv3rt.ops.reference import optim as reference
-from dsv3rt.ops.types import AdamWHyper
+from dsv3rt.ops.registry import register
+from dsv3rt.ops.types import AdamWHyper, AdamWSlot
 
 _STORED = (torch.bfloat16, torch.float32)
 
 
-def adamw_step(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    hyper: AdamWHyper,
-    step: int,
-    grad_scale: Tensor | float = 1.0,
-    param: Tensor | None = None,
+def _adamw_on_cpu(
+    states: list[Tensor], params: list[Tensor], grad_scale: Tensor | None, numbers: list[float], keys: list[int]
 ) -> None:
-    """One AdamW update of a parameter, in place: decoupled weight decay, bias correction.
+    count = len(states) // 4
+    for i, key in enumerate(_pairs(keys) or [None] * count):
+        master, grad, m, v = states[i::count]
+        reference.adamw_step((master, grad, m, v), params[i] if params else None, grad_scale, numbers, key)
+
+
+def _adamw_on_cuda(
+    states: list[Tensor], params: list[Tensor], grad_scale: Tensor | None, numbers: list[float], keys: list[int]
+) -> None:
+    from dsv3rt.ops.cuda import optim as cuda
+
+    count = len(states) // 4
+    lists = [states[i : i + count] for i in range(0, 4 * count, count)]
+    cuda.adamw_step(lists, params, grad_scale, numbers, _pairs(keys))
+
+
+def _adamw_fake(*_: object) -> None:
+    return None
+
+
+_adamw_step = register(
+    "adamw_step(Tensor(a!)[] states, Tensor(b!)[] params, Tensor? grad_scale, float[] numbers, int[] keys) -> ()",
+    cpu=_adamw_on_cpu,
+    cuda=_adamw_on_cuda,
+    fake=_adamw_fake,
+)
+
+
+def adamw_step(slots: Sequence[AdamWSlot], *, hyper: AdamWHyper, step: int, grad_scale: Tensor | float = 1.0) -> None:
+    """One AdamW update of a list of parameters, in place: decoupled weight decay, bias correction.
 
     Args:
-        master: fp32, any shape; updated.
-        grad: bf16 or fp32 of master's shape; not changed.
-        m: first moment, bf16 or fp32; updated.
-        v: second moment, bf16 or fp32; updated.
+        slots: the tensors of each parameter, any shapes; those with the same dtypes are one launch on CUDA.
         hyper: learning rate and the rest, for this step.
         step: number of this update, from 1.
-        grad_scale: multiplies grad first; a number, or a tensor of one element on master's device.
-        param: the model's copy, bf16 or fp32, of master's shape; overwritten with the new master. It may be master.
+        grad_scale: multiplies the gradients first; a number, or fp32 of one element on the slots' device.
     Raises:
-        ValueError: shape or step.
-        TypeError: dtype outside the above.
-    Numerics: fp32; this step uses the moments before they are rounded (to nearest even) to their own dtype.
+        ValueError: shape or step; on CUDA also a tensor that is not contiguous (gradients may be anything).
+        TypeError: dtype outside those of AdamWSlot.
+        BackendUnavailableError: CUDA tensors, no extension.
+    Numerics: fp32, every operation rounded by itself; this step uses the moments before they are rounded to their own
+        dtype. Kernel and reference agree bitwise.
     Source: arXiv 1711.05101; DeepSeek-V3 report (arXiv 2412.19437) sec. 3.3.3 for BF16 moments.
     """
     op = "adamw_step"
-    shape = tuple(master.shape)
-    check_tensor(op, "master", master, shape, (torch.float32,))
-    for name, tensor in (("grad", grad), ("m", m), ("v", v)):
-        check_tensor(op, name, tensor, shape, _STORED)
-    if param is not None:
-        check_tensor(op, "param", param, shape, _STORED)
-    check_same_device(op, master=master, grad=grad, m=m, v=v, param=param)
     require(step >= 1, op, "step", "be at least 1", step)
-    reference.adamw_step(master, grad, (m, v), hyper, step, grad_scale)
-    if param is not None:
-        param.detach().copy_(master)
+    for slot in slots:
+        _check_slot(op, slot)
+        check_same_device(op, first=slots[0].master, **_tensors(slot))
+    if not slots:
+        return
+    scale = _scale_of(op, grad_scale, slots[0].master)
+    numbers = reference.numbers_of(hyper, step)
+    for alike in _by_dtypes(slots):
+        states = [[slot.master, slot.grad, slot.m, slot.v] for slot in alike]
+        params = [slot.param.detach() for slot in alike if slot.param is not None]
+        keys = [word for slot in alike if slot.seed is not None for word in reference.rounding_key(slot.seed, step)]
+        flat = [tensor.detach() for kind in zip(*states, strict=True) for tensor in kind]
+        _adamw_step(flat, params, scale, numbers, keys)
+
+
+def _grad_norms_on_cuda(grads: list[Tensor]) -> Tensor:
+    from dsv3rt.ops.cuda import optim as cuda
+
+    return cuda.grad_norms(grads)
+
+
+def _grad_norms_fake(grads: list[Tensor]) -> Tensor:
+    return grads[0].new_empty(len(grads), dtype=torch.float32)
+
+
+_grad_norms = register(
+    "grad_norms(Tensor[] grads) -> Tensor", cpu=reference.grad_norms, cuda=_grad_norms_on_cuda, fake=_grad_norms_fake
+)
+
+
+def grad_norms(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of each tensor. The norm of all is `torch.linalg.vector_norm` of the result, also over several ranks.
+
+    Args:
+        grads: at least one, all bf16 or all fp32, any shapes.
+    Returns:
+        (len(grads),) fp32 on their device, which is not waited for.
+    Raises:
+        ValueError: an empty list, or tensors on several devices.
+        TypeError: dtype outside the above.
+        BackendUnavailableError: CUDA tensors, no extension.
+    Numerics: the kernel adds squares up in fp64 in one order, so results are repeatable and no square overflows; the
+        reference is torch's fp32 norm.
+    """
+    op = "grad_norms"
+    require(len(grads) > 0, op, "grads", "not be empty", "no tensor")
+    check_dtype(op, "grads", grads[0], _STORED)
+    for grad in grads:
+        check_dtype(op, "grads", grad, (grads[0].dtype,))
+        check_same_device(op, first=grads[0], grads=grad)
+    return _grad_norms([grad.detach() for grad in grads])
+
+
+def _check_slot(op: str, slot: AdamWSlot) -> None:
+    shape = tuple(slot.master.shape)
+    check_tensor(op, "master", slot.master, shape, (torch.float32,))
+    check_tensor(op, "grad", slot.grad, shape, _STORED)
+    check_tensor(op, "m", slot.m, shape, _STORED)
+    check_tensor(op, "v", slot.v, shape, (slot.m.dtype,))
+    if slot.param is not None:
+        check_tensor(op, "param", slot.param, shape, _STORED)
+    for name, tensor in _tensors(slot).items():
+        if tensor is not None and tensor.is_cuda and name != "grad":
+            require(tensor.is_contiguous(), op, name, "be contiguous on CUDA", f"stride {tensor.stride()}")
+
+
+def _tensors(slot: AdamWSlot) -> dict[str, Tensor | None]:
+    return {"master": slot.master, "grad": slot.grad, "m": slot.m, "v": slot.v, "param": slot.param}
+
+
+def _by_dtypes(slots: Sequence[AdamWSlot]) -> Iterable[list[AdamWSlot]]:
+    groups: dict[object, list[AdamWSlot]] = {}
+    for slot in slots:
+        param = None if slot.param is None else slot.param.dtype
+        groups.setdefault((slot.grad.dtype, slot.m.dtype, param, slot.seed is None), []).append(slot)
+    return groups.values()
+
+
+def _scale_of(op: str, grad_scale: Tensor | float, like: Tensor) -> Tensor | None:
+    if isinstance(grad_scale, Tensor):
+        check_dtype(op, "grad_scale", grad_scale, (torch.float32,))
+        require(grad_scale.numel() == 1, op, "grad_scale", "have one element", tuple(grad_scale.shape))
+        check_same_device(op, master=like, grad_scale=grad_scale)
+        return grad_scale.detach().reshape(())
+    return None if grad_scale == 1.0 else like.new_full((), grad_scale)
+
+
+def _pairs(keys: list[int]) -> list[tuple[int, int]]:
+    return list(zip(keys[::2], keys[1::2], strict=True))

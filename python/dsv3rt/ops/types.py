@@ -118,6 +118,23 @@ class AdamWHyper:
     weight_decay: float = 0.1
 
 
+@dataclass(frozen=True)
+class AdamWSlot:
+    """One parameter in `adamw_step`: tensors of one shape, updated in place but for the gradient.
+
+    master: float32. grad: bfloat16 or float32. m, v: the moments, both bfloat16 or both float32.
+    param: the model's copy, bfloat16 or float32, overwritten with the new master; None where that is the master itself.
+    seed: BF16 moments are rounded up or down at random, a function of (seed, step, element); None: to nearest even.
+    """
+
+    master: Tensor
+    grad: Tensor
+    m: Tensor
+    v: Tensor
+    param: Tensor | None = None
+    seed: int | None = None
+
+
 def ceil_div(value: int, unit: int) -> int:
     return (value + unit - 1) // unit
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsv3rt import ops
 from dsv3rt.config import OptimConfig
-from dsv3rt.ops.types import AdamWHyper
+from dsv3rt.ops.types import AdamWHyper, AdamWSlot
 from dsv3rt.parallel.zero import Gradients, Sum
 
 
@@ -33,6 +33,11 @@ class _Slot:
     @property
     def is_rounded(self) -> bool:
         return self.sum.parameter.dtype != torch.float32
+
+    def tensors(self) -> AdamWSlot:
+        assert self.sum.shard is not None
+        param = self.rows if self.is_rounded else None
+        return AdamWSlot(self.master, self.sum.shard, self.exp_avg, self.exp_avg_sq, param)
 
 
 class AdamW:
@@ -74,7 +79,7 @@ class AdamW:
         squares = torch.zeros(2, len(names), dtype=torch.float64, device=device)
         if held:
             places = torch.tensor([place for place, name in enumerate(names) if name in shards], device=device)
-            norms = torch.stack(torch._foreach_norm([shards[name] for name in held]))
+            norms = ops.grad_norms([shards[name] for name in held])
             squares[0, places] = norms.double().square()
             squares[1, places] = 1.0
         return squares
@@ -96,20 +101,13 @@ class AdamW:
     def step(self, step: int, lr: float, grad_norm: Tensor) -> None:
         """Update number `step` (from 1), gradients clipped to the configured norm; the sums are dropped."""
         scale = (self._config.clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        for slot in self._slots.values():
-            if slot.sum.shard is None:
-                continue
+        for decays in (True, False):
+            used = [slot for slot in self._slots.values() if slot.sum.shard is not None and slot.decays == decays]
             ops.adamw_step(
-                slot.master,
-                slot.sum.shard,
-                slot.exp_avg,
-                slot.exp_avg_sq,
-                hyper=self._hyper(lr, slot.decays),
-                step=step,
-                grad_scale=scale,
-                param=slot.rows if slot.is_rounded else None,
+                [slot.tensors() for slot in used], hyper=self._hyper(lr, decays), step=step, grad_scale=scale
             )
-            slot.sum.shard = None
+            for slot in used:
+                slot.sum.shard = None
         self.gradients.gather()
 
     def drop_gradients(self) -> None:

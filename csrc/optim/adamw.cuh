@@ -1,0 +1,107 @@
+// adamw_step: a list of tensors in one launch, each byte moved once.
+#pragma once
+
+#include "common/adamw.cuh"
+#include "common/octet.cuh"
+#include "optim/tensor_list.cuh"
+
+namespace dsv3rt {
+
+constexpr int kAdamWThreads = 256;
+
+struct AdamWOctet {
+  float master[kOctet], grad[kOctet], m[kOctet], v[kOctet];
+};
+
+template <typename Grad, typename Moment, typename Param>
+struct AdamWPointers {
+  float* master;
+  const Grad* grad;
+  Moment* m;
+  Moment* v;
+  Param* param;  // null: none
+
+  __device__ __forceinline__ explicit AdamWPointers(const AdamWTensor& tensor)
+      : master(tensor.master),
+        grad(static_cast<const Grad*>(tensor.grad)),
+        m(static_cast<Moment*>(tensor.m)),
+        v(static_cast<Moment*>(tensor.v)),
+        param(static_cast<Param*>(tensor.param)) {}
+
+  // Octets may be read and written as such.
+  __device__ __forceinline__ bool aligned() const {
+    const auto bits = reinterpret_cast<uintptr_t>(master) | reinterpret_cast<uintptr_t>(grad) |
+                      reinterpret_cast<uintptr_t>(m) | reinterpret_cast<uintptr_t>(v) |
+                      reinterpret_cast<uintptr_t>(param);
+    return bits % 16 == 0;
+  }
+
+  __device__ __forceinline__ void load(int64_t at, AdamWOctet& octet) const {
+    load_octet(grad + at, octet.grad);
+    load_octet(m + at, octet.m);
+    load_octet(v + at, octet.v);
+    load_octet(master + at, octet.master);
+  }
+
+  __device__ __forceinline__ void store(int64_t at, const AdamWOctet& octet) const {
+    store_octet(master + at, octet.master);
+    store_octet(m + at, octet.m);
+    store_octet(v + at, octet.v);
+    if (param != nullptr) store_octet(param + at, octet.master);
+  }
+};
+
+template <typename Moment>
+struct AdamWStep {
+  AdamWNumbers numbers;
+  float grad_scale;
+  bool stochastic;
+  RoundingKey key;
+
+  __device__ __forceinline__ void update(int64_t element, float grad, float& master, float& m, float& v) const {
+    adamw_update(numbers, __fmul_rn(grad, grad_scale), master, m, v);
+    if constexpr (sizeof(Moment) == 2) {
+      if (stochastic) {
+        const uint32_t random = rounding_bits(key, element);
+        m = round_stochastically(m, random & 0xffffu);
+        v = round_stochastically(v, random >> 16);
+      }
+    }
+  }
+};
+
+template <typename Grad, typename Moment, typename Param>
+__global__ void __launch_bounds__(kAdamWThreads, 4) adamw_kernel(const __grid_constant__ AdamWParams params) {
+  const int index = tensor_of_block(params.first_block, params.num_tensors);
+  const AdamWTensor& tensor = params.tensors[index];
+  const AdamWPointers<Grad, Moment, Param> at(tensor);
+  const AdamWStep<Moment> step{params.numbers, params.grad_scale == nullptr ? 1.0f : *params.grad_scale,
+                               params.stochastic, tensor.key};
+  const int64_t size = tensor.num_elements;
+  const int64_t first = int64_t(blockIdx.x - params.first_block[index]) * kAdamWBlockElements;
+  if (first + kAdamWBlockElements <= size && at.aligned()) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kAdamWBlockElements / kOctet; i += kAdamWThreads) {
+      const int64_t element = first + i * kOctet;
+      AdamWOctet octet;
+      at.load(element, octet);
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        step.update(element + j, octet.grad[j], octet.master[j], octet.m[j], octet.v[j]);
+      }
+      at.store(element, octet);
+    }
+  } else {
+    const int64_t last = min(first + kAdamWBlockElements, size);
+    for (int64_t element = first + threadIdx.x; element < last; element += kAdamWThreads) {
+      float master = at.master[element], m = load_one(at.m + element), v = load_one(at.v + element);
+      step.update(element, load_one(at.grad + element), master, m, v);
+      at.master[element] = master;
+      store_one(at.m + element, m);
+      store_one(at.v + element, v);
+      if (at.param != nullptr) store_one(at.param + element, master);
+    }
+  }
+}
+
+}  // namespace dsv3rt

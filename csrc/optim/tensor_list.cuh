@@ -1,0 +1,35 @@
+// How a launch's blocks share out a list of tensors.
+#pragma once
+
+#include "common/math.h"
+#include "optim/params.h"
+
+namespace dsv3rt {
+
+// Fills in where each tensor's blocks begin and returns their number.
+template <typename Tensor>
+int64_t share_out(const Tensor* tensors, int num_tensors, int block_elements, int* first_block) {
+  int64_t blocks = 0;
+  for (int i = 0; i < num_tensors; ++i) {
+    first_block[i] = static_cast<int>(blocks);
+    blocks += ceil_div(tensors[i].num_elements, int64_t(block_elements));
+  }
+  first_block[num_tensors] = static_cast<int>(blocks);
+  return blocks;
+}
+
+// The tensor that this block is for: the last one whose first block is not after it. Empty tensors have no block.
+__device__ __forceinline__ int tensor_of_block(const int* first_block, int num_tensors) {
+  int low = 0, high = num_tensors;  // first_block[low] <= block < first_block[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_block[middle] <= static_cast<int>(blockIdx.x)) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+}  // namespace dsv3rt

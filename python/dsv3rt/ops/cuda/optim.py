@@ -1,0 +1,34 @@
+"""Optimizer kernels on torch tensors; arguments were checked by `dsv3rt.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.types import ceil_div
+
+NORM_BLOCK = 32768  # elements whose squares make one partial sum
+
+
+def adamw_step(
+    states: list[list[Tensor]],
+    params: list[Tensor],
+    grad_scale: Tensor | None,
+    numbers: list[float],
+    keys: list[tuple[int, int]],
+) -> None:
+    """states: masters, gradients, first and second moments, all lists of one dtype each."""
+    masters, grads, m, v = states
+    grads = [grad.contiguous() for grad in grads]
+    load().adamw_step(masters, grads, m, v, params, keys=keys, numbers=numbers, grad_scale=grad_scale)
+
+
+def grad_norms(grads: list[Tensor]) -> Tensor:
+    """(n,) FP32."""
+    grads = [grad.contiguous() for grad in grads]
+    norms = grads[0].new_empty(len(grads), dtype=torch.float32)
+    rows = sum(ceil_div(grad.numel(), NORM_BLOCK) for grad in grads)
+    partial = grads[0].new_empty((rows, 2), dtype=torch.int32)
+    load().grad_norms(grads, norms, partial)
+    return norms
