@@ -1,6 +1,7 @@
 // The Python surface of the kernels: one `bind_<room>` per op family.
 #include <pybind11/pybind11.h>
 
+#include "comm/bind.h"
 #include "common/build_info.h"
 #include "gemm/bind.h"
 #include "mla/bind.h"
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, module) {
                                        "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward");
     return result;
   });
+  dsv3rt::bind_comm(module);
   dsv3rt::bind_gemm(module);
   dsv3rt::bind_mla(module);
   dsv3rt::bind_quant(module);

@@ -4,6 +4,7 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 """
 
 from dsv3rt.ops.attention import mla_decode, mla_prefill
+from dsv3rt.ops.ep import EpGroup, ep_combine, ep_dispatch
 from dsv3rt.ops.gemm import (
     fp8_gemm_nt,
     grouped_gemm_nt,
@@ -18,10 +19,22 @@ from dsv3rt.ops.norm import rms_norm, rope, swiglu
 from dsv3rt.ops.optim import adamw_step
 from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
 from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quantize_1x128
-from dsv3rt.ops.types import AdamWHyper, GroupLayout, Permutation, QuantTensor, Routing, SwigluGradients
+from dsv3rt.ops.types import (
+    AdamWHyper,
+    EpLimits,
+    EpRoute,
+    GroupLayout,
+    Permutation,
+    QuantTensor,
+    Routing,
+    SwigluGradients,
+)
 
 __all__ = [
     "AdamWHyper",
+    "EpGroup",
+    "EpLimits",
+    "EpRoute",
     "GroupLayout",
     "Permutation",
     "QuantTensor",
@@ -31,6 +44,8 @@ __all__ = [
     "balance_loss",
     "calc_diff",
     "dequantize",
+    "ep_combine",
+    "ep_dispatch",
     "fp8_gemm_nt",
     "grouped_gemm_nt",
     "grouped_weight_grad",
