@@ -20,7 +20,8 @@ constexpr char kDispatch[] = "ep_dispatch";
 constexpr char kCombine[] = "ep_combine";
 
 std::string version_text(int version) {
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
 }
 
 py::dict nccl_info() {
@@ -49,7 +50,8 @@ class Comm {
  public:
   Comm(int num_ranks, int rank, int num_experts, int max_tokens, int top_k, int num_columns, const std::string& id,
        int device, int64_t timeout_us) {
-    if (id.size() != kUniqueIdBytes) throw py::value_error("EpComm: id must have 128 bytes, got " + std::to_string(id.size()));
+    if (id.size() != kUniqueIdBytes)
+      throw py::value_error("EpComm: id must have 128 bytes, got " + std::to_string(id.size()));
     const EpShape shape{num_ranks, rank, num_experts, max_tokens, top_k, num_columns};
     EpComm* made = nullptr;
     std::string error;
@@ -62,16 +64,17 @@ class Comm {
     comm_.reset(made);
   }
 
-  void dispatch(const TensorView& tokens, const RouteViews& route, const TensorView& rows, const OptionalView& token_scale,
-                const OptionalView& row_scale, const OptionalView& choice, const OptionalView& weight,
-                const OptionalView& outputs, const OptionalView& weight_grad, int num_sms, py::handle stream) {
+  void dispatch(const TensorView& tokens, const RouteViews& route, const TensorView& rows,
+                const OptionalView& token_scale, const OptionalView& row_scale, const OptionalView& choice,
+                const OptionalView& weight, const OptionalView& outputs, const OptionalView& weight_grad, int num_sms,
+                py::handle stream) {
     const EpShape& shape = ep_shape(get());
     EpDispatchParams params{};
     params.tokens = rows_of("tokens", tokens, kAny, token_scale);
     params.num_tokens = static_cast<int>(tokens.shape[0]);
     if (tokens.shape[0] > shape.max_tokens) {
-      ArgCheck(kDispatch, "tokens", tokens).fail("must have at most " + std::to_string(shape.max_tokens) + " rows",
-                                                 std::to_string(tokens.shape[0]));
+      ArgCheck(kDispatch, "tokens", tokens)
+          .fail("must have at most " + std::to_string(shape.max_tokens) + " rows", std::to_string(tokens.shape[0]));
     }
     params.route = route_of(kDispatch, route);
     params.rows = rows_of("rows", rows, params.route.capacity, row_scale);
@@ -162,9 +165,12 @@ class Comm {
     check("offsets", route.offsets, num_local + 1);
     check("origin", route.origin, kAny);
     check("rows_needed", route.rows_needed, 1);
-    return {static_cast<int*>(route.counts.data),      static_cast<int*>(route.offsets.data),
-            static_cast<int*>(route.origin.data),      static_cast<int*>(route.rows_needed.data),
-            route.origin.shape[0], route.block};
+    return {static_cast<int*>(route.counts.data),
+            static_cast<int*>(route.offsets.data),
+            static_cast<int*>(route.origin.data),
+            static_cast<int*>(route.rows_needed.data),
+            route.origin.shape[0],
+            route.block};
   }
 
   EpRows rows_of(const char* name, const TensorView& view, int64_t num_rows, const OptionalView& scale) const {
@@ -177,7 +183,10 @@ class Comm {
     rows.row_stride = view.strides[0] * item;
     rows.row_bytes = static_cast<int>(columns * item);
     if (scale) {
-      ArgCheck(kDispatch, "scale", *scale).on_cuda().dtype({DataType::kFloat32}).shape({view.shape[0], (columns + 127) / 128});
+      ArgCheck(kDispatch, "scale", *scale)
+          .on_cuda()
+          .dtype({DataType::kFloat32})
+          .shape({view.shape[0], (columns + 127) / 128});
       ArgCheck(kDispatch, "scale", *scale).strides({1, kAny});
       rows.scale = static_cast<float*>(scale->data);
       rows.scale_stride = scale->strides[1];
@@ -197,9 +206,8 @@ void bind_comm(py::module_& module) {
   module.def("ep_unique_id", &unique_id, "The id with which the ranks of a new communicator find each other.");
   py::class_<RouteViews>(module, "EpRoute", "Where rows of one dispatch came from; keeps no array alive.")
       .def(py::init([](const TensorView& counts, const TensorView& offsets, const TensorView& origin,
-                       const TensorView& rows_needed, int block) {
-             return RouteViews{counts, offsets, origin, rows_needed, block};
-           }),
+                       const TensorView& rows_needed,
+                       int block) { return RouteViews{counts, offsets, origin, rows_needed, block}; }),
            py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("block"));
   py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")
       .def(py::init<int, int, int, int, int, int, const std::string&, int, int64_t>(), py::arg("num_ranks"),

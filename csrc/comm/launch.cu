@@ -43,8 +43,8 @@ const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream
   DSV3RT_CUDA_CHECK(guard.status());
   const Team& team = team_of(*comm);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  ep_push_kernel<<<params.num_sms, kThreads, 0, cuda_stream>>>(
-      team, {params.route, static_cast<const char*>(params.rows)});
+  ep_push_kernel<<<params.num_sms, kThreads, 0, cuda_stream>>>(team,
+                                                               {params.route, static_cast<const char*>(params.rows)});
   ep_reduce_kernel<<<params.num_sms, kThreads, 0, cuda_stream>>>(
       team, {params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens});
   DSV3RT_CUDA_CHECK(cudaGetLastError());

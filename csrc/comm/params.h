@@ -1,4 +1,5 @@
-// Contracts of expert-parallel dispatch and combine; no CUDA and no NCCL headers, so that the binding module needs none.
+// Contracts of expert-parallel dispatch and combine; no CUDA and no NCCL headers, so that the binding module needs
+// none.
 #pragma once
 
 #include <cstdint>

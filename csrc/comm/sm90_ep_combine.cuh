@@ -19,8 +19,8 @@ struct ReduceArgs {
   int num_tokens;
 };
 
-__global__ void __launch_bounds__(kThreads) ep_push_kernel(const __grid_constant__ Team team,
-                                                           const __grid_constant__ PushArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    ep_push_kernel(const __grid_constant__ Team team, const __grid_constant__ PushArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPush);
   const int row_bytes = team.shape.num_columns * 2;
   if (await_peers(team, EpPhase::kReduce, epoch - 1)) {  // the slots have been read
@@ -58,14 +58,14 @@ __device__ inline bool all_arrived(const Team& team) {
   return __syncthreads_and(fine);
 }
 
-// Products and sums are rounded one by one, as the reference's are.
+// Fused, as the reference's addcmul is.
 __device__ __forceinline__ void add_slot(float (&sum)[8], uint4 slot, float weight) {
   const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&slot);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 pair = __bfloat1622float2(pairs[i]);
-    sum[2 * i] = __fadd_rn(sum[2 * i], __fmul_rn(pair.x, weight));
-    sum[2 * i + 1] = __fadd_rn(sum[2 * i + 1], __fmul_rn(pair.y, weight));
+    sum[2 * i] = fmaf(pair.x, weight, sum[2 * i]);
+    sum[2 * i + 1] = fmaf(pair.y, weight, sum[2 * i + 1]);
   }
 }
 
@@ -96,8 +96,8 @@ __device__ inline void reduce_token(const Team& team, const ReduceArgs& args, in
   }
 }
 
-__global__ void __launch_bounds__(kThreads) ep_reduce_kernel(const __grid_constant__ Team team,
-                                                             const __grid_constant__ ReduceArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    ep_reduce_kernel(const __grid_constant__ Team team, const __grid_constant__ ReduceArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kReduce);
   const bool fine = await_peers(team, EpPhase::kPush, epoch);
   const bool complete = all_arrived(team) && fine;

@@ -1,5 +1,5 @@
-// Dispatch in three kernels: `stage` lays this rank's tokens and choices out in its window, `place` finds the row of every
-// choice of every rank that this rank's experts serve, `pull` reads those tokens from their ranks' windows.
+// Dispatch in three kernels: `stage` lays this rank's tokens and choices out in its window, `place` finds the row of
+// every choice of every rank that this rank's experts serve, `pull` reads those tokens from their ranks' windows.
 //
 // Rows of an expert lie in the order (rank, token, k). A row's number is a sum of counts: offset of the expert, choices
 // of earlier ranks, of earlier chunks of its rank, of earlier entries of its chunk. No step depends on who came first.
@@ -56,7 +56,6 @@ __device__ inline void stage_chunk(const Team& team, const StageArgs& args, int 
     for (int w = 0; valid && w < warp; ++w) place += warp_counts[w * num_experts + expert];
     const uint32_t packed = valid ? uint32_t(expert) << 16 | uint32_t(place) : kNoExpert;
     in_window<uint32_t>(team.self, team.at.choice)[entry] = packed;
-    if (args.weight != nullptr) in_window<float>(team.self, team.at.weight)[entry] = args.weight[entry];
   }
   int* counts = in_window<int>(team.self, team.at.chunk_starts) + int64_t(chunk) * num_experts;
   for (int e = threadIdx.x; e < num_experts; e += kThreads) {
@@ -103,15 +102,15 @@ __device__ inline void stage_rows(const Team& team, const StageArgs& args) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) ep_stage_kernel(const __grid_constant__ Team team,
-                                                            const __grid_constant__ StageArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    ep_stage_kernel(const __grid_constant__ Team team, const __grid_constant__ StageArgs args) {
   extern __shared__ uint8_t warp_counts[];
   const uint64_t epoch = next_epoch(team, EpPhase::kStage);
   const int num_choices = args.num_tokens * team.shape.top_k;
   const int num_chunks = args.choice != nullptr ? ceil_div(num_choices, kChunk) : 0;
   if (await_peers(team, EpPhase::kPull, epoch - 1)) {  // nobody reads the tokens before these any more
     for (int chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) stage_chunk(team, args, chunk, warp_counts);
-    if (args.choice == nullptr && args.weight != nullptr) {
+    if (args.weight != nullptr) {
       float* weight = in_window<float>(team.self, team.at.weight);
       for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
         weight[i] = args.weight[i];
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) ep_stage_kernel(const __grid_constan
     }
     stage_rows(team, args);
   }
-  if (!is_last_block(team, EpPhase::kStage)) return;
+  if (!is_last_block(team, EpPhase::kStage) || has_failed(team)) return;
   if (args.choice != nullptr) {
     start_chunks(team, num_chunks);
     if (threadIdx.x == 0) *in_window<int>(team.self, team.at.num_tokens) = args.num_tokens;
@@ -131,8 +130,8 @@ __global__ void __launch_bounds__(kThreads) ep_stage_kernel(const __grid_constan
 
 // In shared memory, for this rank's X experts.
 struct Places {
-  int* starts;   // [R][X] first the choices of each rank, then of all earlier ranks
-  int* counts;   // [X]
+  int* starts;  // [R][X] first the choices of each rank, then of all earlier ranks
+  int* counts;  // [X]
   int* offsets;  // [X + 1]
 };
 
@@ -192,7 +191,7 @@ __device__ inline void place_choices(const Team& team, const PlaceArgs& args, co
       if (x < 0 || x >= num_local || packed == kNoExpert) continue;
       const int earlier = __ldcg(chunk_starts + int64_t(entry / kChunk) * num_experts + expert);
       const int row = places.offsets[x] + places.starts[r * num_local + x] + earlier + int(packed & 0xffff);
-      if (row < args.route.capacity) args.route.origin[row] = r * max_choices + entry;
+      if (row >= 0 && row < args.route.capacity) args.route.origin[row] = r * max_choices + entry;
     }
   }
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_local * args.route.block; i += gridDim.x * kThreads) {
@@ -202,8 +201,8 @@ __device__ inline void place_choices(const Team& team, const PlaceArgs& args, co
   }
 }
 
-__global__ void __launch_bounds__(kThreads) ep_place_kernel(const __grid_constant__ Team team,
-                                                            const __grid_constant__ PlaceArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    ep_place_kernel(const __grid_constant__ Team team, const __grid_constant__ PlaceArgs args) {
   extern __shared__ int shared[];
   const int num_local = team.shape.num_experts / team.shape.num_ranks;
   Places places;
@@ -290,8 +289,8 @@ __device__ inline void pull_row(const Team& team, const PullArgs& args, int row,
 }
 
 template <bool kWeighted>
-__global__ void __launch_bounds__(kThreads) ep_pull_kernel(const __grid_constant__ Team team,
-                                                           const __grid_constant__ PullArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    ep_pull_kernel(const __grid_constant__ Team team, const __grid_constant__ PullArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPull);
   if (await_peers(team, EpPhase::kStage, epoch)) {
     const int num_local = team.shape.num_experts / team.shape.num_ranks;
@@ -304,8 +303,8 @@ __global__ void __launch_bounds__(kThreads) ep_pull_kernel(const __grid_constant
 }
 
 // The weights' gradients that the experts' ranks left here.
-__global__ void __launch_bounds__(kThreads) ep_weight_grad_kernel(const __grid_constant__ Team team, float* weight_grad,
-                                                                  int num_choices) {
+__global__ void __launch_bounds__(kThreads)
+    ep_weight_grad_kernel(const __grid_constant__ Team team, float* weight_grad, int num_choices) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPull) - 1;
   if (!await_peers(team, EpPhase::kPull, epoch)) return;
   const float* arrived = in_window<float>(team.self, team.at.weight_grad);

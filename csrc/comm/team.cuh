@@ -1,7 +1,7 @@
 // Signals between ranks: epochs that only grow, and waits that end.
 //
-// A kernel awaits what it needs of all peers, works, and its last block tells all peers. A wait that runs out writes the
-// error record and marks the rank as failed; its blocks then go on without touching any data, and later kernels do
+// A kernel awaits what it needs of all peers, works, and its last block tells all peers. A wait that runs out writes
+// the error record and marks the rank as failed; its blocks then go on without touching any data, and later kernels do
 // nothing, so the process lives and peers run into their own timeouts.
 #pragma once
 
@@ -59,7 +59,8 @@ __device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uin
   }
 }
 
-// Whether all ranks have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible then.
+// Whether all ranks have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible
+// then.
 __device__ inline bool await_peers(const Team& team, EpPhase phase, uint64_t epoch) {
   bool fine = !has_failed(team);
   for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += blockDim.x) {

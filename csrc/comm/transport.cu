@@ -38,7 +38,8 @@ const char* keep(std::string text) {
 constexpr int kLeastVersion = 23000;  // windows with peers' addresses for the host
 
 std::string version_text(int version) {
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
 }
 
 // The functions of the NCCL that is in the process.
@@ -101,10 +102,10 @@ const char* check(ncclResult_t result, const char* step, ncclComm_t comm = nullp
 
 }  // namespace
 
-#define DSV3RT_NCCL_CHECK(call, step)                          \
-  do {                                                         \
-    const char* what_ = check((call), (step), comm->comm_);    \
-    if (what_ != nullptr) return what_;                        \
+#define DSV3RT_NCCL_CHECK(call, step)                       \
+  do {                                                      \
+    const char* what_ = check((call), (step), comm->comm_); \
+    if (what_ != nullptr) return what_;                     \
   } while (0)
 
 class EpComm {

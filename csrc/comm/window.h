@@ -21,16 +21,16 @@ struct LocalState {
 // Byte offsets from a window's start, multiples of 128.
 struct WindowLayout {
   int64_t signals;       // u64 [phase][rank]: the epoch that a peer has finished
-  int64_t overflows;     // i64 [rank][2]: rows that a peer's experts needed, and its capacity; zeros where it sufficed
-  int64_t local;         // LocalState
-  int64_t num_tokens;    // i32
-  int64_t choice;        // u32 [T * K]: expert << 16 | place among its expert's choices of the chunk
+  int64_t overflows;  // i64 [rank][2]: rows that a peer's experts needed, and its capacity; zeros where it sufficed
+  int64_t local;  // LocalState
+  int64_t num_tokens;  // i32
+  int64_t choice;  // u32 [T * K]: expert << 16 | place among its expert's choices of the chunk
   int64_t chunk_starts;  // i32 [chunk][E]: its expert's choices of this rank in earlier chunks
-  int64_t totals;        // i32 [E]: choices of this rank
-  int64_t weight;        // f32 [T * K]
-  int64_t weight_grad;   // f32 [T * K], written by the ranks that hold the experts
-  int64_t tokens;        // [T] rows, each followed by its scales
-  int64_t slots;         // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
+  int64_t totals;  // i32 [E]: choices of this rank
+  int64_t weight;  // f32 [T * K]
+  int64_t weight_grad;  // f32 [T * K], written by the ranks that hold the experts
+  int64_t tokens;  // [T] rows, each followed by its scales
+  int64_t slots;  // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
   int64_t bytes;
 };
 
@@ -53,6 +53,7 @@ inline WindowLayout layout_of(const EpShape& shape) {
   at.weight_grad = take(choices * 4);
   at.tokens = take(int64_t(shape.max_tokens) * shape.num_columns * 2);
   at.slots = take(choices * shape.num_columns * 2);
+  at.bytes = round_up(at.bytes, int64_t(4096));  // what NCCL asks of a window
   return at;
 }
 
@@ -61,7 +62,7 @@ inline WindowLayout layout_of(const EpShape& shape) {
 struct Team {
   char* self;
   char* const* peers;  // (R,) on the device
-  EpError* error;      // in host memory
+  EpError* error;  // in host memory
   WindowLayout at;
   EpShape shape;
   int64_t timeout_ns;

@@ -124,7 +124,7 @@ def ep_dispatch(
         return body.dispatch(x_TD, routing.idx_TK, block=block, capacity=capacity)
     limits = body.limits
     T, K, D = x_TD.shape[0], routing.idx_TK.shape[1], x_TD.shape[1]
-    require(T <= limits.max_tokens, op, "x_TD", f"have at most {limits.max_tokens} rows", T)
+    require(limits.max_tokens >= T, op, "x_TD", f"have at most {limits.max_tokens} rows", T)
     require(limits.num_columns == D, op, "x_TD", f"have {limits.num_columns} columns", D)
     require(limits.top_k == K, op, "routing.idx_TK", f"have {limits.top_k} columns", K)
     if capacity is None:
@@ -146,7 +146,7 @@ def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Te
         ValueError: shape.
         TypeError: dtype outside the above.
         ExchangeError: as in `ep_dispatch`.
-    Numerics: products and sums rounded to FP32 one by one, in the order of k; bitwise repeatable.
+    Numerics: fused multiply-adds in FP32 in the order of k; bitwise repeatable, and bitwise the same in both bodies.
     Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.2.2.
     """
     op = "ep_combine"

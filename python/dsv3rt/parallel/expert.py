@@ -28,7 +28,9 @@ class ExpertExchange:
     def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
         """See `layers.moe.Exchange`."""
         if self._experts is None:
-            self._experts = ops.EpGroup(self._group, num_experts, limits=self._limits(x_TD, routing), device=x_TD.device)
+            self._experts = ops.EpGroup(
+                self._group, num_experts, limits=self._limits(x_TD, routing), device=x_TD.device
+            )
         rows_PD, route = ops.ep_dispatch(x_TD, routing, self._experts, block=block)
         return Dispatched(rows_PD, route.layout, Permutation(routing.idx_TK, rows_PD.shape[0]), route)
 

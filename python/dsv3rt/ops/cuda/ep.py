@@ -188,5 +188,4 @@ def _describe(rank: int, fault: int, phase: int, peer: int, expected: int, seen:
         )
     if kind == "bad expert":
         return f"expert exchange: rank {rank} was given expert {seen} of {expected}"
-    whose = "it has" if kind == "overflow" else f"rank {peer} has"
-    return f"expert exchange: rank {rank} found {seen} rows for {expected} that {whose} room for: raise capacity"
+    return f"expert exchange: rank {peer} found {seen} rows for {expected}: raise capacity"

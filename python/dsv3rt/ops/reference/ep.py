@@ -43,12 +43,13 @@ class ReferenceExchange:
     ) -> tuple[Tensor | QuantTensor, EpRoute]:
         layout, permutation = place(idx_TK, self._num_experts, 1)  # no padding between the rows, only after them
         num_rows = idx_TK.numel()
-        counts_RX = self._exchange_counts(layout.counts_X)
+        counts_RE = self._gather_counts(layout.counts_X)
+        if capacity is not None:
+            self._check_capacity(counts_RE, block, capacity)
+        counts_RX = counts_RE.view(self._num_ranks, self._num_ranks, -1)[:, dist.get_rank(self._group)]
         sent = layout.counts_X.view(self._num_ranks, -1).sum(dim=1).tolist()
         received = counts_RX.sum(dim=1).tolist()
         local, place_R, total = _places(counts_RX, block)
-        if capacity is not None and total > capacity:
-            raise ExchangeError(f"expert exchange: rank {dist.get_rank(self._group)} found {total} rows for {capacity}")
         shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
         packed = Permutation(permutation.row_of_TK, num_rows)
         route = ReferenceRoute(local, shape_TK, sent, received, place_R, packed)
@@ -74,11 +75,18 @@ class ReferenceExchange:
         scale.copy_(self._send(rows.scale.contiguous(), route, num_places))
         return QuantTensor(data.view(torch.float8_e4m3fn), scale, rows.tile)
 
-    def _exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """(ranks, X): how many rows each rank sends to each expert of this one."""
-        counts_RX = torch.empty_like(counts_E)
-        dist.all_to_all_single(counts_RX, counts_E, group=self._group)
-        return counts_RX.view(self._num_ranks, -1)
+    def _gather_counts(self, counts_E: Tensor) -> Tensor:
+        """(ranks, E): how many rows each rank has for each expert."""
+        counts = [torch.empty_like(counts_E) for _ in range(self._num_ranks)]
+        dist.all_gather(counts, counts_E, group=self._group)
+        return torch.stack(counts)
+
+    def _check_capacity(self, counts_RE: Tensor, block: int, capacity: int) -> None:
+        """All ranks see every rank's rows, so that none waits for one that has given up."""
+        padded_E = (counts_RE.sum(dim=0) + block - 1) // block * block
+        for rank, needed in enumerate(padded_E.view(self._num_ranks, -1).sum(dim=1).tolist()):
+            if needed > capacity:
+                raise ExchangeError(f"expert exchange: rank {rank} found {needed} rows for {capacity}: raise capacity")
 
 
 def _places(counts_RX: Tensor, block: int) -> tuple[GroupLayout, Tensor, int]:
