@@ -24,4 +24,4 @@ class PeerError(RuntimeError):
 
 
 class ExchangeError(RuntimeError):
-    """The expert exchange lost a peer, ran out of room or was given nonsense: rank, peer, phase and counters are named."""
+    """The expert exchange lost a peer or ran out of room; rank, peer, phase and counters are named."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv3rt import ops
 from dsv3rt.errors import ExchangeError
 from dsv3rt.ops.types import QuantTensor, Routing
-from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, factors_P
+from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, row_factors
 
 
 class Ranks:
@@ -68,7 +68,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, ops.EpRoute]:
     """Rows, results and the route."""
     rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=shape.block)
-    factor = factors_P(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, rows_PD.shape[0])
+    factor = row_factors(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, rows_PD.shape[0])
     return rows_PD, ops.ep_combine(rows_PD * factor, route, group, weight_TK=routing.weight_TK), route
 
 
@@ -101,7 +101,8 @@ def check_bf16(ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, who
     want_PD = check_layout(route, whole, shape, ranks.rank)
     equal("rows", rows_PD[: want_PD.shape[0]], want_PD)
     equal("result", y_TD, whole.y_TD[tokens])
-    assert x_TD.grad is not None and routing.weight_TK.grad is not None
+    assert x_TD.grad is not None
+    assert routing.weight_TK.grad is not None
     equal("gradient", x_TD.grad, whole.dx_TD[tokens])
     check_weight_grad(routing.weight_TK.grad, whole.dweight_TK[tokens], batch, whole, tokens)
     again_PD, again_TD, _ = forward(x_TD, routing, group, shape, ranks.rank)
@@ -174,6 +175,15 @@ def full_batch(shape: Shape, seed: int) -> Batch:
     return Batch([r * shape.max_tokens for r in range(shape.num_ranks + 1)], x_TD, idx_TK, weight_TK, dy_TD)
 
 
+def fault_of(group: ops.EpGroup) -> str:
+    assert group.kernels is not None
+    try:
+        group.kernels.check()
+    except ExchangeError as error:
+        return str(error)
+    raise AssertionError("nobody noticed")
+
+
 def check_overflow(ranks: Ranks, shape: Shape) -> None:
     """Too little room at rank 0: an error there and at the ranks it serves, NaN results, and no other rows touched."""
     group = ranks.group(shape, 4, 30.0)
@@ -185,12 +195,7 @@ def check_overflow(ranks: Ranks, shape: Shape) -> None:
     y_TD = ops.ep_combine(rows_PD, route, group)
     torch.cuda.synchronize()
     assert bool(y_TD.isnan().all()), "a result was made of rows that did not fit"
-    try:
-        assert group.kernels is not None
-        group.kernels.check()
-        raise AssertionError("nobody heard of the overflow")
-    except ExchangeError as error:
-        ranks.say(f"overflow: {error}")
+    ranks.say(f"overflow: {fault_of(group)}")
     dist.barrier()
     group.destroy()
 
@@ -208,13 +213,9 @@ def check_lost_peer(ranks: Ranks, shape: Shape, timeout_s: float) -> None:
     forward(x_TD.detach(), routing, group, shape, ranks.rank)
     torch.cuda.synchronize()
     took = time.monotonic() - began
-    assert group.kernels is not None
-    try:
-        group.kernels.check()
-        raise AssertionError("nobody missed the lost rank")
-    except ExchangeError as error:
-        ranks.say(f"after {took:.2f} s: {error}", everyone=True)
-        assert f"for rank {ranks.size - 1} " in str(error)
+    fault = fault_of(group)
+    ranks.say(f"after {took:.2f} s: {fault}", everyone=True)
+    assert f"for rank {ranks.size - 1} " in fault
     assert took < timeout_s + 5
     assert float(torch.ones(3, device=ranks.device).sum()) == 3  # the device still works
     group.destroy()

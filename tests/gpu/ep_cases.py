@@ -70,7 +70,7 @@ def factor_of(expert_E: Tensor) -> Tensor:
     return (1 + expert_E.remainder(32) / 32).bfloat16()
 
 
-def factors_P(counts_X: Tensor, offsets: Tensor, first: int, num_rows: int) -> Tensor:
+def row_factors(counts_X: Tensor, offsets: Tensor, first: int, num_rows: int) -> Tensor:
     """(P, 1): the factor of each row's expert; ones where there is no row. Reads nothing on the host."""
     row_P = torch.arange(num_rows, device=counts_X.device)
     expert_P = torch.searchsorted(offsets[1:].contiguous(), row_P, right=True).clamp(max=counts_X.numel() - 1)
@@ -101,10 +101,11 @@ class Whole:
 def compute(shape: Shape, batch: Batch) -> Whole:
     x_TD, weight_TK = batch.x_TD.clone().requires_grad_(), batch.weight_TK.clone().requires_grad_()
     rows_PD, layout, permutation = ops.permute(x_TD, batch.routing(), num_experts=shape.num_experts, block=shape.block)
-    out_PD = rows_PD * factors_P(layout.counts_X, layout.offsets, 0, rows_PD.shape[0])
+    out_PD = rows_PD * row_factors(layout.counts_X, layout.offsets, 0, rows_PD.shape[0])
     y_TD = ops.unpermute(out_PD, permutation, weight_TK)
     y_TD.backward(batch.dy_TD)
-    assert x_TD.grad is not None and weight_TK.grad is not None
+    assert x_TD.grad is not None
+    assert weight_TK.grad is not None
     return Whole(
         rows_PD.detach(),
         layout.counts_X,

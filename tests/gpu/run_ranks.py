@@ -2,8 +2,8 @@
 
     python tests/gpu/run_ranks.py --ranks 8 --nccl path/to/libnccl.so.2 tests/gpu/check_ep.py --rounds 100
 
-Ranks on one GPU are as real as any to NCCL and to the kernels, but for the speed of what lies between them. NCCL 2.30 or
-newer allows them with NCCL_MULTI_RANK_GPU_ENABLE; its collectives must then be small enough to be resident together,
+Ranks on one GPU are as real as any to NCCL and to the kernels, but for the speed of what lies between them. NCCL 2.30
+allows them with NCCL_MULTI_RANK_GPU_ENABLE; its collectives must then be small enough to be resident together,
 and so must our kernels: ranks x num_sms must not exceed the SMs. Without the service, where it cannot be started,
 processes take turns on the GPU: right, but each handover takes milliseconds.
 """

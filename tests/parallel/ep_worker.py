@@ -1,4 +1,4 @@
-"""What each of several processes finds of the expert exchange over gloo: `torchrun -m tests.parallel.ep_worker OUT.json`."""
+"""What several processes find of the exchange over gloo: `torchrun -m tests.parallel.ep_worker OUT.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.errors import ExchangeError
-from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, factors_P
+from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, row_factors
 
 
 def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> dict[str, bool]:
@@ -24,10 +24,11 @@ def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> di
     want_PD, counts_X, offsets = whole.local(shape, rank)
     capacity = group.worst_case(shape.max_tokens, shape.top_k, shape.block)
     rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=shape.block, capacity=capacity)
-    factor = factors_P(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, capacity)
+    factor = row_factors(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, capacity)
     y_TD = ops.ep_combine(rows_PD * factor, route, group, weight_TK=routing.weight_TK)
     y_TD.backward(batch.dy_TD[tokens])
-    assert x_TD.grad is not None and routing.weight_TK.grad is not None
+    assert x_TD.grad is not None
+    assert routing.weight_TK.grad is not None
     return {
         "counts": torch.equal(route.layout.counts_X, counts_X),
         "offsets": torch.equal(route.layout.offsets, offsets),

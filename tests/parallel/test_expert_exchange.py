@@ -1,4 +1,4 @@
-"""Dispatch and combine over gloo are one process's permutation of all ranks' tokens, bit for bit, and so are gradients."""
+"""Dispatch and combine over gloo are one process's permutation of all ranks' tokens, bit for bit."""
 
 from __future__ import annotations
 

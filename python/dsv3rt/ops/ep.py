@@ -155,7 +155,8 @@ def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Te
         if weight_TK is not None:
             check_tensor(op, "weight_TK", weight_TK, route.shape_TK, FLOATS)
         return group.reference.combine(rows_PD, route, weight_TK)
-    assert group.kernels is not None and isinstance(route, KernelRoute)
+    assert group.kernels is not None
+    assert isinstance(route, KernelRoute)
     shape_PD = (route.origin_P.shape[0], group.kernels.limits.num_columns)
     check_tensor(op, "rows_PD", rows_PD, shape_PD, (torch.bfloat16,))
     if weight_TK is not None:

@@ -36,7 +36,8 @@ class ExpertExchange:
 
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
         """See `layers.moe.Exchange`."""
-        assert self._experts is not None and isinstance(dispatched.route, ops.EpRoute)
+        assert self._experts is not None
+        assert isinstance(dispatched.route, ops.EpRoute)
         return ops.ep_combine(rows_PD, dispatched.route, self._experts, weight_TK=weight_TK)
 
     def _limits(self, x_TD: Tensor, routing: Routing) -> ops.EpLimits | None:

@@ -30,7 +30,7 @@ class KernelRoute(EpRoute):
 class KernelExchange:
     """A rank's communicator: a window of memory that all ranks of the group reach, made by all of them together.
 
-    Dispatches run in one order on all ranks, and so do combines; streams are the caller's. Nothing waits for the device.
+    Dispatches run in one order on all ranks, and so do combines; streams are the caller's. The host waits for nothing.
     """
 
     def __init__(self, group: Any, num_experts: int, limits: EpLimits, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from dsv3rt.ops.types import EpRoute, GroupLayout, Permutation, QuantTensor, emp
 
 @dataclass(frozen=True)
 class ReferenceRoute(EpRoute):
-    """sent and received: rows to and from each rank. place_R: where received rows lie. permutation: of the sent ones."""
+    """sent, received: rows to and from each rank. place_R: where received rows lie. permutation: of the sent ones."""
 
     sent: list[int]
     received: list[int]
