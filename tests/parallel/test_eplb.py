@@ -58,7 +58,7 @@ def test_replicas_make_the_largest_share_least() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_packing_is_near_the_best(seed: int) -> None:
-    """Within 4/3: what greed by falling size promises without the rule of equal numbers, which exchanges make up for."""
+    """Within 4/3: what greed by falling size promises without equal numbers; exchanges make up for these."""
     numbers = random.Random(seed)
     load_E = [numbers.paretovariate(1.2) for _ in range(12)]
     peak = max(place_globally(load_E, 12, 4).gpu_loads(load_E))
