@@ -11,6 +11,8 @@ SHELL := /bin/sh
 # Pinned: a looser range may fetch another multi-gigabyte build. May carry pip options too:
 #   make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' setup
 TORCH ?= torch==2.13.0
+# Headers for the kernels of expert parallelism, and the library that they run with; torch's own may be older.
+NCCL ?= nvidia-nccl-cu13>=2.30
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -116,6 +118,7 @@ $(STATE)/.packages: pyproject.toml Makefile
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install $(TORCH)
 	$(PY) -m pip install scikit-build-core pybind11 ninja cmake
+	$(PY) -m pip install --no-deps '$(NCCL)'
 	@touch $@
 
 $(STATE)/.built: $(STATE)/.packages $(BUILD_INPUTS) $(STATE)/.options

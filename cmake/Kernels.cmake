@@ -16,4 +16,14 @@ target_include_directories(dsv3rt_kernels PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
 target_compile_options(dsv3rt_kernels PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage -Xptxas=-Werror
     -Werror=all-warnings -lineinfo>)
+
+# The comm room needs the headers of NCCL 2.30 or newer; the library itself is found when it is used.
+find_path(DSV3RT_NCCL_INCLUDE nccl_device/host.h
+          HINTS ENV NCCL_HOME ${DSV3RT_SITE}/nvidia/nccl PATHS /usr/local/cuda PATH_SUFFIXES include)
+if(DSV3RT_NCCL_INCLUDE)
+  target_include_directories(dsv3rt_kernels SYSTEM PRIVATE ${DSV3RT_NCCL_INCLUDE})
+  message(STATUS "dsv3rt: expert parallelism with NCCL's headers from ${DSV3RT_NCCL_INCLUDE}")
+else()
+  message(STATUS "dsv3rt: no kernels of expert parallelism (no NCCL headers: pip install nvidia-nccl-cu13)")
+endif()
 message(STATUS "dsv3rt: kernels with ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION} for sm_90a")

@@ -1,6 +1,7 @@
 // The Python surface of the kernels: one `bind_<room>` per op family.
 #include <pybind11/pybind11.h>
 
+#include "comm/bind.h"
 #include "common/build_info.h"
 #include "embed/bind.h"
 #include "gemm/bind.h"
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, module) {
                        "embedding_backward", "softmax_loss", "adamw_step", "grad_norms");
     return result;
   });
+  dsv3rt::bind_comm(module);
   dsv3rt::bind_embed(module);
   dsv3rt::bind_gemm(module);
   dsv3rt::bind_loss(module);

@@ -51,7 +51,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def extension(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(build_info=lambda: {**BUILD_INFO, **changes})
+    nccl = {"compiled": "2.32.3", "loaded": "2.29.7", "problem": "NCCL 2.29.7 is loaded"}
+    return SimpleNamespace(build_info=lambda: {**BUILD_INFO, **changes}, ep_nccl_info=lambda: nccl)
 
 
 def found(findings: list[Finding], name: str) -> Finding:
@@ -117,6 +118,12 @@ def test_doctor_without_torch_fails_with_advice(machine: Any, capsys: pytest.Cap
 def test_doctor_reports_a_check_that_breaks(machine: Any) -> None:
     findings = machine({"dsv3rt._C": SimpleNamespace(build_info=lambda: {})})
     assert "the check of extension failed (KeyError: 'cuda')" in doctor.cuda_verdict(findings)
+
+
+def test_doctor_reports_an_old_nccl(machine: Any) -> None:
+    finding = found(machine({"dsv3rt._C": extension()}), "expert exchange")
+    assert finding.value == "not usable: NCCL 2.29.7 is loaded"
+    assert not finding.blocks
 
 
 def test_doctor_reports_broken_ops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,16 @@ def _extension() -> list[Finding]:
         return [Finding("extension", "this installation was compiled without CUDA", rebuild, blocks="cuda")]
     built = f"{info['version']}, CUDA {info['cuda_version']}, {info['arch']}"
     findings = [Finding("extension", built), Finding("kernels", ", ".join(info["kernels"]) or "none")]
-    return findings + _driver_too_old(str(info["cuda_version"]))
+    return findings + _exchange() + _driver_too_old(str(info["cuda_version"]))
+
+
+def _exchange() -> list[Finding]:
+    """Whether the kernels of expert parallelism were built and find an NCCL that is new enough."""
+    nccl = _load("dsv3rt._C").ep_nccl_info()
+    if nccl["problem"]:
+        value = f"not usable: {nccl['problem']}"
+        return [Finding("expert exchange", value, "without it torch's all-to-all carries the rows")]
+    return [Finding("expert exchange", f"built with NCCL {nccl['compiled']}, runs with {nccl['loaded']}")]
 
 
 def _driver_too_old(toolkit: str) -> list[Finding]:

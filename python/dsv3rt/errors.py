@@ -21,3 +21,7 @@ class PeerError(RuntimeError):
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class ExchangeError(RuntimeError):
+    """The expert exchange lost a peer or ran out of room; rank, peer, phase and counters are named."""

@@ -112,7 +112,7 @@ def exchange(block: int) -> list[dict[str, bool]]:
     x_TD = x_RTD[rank].clone().requires_grad_()
     carrier = ExpertExchange(dist.group.WORLD, size)
     sent = carrier.dispatch(x_TD, routings[rank], num_experts=experts, block=block)
-    y_TD = ops.unpermute(carrier.collect(sent.rows_PD.square(), sent), sent.permutation, routings[rank].weight_TK)
+    y_TD = carrier.combine(sent.rows_PD.square(), sent, routings[rank].weight_TK)
     y_TD.sum().backward()
     gate_T1 = routings[rank].weight_TK.sum(dim=1, keepdim=True)
     mine = slice(rank * experts // size, (rank + 1) * experts // size)

@@ -36,8 +36,8 @@ class Exchange(Protocol):
         """As `ops.permute` lays them out, but the rows of all ranks for the experts of this one. Differentiable."""
         ...
 
-    def collect(self, rows_PD: Tensor, dispatched: Dispatched) -> Tensor:
-        """This rank's rows, where `dispatched.permutation` says, of all experts' results. Differentiable."""
+    def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
+        """As `ops.unpermute` sums them: y_TD of this rank's tokens, from all experts' results. Differentiable."""
         ...
 
 
@@ -111,7 +111,7 @@ class MoE(nn.Module):
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """The routed part of the output, (T, D)."""
         if self.exchange is not None:
-            rows_PD = self.exchange.collect(rows_PD, dispatched)
+            return self.exchange.combine(rows_PD, dispatched, routing.weight_TK)
         return ops.unpermute(rows_PD, dispatched.permutation, routing.weight_TK)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:

@@ -5,6 +5,7 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 
 from dsv3rt.ops.attention import mla_decode, mla_prefill
 from dsv3rt.ops.embed import embedding, rope, rope_
+from dsv3rt.ops.ep import EpGroup, ep_combine, ep_dispatch
 from dsv3rt.ops.gemm import (
     fp8_gemm_nt,
     grouped_gemm_nt,
@@ -23,6 +24,8 @@ from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quanti
 from dsv3rt.ops.types import (
     AdamWHyper,
     AdamWSlot,
+    EpLimits,
+    EpRoute,
     GroupLayout,
     NormQuant,
     Permutation,
@@ -34,6 +37,9 @@ from dsv3rt.ops.types import (
 __all__ = [
     "AdamWHyper",
     "AdamWSlot",
+    "EpGroup",
+    "EpLimits",
+    "EpRoute",
     "GroupLayout",
     "NormQuant",
     "Permutation",
@@ -45,6 +51,8 @@ __all__ = [
     "calc_diff",
     "dequantize",
     "embedding",
+    "ep_combine",
+    "ep_dispatch",
     "fp8_gemm_nt",
     "grad_norms",
     "grouped_gemm_nt",

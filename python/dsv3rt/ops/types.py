@@ -108,6 +108,31 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class EpLimits:
+    """What the window of an expert exchange is sized for: the most tokens of any rank, their choices and their width.
+
+    num_sms: how many SMs a dispatch or a combine uses. timeout_s: after which a wait for a peer is an error.
+    """
+
+    max_tokens: int
+    top_k: int
+    num_columns: int
+    num_sms: int = 16
+    timeout_s: float = 100.0
+
+
+@dataclass(frozen=True)
+class EpRoute:
+    """What `ep_dispatch` did with choices of shape (T, K), for its combine and for both backwards.
+
+    layout: of the local experts' rows. Bodies of the op keep more in classes of their own.
+    """
+
+    layout: GroupLayout
+    shape_TK: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class AdamWHyper:
     """AdamW's numbers for one step of one parameter; weight decay is decoupled (lr * weight_decay * master)."""
 

@@ -1,0 +1,205 @@
+"""The expert exchange between ranks against the same run's copy and against a chain around `all_to_all_single`.
+
+    python tests/gpu/run_ranks.py --ranks 8 --nccl path/to/libnccl.so.2 benchmarks/ep.py
+
+Needs several ranks, so it is no pytest suite. Times are the slowest rank's medians. Ranks on one GPU share its memory,
+and their figures say nothing of NVLink; the result names what lay between the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import provenance
+from benchmarks.timing import Case, Peer, figures
+from dsv3rt import ops
+from dsv3rt.ops.types import QuantTensor, Routing
+
+REPS = 20
+
+
+class Bench:
+    """One rank's tensors, and the ranks' common clock."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(self.device)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        self.args = args
+        torch.manual_seed(self.rank)
+        self.x_TD = torch.randn(args.tokens, args.columns, dtype=torch.bfloat16, device=self.device)
+        scores_TE = torch.rand(args.tokens, args.experts, device=self.device)
+        self.idx_TK = scores_TE.argsort(dim=1)[:, : args.top_k].contiguous()
+        self.weight_TK = torch.rand(args.tokens, args.top_k, device=self.device)
+        self.routing = Routing(self.idx_TK, self.weight_TK, scores_TE, torch.empty(0))
+        limits = ops.EpLimits(args.tokens, args.top_k, args.columns, num_sms=args.num_sms, timeout_s=20.0)
+        self.group = ops.EpGroup(dist.group.WORLD, args.experts, limits=limits, device=self.device)
+        mean = args.tokens * args.top_k
+        self.capacity = (mean + mean // 8) // 128 * 128 + args.experts // self.size * 128
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """The slowest rank's median."""
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        dist.barrier()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPS)]
+        for start, end in events:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        slowest = torch.tensor(median(start.elapsed_time(end) for start, end in events) * 1e-3)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return float(slowest)
+
+    def copy_gbps(self) -> float:
+        """Read plus write, by rank 0 while the others wait."""
+        rate = torch.zeros(1)
+        if self.rank == 0:
+            source = torch.empty(2**30, dtype=torch.uint8, device=self.device)
+            target = torch.empty_like(source)
+            for _ in range(3):
+                target.copy_(source)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(REPS):
+                target.copy_(source)
+            end.record()
+            torch.cuda.synchronize()
+            rate[0] = 2 * 2**30 * REPS / (start.elapsed_time(end) * 1e-3) / 1e9
+        dist.broadcast(rate, 0)
+        return float(rate)
+
+    def dispatch(self, x: Tensor | QuantTensor) -> tuple[Any, ops.EpRoute]:
+        return ops.ep_dispatch(x, self.routing, self.group, capacity=self.capacity)
+
+
+class Chain:
+    """The same exchange by torch: sort, all-to-all, sort, and the way back. Its sizes are read on the host."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.group = dist.new_group(backend="nccl")
+        self.num_local = bench.args.experts // bench.size
+
+    def dispatch(self) -> tuple[Tensor, tuple[Any, ...]]:
+        bench = self.bench
+        order = bench.idx_TK.flatten().argsort(stable=True)
+        rows = bench.x_TD[order // bench.args.top_k]
+        counts_E = torch.bincount(bench.idx_TK.flatten(), minlength=bench.args.experts)
+        arriving = torch.empty_like(counts_E)
+        dist.all_to_all_single(arriving, counts_E, group=self.group)
+        sent = counts_E.view(bench.size, -1).sum(1).tolist()
+        received = arriving.view(bench.size, -1).sum(1).tolist()
+        arrived = self._exchange(rows, sent, received)
+        experts = torch.arange(self.num_local, device=rows.device).repeat(bench.size)
+        by_expert = experts.repeat_interleave(arriving, output_size=sum(received)).argsort(stable=True)
+        return arrived[by_expert], (order, by_expert, sent, received)
+
+    def combine(self, rows: Tensor, way: tuple[Any, ...]) -> Tensor:
+        order, by_expert, sent, received = way
+        leaving = torch.empty_like(rows)
+        leaving[by_expert] = rows
+        back = self._exchange(leaving, received, sent)
+        slots = torch.empty_like(back)
+        slots[order] = back
+        tokens = slots.view(*self.bench.idx_TK.shape, -1)
+        return torch.einsum("tkd,tk->td", tokens, self.bench.weight_TK.to(tokens.dtype))
+
+    def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        arrived = rows.new_empty(sum(received), rows.shape[1])
+        dist.all_to_all_single(arrived, rows, received, sent, group=self.group)
+        return arrived
+
+
+def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
+    args = bench.args
+    shape = f"{bench.size} ranks ({link}), {args.tokens}x{args.columns}, top {args.top_k} of {args.experts}, "
+    shape += f"{args.num_sms} SMs a rank"
+    choices = bench.size * args.tokens * args.top_k
+    quantised = ops.quantize_1x128(bench.x_TD)
+    rows_PD, route = bench.dispatch(bench.x_TD)
+    copy = bench.copy_gbps()
+
+    def against_copy(op: str, row_bytes: int, run: Callable[[], object]) -> tuple[dict[str, Any], float]:
+        seconds, moved = bench.seconds(run), 2.0 * choices * row_bytes  # each choice's row is read and written
+        peer = Peer("copy", lambda: None, work=copy * 1e9 * seconds)
+        line = figures(Case(op, shape, "gbps", moved), seconds, peer, seconds)
+        row_gbps = moved / 2 / bench.size / seconds / 1e9
+        return {
+            **line,
+            "rank_gbps": round(row_gbps, 3),
+            "us": round(seconds * 1e6, 1),
+            "num_sms": args.num_sms,
+        }, seconds
+
+    lines = [
+        against_copy("ep_dispatch of bfloat16", 2 * args.columns, lambda: bench.dispatch(bench.x_TD)),
+        against_copy("ep_dispatch of float8", args.columns + args.columns // 32, lambda: bench.dispatch(quantised)),
+        against_copy("ep_combine", 2 * args.columns,
+                     lambda: ops.ep_combine(rows_PD, route, bench.group, weight_TK=bench.weight_TK)),
+    ]  # fmt: skip
+    chain = Chain(bench)
+
+    def ours() -> Tensor:
+        rows, way = bench.dispatch(bench.x_TD)
+        return ops.ep_combine(rows, way, bench.group, weight_TK=bench.weight_TK)
+
+    theirs_s = bench.seconds(lambda: chain.combine(*chain.dispatch()))
+    ours_s = bench.seconds(ours)
+    peer = Peer("all_to_all_single", lambda: None)
+    line = figures(Case("ep_dispatch + ep_combine", shape, "us"), ours_s, peer, theirs_s)
+    return [*lines, ({**line, "num_sms": args.num_sms}, ours_s)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"tokens": 4096, "columns": 7168, "experts": 256, "top-k": 8, "num-sms": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/ep.json")
+    parser.add_argument("--commit", default=None)
+    args = parser.parse_args()
+    began = time.time()
+    bench = Bench(args)
+    one_gpu = torch.cuda.device_count() < bench.size
+    lines = measure(bench, "one GPU" if one_gpu else "a GPU each")
+    assert bench.group.kernels is not None
+    bench.group.kernels.check()
+    if bench.rank == 0:
+        commit = args.commit or provenance.commit()
+        machine = {**provenance.machine(), "command": "run_ranks.py benchmarks/ep.py " + " ".join(sys.argv[1:])}
+        entries = [
+            {"name": f"{line['op']}[{line['shape']}]", "fullname": f"benchmarks/ep.py::{line['op']}",
+             "extra_info": {**line, "commit": commit}, "stats": {"median": seconds, "rounds": REPS}}
+            for line, seconds in lines
+        ]  # fmt: skip
+        result = {"machine_info": machine, "commit_info": {"id": commit}, "benchmarks": entries,
+                  "datetime": datetime.now(UTC).isoformat(), "version": "1"}  # fmt: skip
+        out = args.out or provenance.ROOT / "benchmarks/results" / provenance.folder_of(machine["device"]) / "ep.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=4) + "\n")
+        for line, _ in lines:
+            print(json.dumps(line), flush=True)
+        print(f"{time.time() - began:.0f} s, written to {out}", flush=True)
+    dist.barrier()
+    bench.group.destroy()
+    os._exit(0)  # taking down NCCL of several ranks on one GPU is not what is measured
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+#include "comm/bind.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "comm/params.h"
+#include "common/arg_check.h"
+#include "common/dlpack_caster.h"
+
+namespace py = pybind11;
+
+namespace dsv3rt {
+namespace {
+
+using OptionalView = std::optional<TensorView>;
+
+constexpr char kDispatch[] = "ep_dispatch";
+constexpr char kCombine[] = "ep_combine";
+
+std::string version_text(int version) {
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
+}
+
+py::dict nccl_info() {
+  int compiled = 0, loaded = 0;
+  const char* problem = ep_nccl_version(&compiled, &loaded);
+  py::dict info;
+  info["compiled"] = compiled ? py::object(py::str(version_text(compiled))) : py::none();
+  info["loaded"] = loaded ? py::object(py::str(version_text(loaded))) : py::none();
+  info["problem"] = problem ? problem : "";
+  return info;
+}
+
+py::bytes unique_id() {
+  uint8_t id[kUniqueIdBytes];
+  throw_on_error("EpComm", ep_unique_id(id));
+  return py::bytes(reinterpret_cast<const char*>(id), sizeof(id));
+}
+
+// Counts, offsets, origin and rows_needed of one dispatch.
+struct RouteViews {
+  TensorView counts, offsets, origin, rows_needed;
+  int block;
+};
+
+class Comm {
+ public:
+  Comm(int num_ranks, int rank, int num_experts, int max_tokens, int top_k, int num_columns, const std::string& id,
+       int device, int64_t timeout_us) {
+    if (id.size() != kUniqueIdBytes)
+      throw py::value_error("EpComm: id must have 128 bytes, got " + std::to_string(id.size()));
+    const EpShape shape{num_ranks, rank, num_experts, max_tokens, top_k, num_columns};
+    EpComm* made = nullptr;
+    std::string error;
+    {
+      const py::gil_scoped_release unlocked;  // waits for the other ranks
+      const char* what = ep_create(shape, reinterpret_cast<const uint8_t*>(id.data()), device, timeout_us, &made);
+      if (what != nullptr) error = what;
+    }
+    if (made == nullptr) throw std::runtime_error("EpComm: " + error);
+    comm_.reset(made);
+  }
+
+  void dispatch(const TensorView& tokens, const RouteViews& route, const TensorView& rows,
+                const OptionalView& token_scale, const OptionalView& row_scale, const OptionalView& choice,
+                const OptionalView& weight, const OptionalView& outputs, const OptionalView& weight_grad, int num_sms,
+                py::handle stream) {
+    const EpShape& shape = ep_shape(get());
+    EpDispatchParams params{};
+    params.tokens = rows_of("tokens", tokens, kAny, token_scale);
+    params.num_tokens = static_cast<int>(tokens.shape[0]);
+    if (tokens.shape[0] > shape.max_tokens) {
+      ArgCheck(kDispatch, "tokens", tokens)
+          .fail("must have at most " + std::to_string(shape.max_tokens) + " rows", std::to_string(tokens.shape[0]));
+    }
+    params.route = route_of(kDispatch, route);
+    params.rows = rows_of("rows", rows, params.route.capacity, row_scale);
+    if (choice) {
+      check_choices("choice", *choice, DataType::kInt64, params.num_tokens);
+      params.choice = static_cast<const int64_t*>(choice->data);
+    }
+    if (outputs) {
+      if (!weight || !weight_grad) throw py::value_error("ep_dispatch: outputs must come with weight and weight_grad");
+      check_choices("weight", *weight, DataType::kFloat32, params.num_tokens);
+      check_choices("weight_grad", *weight_grad, DataType::kFloat32, params.num_tokens);
+      ArgCheck(kDispatch, "outputs", *outputs)
+          .dtype({DataType::kBFloat16})
+          .shape({params.route.capacity, shape.num_columns})
+          .strides({shape.num_columns, 1})
+          .aligned(16);
+      params.weight = static_cast<const float*>(weight->data);
+      params.weight_grad = static_cast<float*>(weight_grad->data);
+      params.outputs = outputs->data;
+    }
+    params.num_sms = num_sms;
+    throw_on_error(kDispatch, ep_dispatch(get(), params, stream_for(kDispatch, tokens, stream)));
+  }
+
+  void combine(const TensorView& rows, const RouteViews& route, const TensorView& tokens, const OptionalView& weight,
+               int num_sms, py::handle stream) {
+    const EpShape& shape = ep_shape(get());
+    EpCombineParams params{};
+    params.route = route_of(kCombine, route);
+    ArgCheck(kCombine, "rows", rows)
+        .dtype({DataType::kBFloat16})
+        .shape({params.route.capacity, shape.num_columns})
+        .strides({shape.num_columns, 1})
+        .aligned(16);
+    ArgCheck(kCombine, "tokens", tokens)
+        .dtype({DataType::kBFloat16})
+        .shape({kAny, shape.num_columns})
+        .strides({shape.num_columns, 1})
+        .aligned(16);
+    params.rows = rows.data;
+    params.tokens = tokens.data;
+    params.num_tokens = static_cast<int>(tokens.shape[0]);
+    params.num_columns = shape.num_columns;
+    if (weight) {
+      check_choices("weight", *weight, DataType::kFloat32, params.num_tokens);
+      params.weight = static_cast<const float*>(weight->data);
+    }
+    params.num_sms = num_sms;
+    throw_on_error(kCombine, ep_combine(get(), params, stream_for(kCombine, rows, stream)));
+  }
+
+  // None, or (fault, phase, peer, expected, seen).
+  py::object error() const {
+    const EpError error = ep_error(get());
+    if (!error.is_complete) return py::none();
+    return py::make_tuple(int(error.fault), int(error.phase), error.peer, error.expected, error.seen);
+  }
+
+  int64_t window_bytes() const { return ep_window_bytes(get()); }
+
+  void destroy() {
+    const py::gil_scoped_release unlocked;
+    comm_.reset();
+  }
+
+ private:
+  struct Destroy {
+    void operator()(EpComm* comm) const { ep_destroy(comm); }
+  };
+
+  EpComm* get() const {
+    if (!comm_) throw std::runtime_error("EpComm: must not be used after destroy()");
+    return comm_.get();
+  }
+
+  static void check_choices(const char* name, const TensorView& view, DataType type, int num_tokens) {
+    ArgCheck(kDispatch, name, view).on_cuda().dtype({type}).shape({num_tokens, kAny});
+    ArgCheck(kDispatch, name, view).strides({view.shape[1], 1});
+  }
+
+  EpRoute route_of(const char* op, const RouteViews& route) const {
+    const EpShape& shape = ep_shape(get());
+    const int64_t num_local = shape.num_experts / shape.num_ranks;
+    const auto check = [&](const char* name, const TensorView& view, int64_t extent) {
+      ArgCheck(op, name, view).on_cuda().dtype({DataType::kInt32}).shape({extent}).strides({1});
+    };
+    check("counts", route.counts, num_local);
+    check("offsets", route.offsets, num_local + 1);
+    check("origin", route.origin, kAny);
+    check("rows_needed", route.rows_needed, 1);
+    return {static_cast<int*>(route.counts.data),
+            static_cast<int*>(route.offsets.data),
+            static_cast<int*>(route.origin.data),
+            static_cast<int*>(route.rows_needed.data),
+            route.origin.shape[0],
+            route.block};
+  }
+
+  EpRows rows_of(const char* name, const TensorView& view, int64_t num_rows, const OptionalView& scale) const {
+    const int64_t columns = ep_shape(get()).num_columns, item = scale ? 1 : 2;
+    const ArgCheck check(kDispatch, name, view);
+    check.on_cuda().dtype({scale ? DataType::kUInt8 : DataType::kBFloat16}).shape({num_rows, columns});
+    check.strides({kAny, 1}).stride_multiple_of(0, 16 / item).aligned(16);
+    EpRows rows{};
+    rows.data = view.data;
+    rows.row_stride = view.strides[0] * item;
+    rows.row_bytes = static_cast<int>(columns * item);
+    if (scale) {
+      ArgCheck(kDispatch, "scale", *scale)
+          .on_cuda()
+          .dtype({DataType::kFloat32})
+          .shape({view.shape[0], (columns + 127) / 128});
+      ArgCheck(kDispatch, "scale", *scale).strides({1, kAny});
+      rows.scale = static_cast<float*>(scale->data);
+      rows.scale_stride = scale->strides[1];
+      rows.num_scales = static_cast<int>(scale->shape[1]);
+    }
+    return rows;
+  }
+
+  std::unique_ptr<EpComm, Destroy> comm_;
+};
+
+}  // namespace
+
+void bind_comm(py::module_& module) {
+  const auto none = py::none();
+  module.def("ep_nccl_info", &nccl_info, "NCCL's versions at build time and in this process, and what is wrong.");
+  module.def("ep_unique_id", &unique_id, "The id with which the ranks of a new communicator find each other.");
+  py::class_<RouteViews>(module, "EpRoute", "Where rows of one dispatch came from; keeps no array alive.")
+      .def(py::init([](const TensorView& counts, const TensorView& offsets, const TensorView& origin,
+                       const TensorView& rows_needed,
+                       int block) { return RouteViews{counts, offsets, origin, rows_needed, block}; }),
+           py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("block"));
+  py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")
+      .def(py::init<int, int, int, int, int, int, const std::string&, int, int64_t>(), py::arg("num_ranks"),
+           py::arg("rank"), py::arg("num_experts"), py::arg("max_tokens"), py::arg("top_k"), py::arg("num_columns"),
+           py::arg("id"), py::arg("device"), py::arg("timeout_us"))
+      .def("dispatch", &Comm::dispatch, py::arg("tokens"), py::arg("route"), py::arg("rows"), py::kw_only(),
+           py::arg("token_scale") = none, py::arg("row_scale") = none, py::arg("choice") = none,
+           py::arg("weight") = none, py::arg("outputs") = none, py::arg("weight_grad") = none, py::arg("num_sms"),
+           py::arg("stream") = none, "Writes rows, and the route unless it is known already, on a stream.")
+      .def("combine", &Comm::combine, py::arg("rows"), py::arg("route"), py::arg("tokens"), py::kw_only(),
+           py::arg("weight") = none, py::arg("num_sms"), py::arg("stream") = none,
+           "Sums every token's rows into tokens, on a stream.")
+      .def("error", &Comm::error, "None, or (fault, phase, peer, expected, seen) of the first fault.")
+      .def("window_bytes", &Comm::window_bytes)
+      .def("destroy", &Comm::destroy);
+}
+
+}  // namespace dsv3rt

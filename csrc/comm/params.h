@@ -1,0 +1,95 @@
+// Contracts of expert-parallel dispatch and combine; no CUDA and no NCCL headers, so that the binding module needs
+// none.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv3rt {
+
+constexpr int kMaxEpRanks = 64;
+constexpr int kMaxEpExperts = 1024;
+constexpr int kUniqueIdBytes = 128;
+
+// What a group of ranks agrees on once; the same on all of them but for `rank`. It sizes the window.
+struct EpShape {
+  int num_ranks;    // R
+  int rank;
+  int num_experts;  // E, a multiple of R; rank r holds E / R from r * E / R on
+  int max_tokens;   // T, the most of any rank
+  int top_k;        // K
+  int num_columns;  // D, a multiple of 16
+};
+
+// The steps that wait for peers, in the order of their signals.
+enum class EpPhase : int32_t { kStage, kPull, kPush, kReduce };
+
+enum class EpFault : int32_t { kNone, kTimeout, kOverflow, kPeerOverflow, kBadExpert };
+
+// The first thing that went wrong on this rank; kernels write it, the host reads it without waiting for them.
+struct EpError {
+  volatile int32_t is_complete;  // set last
+  EpFault fault;
+  EpPhase phase;                 // of a timeout
+  int32_t peer;
+  int64_t expected;              // timeout: the signal's epoch; overflow: capacity; bad expert: number of experts
+  int64_t seen;                  // timeout: the epoch found; overflow: rows needed; bad expert: its index
+};
+
+// Of one dispatch; all on the device, written by it and read by its combine and by both backwards.
+struct EpRoute {
+  int* counts;       // (X,) rows of each local expert
+  int* offsets;      // (X + 1,)
+  int* origin;       // (P,) where a row came from: rank * T * K + token * K + k; -1 for padding
+  int* rows_needed;  // (1,) P that would have sufficed
+  int64_t capacity;  // P, a multiple of block
+  int block;
+};
+
+// Rows of D elements of BF16, or of FP8 with scales.
+struct EpRows {
+  void* data;
+  float* scale;          // FP8: scale[tile * scale_stride + row]; else null
+  int64_t row_stride;    // bytes
+  int64_t scale_stride;
+  int row_bytes;         // D times the size of an element, a multiple of 16
+  int num_scales;        // a row
+};
+
+struct EpDispatchParams {
+  EpRows tokens;          // T rows; data 16-byte aligned
+  int num_tokens;         // T
+  const int64_t* choice;  // (T, K) experts; null: the route is known already
+  const float* weight;    // (T, K), with `outputs`
+  EpRoute route;
+  EpRows rows;            // P rows, contiguous
+  const void* outputs;    // (P, D) BF16 or null. Given: rows are multiplied by their weights, and
+  float* weight_grad;     // (T, K) gets the products of tokens and outputs
+  int num_sms;
+};
+
+struct EpCombineParams {
+  const void* rows;       // (P, D) BF16, contiguous, 16-byte aligned
+  EpRoute route;
+  const float* weight;    // (T, K); null: ones
+  void* tokens;           // (T, D) BF16, contiguous
+  int num_tokens;
+  int num_columns;
+  int num_sms;
+};
+
+class EpComm;  // a communicator, its window and what its kernels share
+
+// Each returns null, or what went wrong; the text lasts until the thread's next call.
+const char* ep_nccl_version(int* compiled, int* loaded);  // 1000 * 10 * major + 100 * minor + patch; 0: none
+const char* ep_unique_id(uint8_t id[kUniqueIdBytes]);
+const char* ep_create(const EpShape& shape, const uint8_t id[kUniqueIdBytes], int device, int64_t timeout_us,
+                      EpComm** comm);
+const char* ep_destroy(EpComm* comm);  // gives up, without waiting for peers, after a fault
+const char* ep_dispatch(EpComm* comm, const EpDispatchParams& params, void* stream);
+const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream);
+const EpShape& ep_shape(const EpComm* comm);
+int ep_device(const EpComm* comm);
+int64_t ep_window_bytes(const EpComm* comm);
+EpError ep_error(const EpComm* comm);
+
+}  // namespace dsv3rt

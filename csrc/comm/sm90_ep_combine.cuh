@@ -1,0 +1,116 @@
+// Combine in two kernels: `push` writes every row into the slot of its choice at the rank it came from, `reduce` sums a
+// token's slots in the order of k, in FP32.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "comm/team.cuh"
+
+namespace dsv3rt {
+
+struct PushArgs {
+  EpRoute route;
+  const char* rows;  // (P, D) BF16
+};
+
+struct ReduceArgs {
+  const float* weight;
+  __nv_bfloat16* tokens;
+  int num_tokens;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    ep_push_kernel(const __grid_constant__ Team team, const __grid_constant__ PushArgs args) {
+  const uint64_t epoch = next_epoch(team, EpPhase::kPush);
+  const int row_bytes = team.shape.num_columns * 2;
+  if (await_peers(team, EpPhase::kReduce, epoch - 1)) {  // the slots have been read
+    const int num_rows = __ldg(args.route.offsets + team.shape.num_experts / team.shape.num_ranks);
+    const int max_choices = team.shape.max_tokens * team.shape.top_k;
+    for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
+      const int origin = __ldg(args.route.origin + row);
+      if (origin < 0) continue;
+      char* slot = team.peers[origin / max_choices] + team.at.slots + int64_t(origin % max_choices) * row_bytes;
+      copy_row(reinterpret_cast<uint4*>(slot), reinterpret_cast<const uint4*>(args.rows + int64_t(row) * row_bytes),
+               row_bytes / 16, threadIdx.x % 32);
+    }
+  }
+  if (!is_last_block(team, EpPhase::kPush)) return;
+  const int needed = __ldg(args.route.rows_needed);
+  const bool overflowed = needed > args.route.capacity;
+  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += kThreads) {
+    int64_t* told = in_window<int64_t>(team.peers[peer], team.at.overflows) + 2 * team.shape.rank;
+    told[0] = overflowed ? needed : 0;
+    told[1] = overflowed ? args.route.capacity : 0;
+  }
+  tell_peers(team, EpPhase::kPush, epoch);
+}
+
+// Whether all of a token's slots were written by all peers.
+__device__ inline bool all_arrived(const Team& team) {
+  bool fine = true;
+  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += kThreads) {
+    const int64_t* told = in_window<int64_t>(team.self, team.at.overflows) + 2 * peer;
+    const int64_t needed = __ldcg(told);
+    if (needed == 0) continue;
+    report(team, {0, EpFault::kPeerOverflow, EpPhase::kReduce, peer, __ldcg(told + 1), needed});
+    fine = false;
+  }
+  return __syncthreads_and(fine);
+}
+
+// Fused, as the reference's addcmul is.
+__device__ __forceinline__ void add_slot(float (&sum)[8], uint4 slot, float weight) {
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&slot);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __bfloat1622float2(pairs[i]);
+    sum[2 * i] = fmaf(pair.x, weight, sum[2 * i]);
+    sum[2 * i + 1] = fmaf(pair.y, weight, sum[2 * i + 1]);
+  }
+}
+
+__device__ inline void reduce_token(const Team& team, const ReduceArgs& args, int token, int lane) {
+  constexpr int kUnroll = 4;
+  const int num_vectors = team.shape.num_columns / 8, top_k = team.shape.top_k;
+  const auto* slots = in_window<const uint4>(team.self, team.at.slots) + int64_t(token) * top_k * num_vectors;
+  auto* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * num_vectors;
+  for (int column = lane; column < num_vectors; column += 32) {
+    float sum[8] = {};
+    for (int first = 0; first < top_k; first += kUnroll) {
+      uint4 held[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (first + i < top_k) held[i] = load_shared_memory(slots + int64_t(first + i) * num_vectors + column);
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (first + i >= top_k) continue;
+        add_slot(sum, held[i], args.weight != nullptr ? __ldg(args.weight + token * top_k + first + i) : 1.0f);
+      }
+    }
+    uint4 rounded;
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&rounded);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+    target[column] = rounded;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ep_reduce_kernel(const __grid_constant__ Team team, const __grid_constant__ ReduceArgs args) {
+  const uint64_t epoch = next_epoch(team, EpPhase::kReduce);
+  const bool fine = await_peers(team, EpPhase::kPush, epoch);
+  const bool complete = all_arrived(team) && fine;
+  const int lane = threadIdx.x % 32;
+  for (int token = warp_in_grid(); token < args.num_tokens; token += warps_in_grid()) {
+    if (complete) {
+      reduce_token(team, args, token, lane);
+    } else {  // an error was reported; nobody may take what is there for a result
+      auto* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * (team.shape.num_columns / 8);
+      for (int i = lane; i < team.shape.num_columns / 8; i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    }
+  }
+  if (is_last_block(team, EpPhase::kReduce)) tell_peers(team, EpPhase::kReduce, epoch);
+}
+
+}  // namespace dsv3rt

@@ -1,0 +1,316 @@
+// Dispatch in three kernels: `stage` lays this rank's tokens and choices out in its window, `place` finds the row of
+// every choice of every rank that this rank's experts serve, `pull` reads those tokens from their ranks' windows.
+//
+// Rows of an expert lie in the order (rank, token, k). A row's number is a sum of counts: offset of the expert, choices
+// of earlier ranks, of earlier chunks of its rank, of earlier entries of its chunk. No step depends on who came first.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "comm/team.cuh"
+
+namespace dsv3rt {
+
+constexpr uint32_t kNoExpert = 0xffffffff;
+
+struct StageArgs {
+  EpRows tokens;
+  const int64_t* choice;
+  const float* weight;
+  int num_tokens;
+  int record_bytes;  // a row and its scales
+};
+
+struct PlaceArgs {
+  EpRoute route;
+};
+
+struct PullArgs {
+  EpRoute route;
+  EpRows rows;
+  const __nv_bfloat16* outputs;
+  int record_bytes;
+};
+
+// ---- stage ----
+
+// Packs a chunk's choices with their places, and counts them by expert. warp_counts: [kWarps][E] in shared memory.
+__device__ inline void stage_chunk(const Team& team, const StageArgs& args, int chunk, uint8_t* warp_counts) {
+  const int num_experts = team.shape.num_experts, num_choices = args.num_tokens * team.shape.top_k;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x; i < kWarps * num_experts; i += kThreads) warp_counts[i] = 0;
+  __syncthreads();
+
+  const int entry = chunk * kChunk + threadIdx.x;
+  const int64_t given = entry < num_choices ? args.choice[entry] : 0;
+  const bool valid = entry < num_choices && given >= 0 && given < num_experts;
+  if (entry < num_choices && !valid) report(team, {0, EpFault::kBadExpert, EpPhase::kStage, 0, num_experts, given});
+  const int expert = valid ? int(given) : -1;
+  const unsigned same = __match_any_sync(0xffffffffu, expert);
+  const unsigned before = same & ((1u << lane) - 1);
+  if (valid && before == 0) warp_counts[warp * num_experts + expert] = uint8_t(__popc(same));
+  __syncthreads();
+
+  if (entry < num_choices) {
+    int place = __popc(before);
+    for (int w = 0; valid && w < warp; ++w) place += warp_counts[w * num_experts + expert];
+    const uint32_t packed = valid ? uint32_t(expert) << 16 | uint32_t(place) : kNoExpert;
+    in_window<uint32_t>(team.self, team.at.choice)[entry] = packed;
+  }
+  int* counts = in_window<int>(team.self, team.at.chunk_starts) + int64_t(chunk) * num_experts;
+  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
+    int count = 0;
+    for (int w = 0; w < kWarps; ++w) count += warp_counts[w * num_experts + e];
+    counts[e] = count;
+  }
+  __syncthreads();  // warp_counts is cleared next
+}
+
+// Counts of chunks become counts of all earlier chunks, in place; the last block's work.
+__device__ inline void start_chunks(const Team& team, int num_chunks) {
+  const int num_experts = team.shape.num_experts;
+  int* starts = in_window<int>(team.self, team.at.chunk_starts);
+  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
+    int total = 0;
+    for (int first = 0; first < num_chunks; first += 8) {
+      int counts[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        counts[i] = first + i < num_chunks ? __ldcg(starts + int64_t(first + i) * num_experts + e) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (first + i < num_chunks) starts[int64_t(first + i) * num_experts + e] = total;
+        total += counts[i];
+      }
+    }
+    in_window<int>(team.self, team.at.totals)[e] = total;
+  }
+}
+
+__device__ inline void stage_rows(const Team& team, const StageArgs& args) {
+  const int lane = threadIdx.x % 32;
+  const auto* tokens = static_cast<const char*>(args.tokens.data);
+  for (int token = warp_in_grid(); token < args.num_tokens; token += warps_in_grid()) {
+    char* record = team.self + team.at.tokens + int64_t(token) * args.record_bytes;
+    copy_row(reinterpret_cast<uint4*>(record), reinterpret_cast<const uint4*>(tokens + token * args.tokens.row_stride),
+             args.tokens.row_bytes / 16, lane);
+    auto* scales = reinterpret_cast<float*>(record + args.tokens.row_bytes);
+    for (int i = lane; i < args.tokens.num_scales; i += 32) {
+      scales[i] = args.tokens.scale[i * args.tokens.scale_stride + token];
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ep_stage_kernel(const __grid_constant__ Team team, const __grid_constant__ StageArgs args) {
+  extern __shared__ uint8_t warp_counts[];
+  const uint64_t epoch = next_epoch(team, EpPhase::kStage);
+  const int num_choices = args.num_tokens * team.shape.top_k;
+  const int num_chunks = args.choice != nullptr ? ceil_div(num_choices, kChunk) : 0;
+  if (await_peers(team, EpPhase::kPull, epoch - 1)) {  // nobody reads the tokens before these any more
+    for (int chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) stage_chunk(team, args, chunk, warp_counts);
+    if (args.weight != nullptr) {
+      float* weight = in_window<float>(team.self, team.at.weight);
+      for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
+        weight[i] = args.weight[i];
+      }
+    }
+    stage_rows(team, args);
+  }
+  if (!is_last_block(team, EpPhase::kStage) || has_failed(team)) return;
+  if (args.choice != nullptr) {
+    start_chunks(team, num_chunks);
+    if (threadIdx.x == 0) *in_window<int>(team.self, team.at.num_tokens) = args.num_tokens;
+  }
+  tell_peers(team, EpPhase::kStage, epoch);
+}
+
+// ---- place ----
+
+// In shared memory, for this rank's X experts.
+struct Places {
+  int* starts;  // [R][X] first the choices of each rank, then of all earlier ranks
+  int* counts;  // [X]
+  int* offsets;  // [X + 1]
+};
+
+__device__ inline void sum_counts(const Team& team, const Places& places, int block) {
+  const int num_ranks = team.shape.num_ranks, num_local = team.shape.num_experts / num_ranks;
+  for (int i = threadIdx.x; i < num_ranks * num_local; i += kThreads) {
+    const int* totals = in_window<int>(team.peers[i / num_local], team.at.totals);
+    places.starts[i] = __ldcg(totals + team.shape.rank * num_local + i % num_local);
+  }
+  __syncthreads();
+  for (int x = threadIdx.x; x < num_local; x += kThreads) {
+    int total = 0;
+    for (int r = 0; r < num_ranks; ++r) {
+      const int count = places.starts[r * num_local + x];
+      places.starts[r * num_local + x] = total;
+      total += count;
+    }
+    places.counts[x] = total;
+  }
+  __syncthreads();
+  for (int x = threadIdx.x; x <= num_local; x += kThreads) {
+    int offset = 0;
+    for (int earlier = 0; earlier < x; ++earlier) offset += round_up(places.counts[earlier], block);
+    places.offsets[x] = offset;
+  }
+  __syncthreads();
+}
+
+// The layout as the grouped products see it. Rows past the capacity are not there: what does not fit is left out of the
+// counts too, and reported.
+__device__ inline void write_layout(const Team& team, const PlaceArgs& args, const Places& places, bool fine) {
+  const int num_local = team.shape.num_experts / team.shape.num_ranks;
+  const int capacity = int(args.route.capacity);
+  for (int x = threadIdx.x; x <= num_local; x += kThreads) {
+    const int offset = fine ? min(places.offsets[x], capacity) : 0;
+    args.route.offsets[x] = offset;
+    if (x < num_local) args.route.counts[x] = fine ? min(places.counts[x], capacity - offset) : 0;
+  }
+  if (threadIdx.x != 0) return;
+  const int needed = fine ? places.offsets[num_local] : 0;
+  *args.route.rows_needed = needed;
+  if (needed > capacity) report(team, {0, EpFault::kOverflow, EpPhase::kPull, team.shape.rank, capacity, needed});
+}
+
+__device__ inline void place_choices(const Team& team, const PlaceArgs& args, const Places& places) {
+  const int num_experts = team.shape.num_experts, num_local = num_experts / team.shape.num_ranks;
+  const int first = team.shape.rank * num_local;
+  const int max_choices = team.shape.max_tokens * team.shape.top_k;
+  for (int r = 0; r < team.shape.num_ranks; ++r) {
+    char* window = team.peers[r];
+    const int num_choices = __ldcg(in_window<int>(window, team.at.num_tokens)) * team.shape.top_k;
+    const uint32_t* choice = in_window<uint32_t>(window, team.at.choice);
+    const int* chunk_starts = in_window<int>(window, team.at.chunk_starts);
+    for (int entry = blockIdx.x * kThreads + threadIdx.x; entry < num_choices; entry += gridDim.x * kThreads) {
+      const uint32_t packed = __ldcg(choice + entry);
+      const int expert = int(packed >> 16), x = expert - first;
+      if (x < 0 || x >= num_local || packed == kNoExpert) continue;
+      const int earlier = __ldcg(chunk_starts + int64_t(entry / kChunk) * num_experts + expert);
+      const int row = places.offsets[x] + places.starts[r * num_local + x] + earlier + int(packed & 0xffff);
+      if (row >= 0 && row < args.route.capacity) args.route.origin[row] = r * max_choices + entry;
+    }
+  }
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_local * args.route.block; i += gridDim.x * kThreads) {
+    const int x = i / args.route.block;
+    const int row = places.offsets[x] + places.counts[x] + i % args.route.block;
+    if (row < places.offsets[x + 1] && row < args.route.capacity) args.route.origin[row] = -1;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ep_place_kernel(const __grid_constant__ Team team, const __grid_constant__ PlaceArgs args) {
+  extern __shared__ int shared[];
+  const int num_local = team.shape.num_experts / team.shape.num_ranks;
+  Places places;
+  places.starts = shared;
+  places.counts = shared + team.shape.num_experts;
+  places.offsets = places.counts + num_local;
+  const bool fine = await_peers(team, EpPhase::kStage, next_epoch(team, EpPhase::kPull));
+  if (fine) sum_counts(team, places, args.route.block);
+  if (blockIdx.x == 0) write_layout(team, args, places, fine);
+  if (fine) place_choices(team, args, places);
+}
+
+// ---- pull ----
+
+__device__ __forceinline__ void zero_row(const PullArgs& args, int64_t row, int lane) {
+  auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
+  for (int i = lane; i < args.rows.row_bytes / 16; i += 32) target[i] = make_uint4(0, 0, 0, 0);
+  for (int i = lane; i < args.rows.num_scales; i += 32) args.rows.scale[i * args.rows.scale_stride + row] = 0.0f;
+}
+
+// target = weight * token, rounded to BF16; returns this lane's share of the product of token and output.
+__device__ __forceinline__ float weigh(uint4 token, uint4 output, float weight, uint4& target) {
+  const auto* tokens = reinterpret_cast<const __nv_bfloat162*>(&token);
+  const auto* outputs = reinterpret_cast<const __nv_bfloat162*>(&output);
+  auto* targets = reinterpret_cast<__nv_bfloat162*>(&target);
+  float dot = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 a = __bfloat1622float2(tokens[i]), b = __bfloat1622float2(outputs[i]);
+    dot = fmaf(a.x, b.x, fmaf(a.y, b.y, dot));
+    targets[i] = __floats2bfloat162_rn(a.x * weight, a.y * weight);
+  }
+  return dot;
+}
+
+__device__ inline float weigh_row(uint4* target, const uint4* token, const uint4* output, float weight, int num_vectors,
+                                  int lane) {
+  constexpr int kUnroll = 4;
+  float dot = 0.0f;
+  for (int start = lane; start < num_vectors; start += 32 * kUnroll) {
+    uint4 tokens[kUnroll], outputs[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (start + 32 * i >= num_vectors) continue;
+      tokens[i] = load_shared_memory(token + start + 32 * i);
+      outputs[i] = output[start + 32 * i];
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (start + 32 * i >= num_vectors) continue;
+      uint4 weighed;
+      dot += weigh(tokens[i], outputs[i], weight, weighed);
+      target[start + 32 * i] = weighed;
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, distance);
+  return dot;
+}
+
+template <bool kWeighted>
+__device__ inline void pull_row(const Team& team, const PullArgs& args, int row, int lane) {
+  const int origin = __ldg(args.route.origin + row);
+  if (origin < 0) return zero_row(args, row, lane);
+  const int max_choices = team.shape.max_tokens * team.shape.top_k;
+  char* window = team.peers[origin / max_choices];
+  const int entry = origin % max_choices;
+  const char* record = window + team.at.tokens + int64_t(entry / team.shape.top_k) * args.record_bytes;
+  const auto* source = reinterpret_cast<const uint4*>(record);
+  auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
+  const int num_vectors = args.rows.row_bytes / 16;
+  if constexpr (kWeighted) {
+    const float weight = __ldcg(in_window<float>(window, team.at.weight) + entry);
+    const auto* output = reinterpret_cast<const uint4*>(args.outputs + int64_t(row) * team.shape.num_columns);
+    const float dot = weigh_row(target, source, output, weight, num_vectors, lane);
+    if (lane == 0) in_window<float>(window, team.at.weight_grad)[entry] = dot;
+  } else {
+    copy_row(target, source, num_vectors, lane);
+    const auto* scales = reinterpret_cast<const float*>(record + args.rows.row_bytes);
+    for (int i = lane; i < args.rows.num_scales; i += 32) {
+      args.rows.scale[i * args.rows.scale_stride + row] = __ldcg(scales + i);
+    }
+  }
+}
+
+template <bool kWeighted>
+__global__ void __launch_bounds__(kThreads)
+    ep_pull_kernel(const __grid_constant__ Team team, const __grid_constant__ PullArgs args) {
+  const uint64_t epoch = next_epoch(team, EpPhase::kPull);
+  if (await_peers(team, EpPhase::kStage, epoch)) {
+    const int num_local = team.shape.num_experts / team.shape.num_ranks;
+    const int num_rows = __ldg(args.route.offsets + num_local);
+    for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
+      pull_row<kWeighted>(team, args, row, threadIdx.x % 32);
+    }
+  }
+  if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);
+}
+
+// The weights' gradients that the experts' ranks left here.
+__global__ void __launch_bounds__(kThreads)
+    ep_weight_grad_kernel(const __grid_constant__ Team team, float* weight_grad, int num_choices) {
+  const uint64_t epoch = next_epoch(team, EpPhase::kPull) - 1;
+  if (!await_peers(team, EpPhase::kPull, epoch)) return;
+  const float* arrived = in_window<float>(team.self, team.at.weight_grad);
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
+    weight_grad[i] = __ldcg(arrived + i);
+  }
+}
+
+}  // namespace dsv3rt

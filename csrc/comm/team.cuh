@@ -1,0 +1,122 @@
+// Signals between ranks: epochs that only grow, and waits that end.
+//
+// A kernel awaits what it needs of all peers, works, and its last block tells all peers. A wait that runs out writes
+// the error record and marks the rank as failed; its blocks then go on without touching any data, and later kernels do
+// nothing, so the process lives and peers run into their own timeouts.
+#pragma once
+
+#include "comm/window.h"
+#include "hopper/system.cuh"
+
+namespace dsv3rt {
+
+template <typename Value>
+__device__ __forceinline__ Value* in_window(char* window, int64_t offset) {
+  return reinterpret_cast<Value*>(window + offset);
+}
+
+__device__ __forceinline__ LocalState& local_state(const Team& team) {
+  return *in_window<LocalState>(team.self, team.at.local);
+}
+
+__device__ __forceinline__ uint64_t* signal_of(const Team& team, char* window, EpPhase phase, int sender) {
+  return in_window<uint64_t>(window, team.at.signals) + int(phase) * kMaxEpRanks + sender;
+}
+
+__device__ inline void report(const Team& team, const EpError& what) {
+  if (atomicExch(&local_state(team).reported, 1u) != 0) return;
+  EpError* record = team.error;
+  record->fault = what.fault;
+  record->phase = what.phase;
+  record->peer = what.peer;
+  record->expected = what.expected;
+  record->seen = what.seen;
+  __threadfence_system();
+  record->is_complete = 1;
+}
+
+// The epoch that the running kernel works on. Its last block writes the next one, after all blocks have read this.
+__device__ __forceinline__ uint64_t next_epoch(const Team& team, EpPhase phase) {
+  return *reinterpret_cast<volatile uint64_t*>(&local_state(team).epoch[int(phase)]) + 1;
+}
+
+__device__ __forceinline__ bool has_failed(const Team& team) {
+  return *reinterpret_cast<volatile unsigned*>(&local_state(team).failed) != 0;
+}
+
+__device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uint64_t epoch) {
+  const uint64_t* signal = signal_of(team, team.self, phase, peer);
+  const uint64_t start = clock_ns();
+  for (;;) {
+    const uint64_t seen = load_acquire_system(signal);
+    if (seen >= epoch) return true;
+    if (has_failed(team)) return false;
+    if (clock_ns() - start > uint64_t(team.timeout_ns)) {
+      report(team, {0, EpFault::kTimeout, phase, peer, int64_t(epoch), int64_t(seen)});
+      *reinterpret_cast<volatile unsigned*>(&local_state(team).failed) = 1;
+      return false;
+    }
+  }
+}
+
+// Whether all ranks have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible
+// then.
+__device__ inline bool await_peers(const Team& team, EpPhase phase, uint64_t epoch) {
+  bool fine = !has_failed(team);
+  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += blockDim.x) {
+    fine = fine && await_peer(team, phase, peer, epoch);
+  }
+  return __syncthreads_and(fine);
+}
+
+// Whether this block is the last of the kernel to come here; what all blocks wrote before is visible to it then.
+__device__ inline bool is_last_block(const Team& team, EpPhase phase) {
+  __threadfence_system();
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    unsigned* arrived = &local_state(team).arrived[int(phase)];
+    last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+    if (last) *arrived = 0;
+    __threadfence_system();
+  }
+  return __syncthreads_or(last);
+}
+
+// For the last block alone.
+__device__ inline void tell_peers(const Team& team, EpPhase phase, uint64_t epoch) {
+  __threadfence_system();
+  __syncthreads();
+  if (has_failed(team)) return;
+  if (threadIdx.x == 0) local_state(team).epoch[int(phase)] = epoch;
+  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += blockDim.x) {
+    store_release_system(signal_of(team, team.peers[peer], phase, team.shape.rank), epoch);
+  }
+}
+
+// Bytes that a peer may have written: past the L1, which is not coherent.
+__device__ __forceinline__ uint4 load_shared_memory(const uint4* pointer) { return __ldcg(pointer); }
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+__device__ __forceinline__ int warp_in_grid() { return blockIdx.x * kWarps + threadIdx.x / 32; }
+__device__ __forceinline__ int warps_in_grid() { return gridDim.x * kWarps; }
+
+// One warp copies a row; all loads of a turn are under way before its first store.
+__device__ __forceinline__ void copy_row(uint4* target, const uint4* source, int num_vectors, int lane) {
+  constexpr int kUnroll = 7;
+  for (int start = lane; start < num_vectors; start += 32 * kUnroll) {
+    uint4 held[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (start + 32 * i < num_vectors) held[i] = load_shared_memory(source + start + 32 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (start + 32 * i < num_vectors) target[start + 32 * i] = held[i];
+    }
+  }
+}
+
+}  // namespace dsv3rt

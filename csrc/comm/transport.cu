@@ -1,0 +1,240 @@
+// The host's side: NCCL, found in the process at run time, makes the communicator and the window.
+//
+// Kernels get the windows of all ranks as plain addresses, so nothing compiled here depends on how NCCL lays out its
+// device structures.
+#include "comm/transport.h"
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/launch.h"
+
+#if __has_include(<nccl_device/host.h>)
+#include <nccl.h>
+#include <nccl_device/host.h>
+#endif
+#if defined(NCCL_VERSION_CODE) && NCCL_VERSION_CODE >= 23000
+#define DSV3RT_NCCL_VERSION NCCL_VERSION_CODE
+#else
+#define DSV3RT_NCCL_VERSION 0
+#endif
+
+namespace dsv3rt {
+#if DSV3RT_NCCL_VERSION
+
+namespace {
+
+const char* keep(std::string text) {
+  thread_local std::string kept;
+  kept = std::move(text);
+  return kept.c_str();
+}
+
+constexpr int kLeastVersion = 23000;  // windows with peers' addresses for the host
+
+std::string version_text(int version) {
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
+}
+
+// The functions of the NCCL that is in the process.
+struct Nccl {
+  decltype(&ncclGetVersion) get_version;
+  decltype(&ncclGetErrorString) error_string;
+  decltype(&ncclGetLastError) last_error;
+  decltype(&ncclGetUniqueId) unique_id;
+  decltype(&ncclCommInitRank) init_rank;
+  decltype(&ncclCommDestroy) destroy;
+  decltype(&ncclCommAbort) abort;
+  decltype(&ncclMemAlloc) mem_alloc;
+  decltype(&ncclMemFree) mem_free;
+  decltype(&ncclCommWindowRegister) window_register;
+  decltype(&ncclCommWindowDeregister) window_deregister;
+  decltype(&ncclGetLsaDevicePointer) lsa_pointer;
+  ncclTeam_t (*lsa_team)(ncclComm_t);
+  std::string missing;
+  int version = 0;
+
+  Nccl() {
+    void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_NOLOAD);  // torch's, or one preloaded over it
+    if (library == nullptr) library = dlopen("libnccl.so.2", RTLD_NOW);
+    if (library == nullptr) {
+      missing = "no libnccl.so.2 was found: pip install nvidia-nccl-cu13 (or -cu12)";
+      return;
+    }
+    if (!find(library, "ncclGetVersion", get_version) || get_version(&version) != ncclSuccess) return;
+    if (version < kLeastVersion) {
+      missing = "NCCL " + version_text(version) + " is loaded, " + version_text(kLeastVersion) +
+                " or newer is needed: install a newer nvidia-nccl-cu13 (or -cu12), or preload its libnccl.so.2";
+      return;
+    }
+    find(library, "ncclGetErrorString", error_string) && find(library, "ncclGetLastError", last_error) &&
+        find(library, "ncclGetUniqueId", unique_id) && find(library, "ncclCommInitRank", init_rank) &&
+        find(library, "ncclCommDestroy", destroy) && find(library, "ncclCommAbort", abort) &&
+        find(library, "ncclMemAlloc", mem_alloc) && find(library, "ncclMemFree", mem_free) &&
+        find(library, "ncclCommWindowRegister", window_register) &&
+        find(library, "ncclCommWindowDeregister", window_deregister) &&
+        find(library, "ncclGetLsaDevicePointer", lsa_pointer) && find(library, "ncclTeamLsa", lsa_team);
+  }
+
+  template <typename Function>
+  bool find(void* library, const char* name, Function& function) {
+    function = reinterpret_cast<Function>(dlsym(library, name));
+    if (function == nullptr) missing = std::string("the loaded NCCL has no ") + name;
+    return function != nullptr;
+  }
+};
+
+const Nccl& nccl() {
+  static const Nccl found;
+  return found;
+}
+
+const char* check(ncclResult_t result, const char* step, ncclComm_t comm = nullptr) {
+  if (result == ncclSuccess) return nullptr;
+  return keep(std::string(step) + ": " + nccl().error_string(result) + " (" + nccl().last_error(comm) + ")");
+}
+
+}  // namespace
+
+#define DSV3RT_NCCL_CHECK(call, step)                       \
+  do {                                                      \
+    const char* what_ = check((call), (step), comm->comm_); \
+    if (what_ != nullptr) return what_;                     \
+  } while (0)
+
+class EpComm {
+ public:
+  Team team{};
+  int device = 0;
+
+  static const char* create(const EpShape& shape, const uint8_t id[kUniqueIdBytes], int device, int64_t timeout_us,
+                            EpComm* comm) {
+    const DeviceGuard guard(device);
+    DSV3RT_CUDA_CHECK(guard.status());
+    comm->device = device;
+    comm->team.shape = shape;
+    comm->team.at = layout_of(shape);
+    comm->team.timeout_ns = timeout_us * 1000;
+    ncclUniqueId unique;
+    static_assert(sizeof(unique) == kUniqueIdBytes);
+    std::memcpy(&unique, id, sizeof(unique));
+    DSV3RT_NCCL_CHECK(nccl().init_rank(&comm->comm_, shape.num_ranks, unique, shape.rank), "ncclCommInitRank");
+    const ncclTeam_t team = nccl().lsa_team(comm->comm_);
+    if (team.nRanks != shape.num_ranks) {
+      return keep("the " + std::to_string(shape.num_ranks) + " ranks must reach each other's memory, got teams of " +
+                  std::to_string(team.nRanks));
+    }
+    return comm->make_window();
+  }
+
+  ~EpComm() {
+    const DeviceGuard guard(device);
+    if (comm_ != nullptr && team.error != nullptr && team.error->is_complete) {
+      nccl().abort(comm_);  // peers may be gone: their windows are left to the end of the process
+    } else if (comm_ != nullptr) {
+      cudaDeviceSynchronize();
+      if (window_ != nullptr) nccl().window_deregister(comm_, window_);
+      if (base_ != nullptr) nccl().mem_free(base_);
+      nccl().destroy(comm_);
+    }
+    if (table_ != nullptr) cudaFree(table_);
+    if (team.error != nullptr) cudaFreeHost(team.error);
+  }
+
+ private:
+  const char* make_window() {
+    EpComm* comm = this;
+    DSV3RT_NCCL_CHECK(nccl().mem_alloc(&base_, team.at.bytes), "ncclMemAlloc");
+    DSV3RT_CUDA_CHECK(cudaMemset(base_, 0, team.at.bytes));
+    DSV3RT_NCCL_CHECK(nccl().window_register(comm_, base_, team.at.bytes, &window_, NCCL_WIN_COLL_SYMMETRIC),
+                      "ncclCommWindowRegister");
+    std::vector<void*> peers(team.shape.num_ranks);
+    for (int rank = 0; rank < team.shape.num_ranks; ++rank) {
+      DSV3RT_NCCL_CHECK(nccl().lsa_pointer(window_, 0, rank, &peers[rank]), "ncclGetLsaDevicePointer");
+      if (peers[rank] == nullptr) return keep("ncclGetLsaDevicePointer: no address of rank " + std::to_string(rank));
+    }
+    DSV3RT_CUDA_CHECK(cudaMalloc(&table_, peers.size() * sizeof(void*)));
+    DSV3RT_CUDA_CHECK(cudaMemcpy(table_, peers.data(), peers.size() * sizeof(void*), cudaMemcpyHostToDevice));
+    void* error = nullptr;
+    DSV3RT_CUDA_CHECK(cudaHostAlloc(&error, sizeof(EpError), cudaHostAllocMapped));
+    std::memset(error, 0, sizeof(EpError));
+    team.error = static_cast<EpError*>(error);
+    team.self = static_cast<char*>(peers[team.shape.rank]);
+    team.peers = static_cast<char**>(table_);
+    DSV3RT_CUDA_CHECK(cudaDeviceSynchronize());
+    return nullptr;
+  }
+
+  ncclComm_t comm_ = nullptr;
+  ncclWindow_t window_ = nullptr;
+  void* base_ = nullptr;
+  void* table_ = nullptr;
+};
+
+const char* ep_nccl_version(int* compiled, int* loaded) {
+  *compiled = DSV3RT_NCCL_VERSION;
+  *loaded = nccl().version;
+  return nccl().missing.empty() ? nullptr : nccl().missing.c_str();
+}
+
+const char* ep_unique_id(uint8_t id[kUniqueIdBytes]) {
+  if (!nccl().missing.empty()) return nccl().missing.c_str();
+  ncclUniqueId unique;
+  if (const char* error = check(nccl().unique_id(&unique), "ncclGetUniqueId")) return error;
+  std::memcpy(id, &unique, sizeof(unique));
+  return nullptr;
+}
+
+const char* ep_create(const EpShape& shape, const uint8_t id[kUniqueIdBytes], int device, int64_t timeout_us,
+                      EpComm** comm) {
+  if (!nccl().missing.empty()) return nccl().missing.c_str();
+  auto made = std::make_unique<EpComm>();
+  if (const char* error = EpComm::create(shape, id, device, timeout_us, made.get())) return error;
+  *comm = made.release();
+  return nullptr;
+}
+
+#else  // built without NCCL's headers: nothing can be created
+
+class EpComm {
+ public:
+  Team team{};
+  int device = 0;
+};
+
+namespace {
+constexpr char kLeftOut[] =
+    "the kernels were built without NCCL's headers: pip install nvidia-nccl-cu13 (or -cu12), then build again";
+}  // namespace
+
+const char* ep_nccl_version(int* compiled, int* loaded) {
+  *compiled = *loaded = 0;
+  return kLeftOut;
+}
+
+const char* ep_unique_id(uint8_t[kUniqueIdBytes]) { return kLeftOut; }
+
+const char* ep_create(const EpShape&, const uint8_t[kUniqueIdBytes], int, int64_t, EpComm**) { return kLeftOut; }
+
+#endif
+
+const Team& team_of(const EpComm& comm) { return comm.team; }
+
+const char* ep_destroy(EpComm* comm) {
+  delete comm;
+  return nullptr;
+}
+
+const EpShape& ep_shape(const EpComm* comm) { return comm->team.shape; }
+int ep_device(const EpComm* comm) { return comm->device; }
+int64_t ep_window_bytes(const EpComm* comm) { return comm->team.at.bytes; }
+
+EpError ep_error(const EpComm* comm) { return *comm->team.error; }
+
+}  // namespace dsv3rt

@@ -1,0 +1,191 @@
+"""Expert-parallel kernels on torch tensors; arguments were checked by `dsv3rt.ops`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsv3rt.errors import ExchangeError
+from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.types import EpLimits, EpRoute, GroupLayout, QuantTensor, empty_row_scales
+
+_PHASES = ("stage", "pull", "push", "reduce")
+_FAULTS = ("none", "timeout", "overflow", "peer overflow", "bad expert")
+
+
+@dataclass(frozen=True)
+class KernelRoute(EpRoute):
+    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. rows_needed: (1,) on the device."""
+
+    origin_P: Tensor
+    rows_needed: Tensor
+    block: int
+
+
+class KernelExchange:
+    """A rank's communicator: a window of memory that all ranks of the group reach, made by all of them together.
+
+    Dispatches run in one order on all ranks, and so do combines; streams are the caller's. The host waits for nothing.
+    """
+
+    def __init__(self, group: Any, num_experts: int, limits: EpLimits, device: torch.device) -> None:
+        self.limits = limits
+        self._rank, self._num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._num_local = num_experts // self._num_ranks
+        ids = [load().ep_unique_id() if self._rank == 0 else None]
+        dist.broadcast_object_list(ids, group=group, group_src=0)
+        self._comm = load().EpComm(
+            num_ranks=self._num_ranks,
+            rank=self._rank,
+            num_experts=num_experts,
+            max_tokens=limits.max_tokens,
+            top_k=limits.top_k,
+            num_columns=limits.num_columns,
+            id=ids[0],
+            device=device.index if device.index is not None else torch.cuda.current_device(),
+            timeout_us=int(limits.timeout_s * 1e6),
+        )
+        dist.barrier(group=group)  # every window is cleared before anyone writes into it
+
+    @property
+    def window_bytes(self) -> int:
+        return int(self._comm.window_bytes())
+
+    def check(self) -> None:
+        """Does not wait: a fault of a kernel that still runs is found by a later call.
+
+        Raises:
+            ExchangeError: the first fault on this rank; it stays.
+        """
+        found = self._comm.error()
+        if found is not None:
+            raise ExchangeError(_describe(self._rank, *found))
+
+    def destroy(self) -> None:
+        """By all ranks together; after a fault each may do it alone."""
+        self._comm.destroy()
+
+    def dispatch(
+        self, x: Tensor | QuantTensor, idx_TK: Tensor, *, block: int, capacity: int
+    ) -> tuple[Tensor | QuantTensor, KernelRoute]:
+        self.check()
+        if isinstance(x, QuantTensor):
+            return self.dispatch_by_choice(x, idx_TK, block, capacity)
+        rows, route = _Dispatch.apply(x, self, idx_TK, block, capacity)
+        return rows, route
+
+    def combine(self, rows_PD: Tensor, route: EpRoute, weight_TK: Tensor | None) -> Tensor:
+        self.check()
+        return cast(Tensor, _Combine.apply(rows_PD, weight_TK, self, route))
+
+    # What follows is not differentiable.
+
+    def dispatch_by_choice(
+        self, x: Tensor | QuantTensor, idx_TK: Tensor, block: int, capacity: int
+    ) -> tuple[Tensor | QuantTensor, KernelRoute]:
+        def integers(count: int) -> Tensor:
+            return torch.empty(count, dtype=torch.int32, device=idx_TK.device)
+
+        layout = GroupLayout(integers(self._num_local), integers(self._num_local + 1))
+        shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
+        route = KernelRoute(layout, shape_TK, integers(capacity), integers(1), block)
+        return self._pull(x, route, choice=idx_TK.contiguous()), route
+
+    def dispatch_weighted(
+        self, x_TD: Tensor, route: KernelRoute, weight_TK: Tensor, outputs_PD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows times their weights, and each choice's product of token and output row."""
+        weight_grad_TK = torch.empty_like(weight_TK)
+        rows = self._pull(x_TD, route, weight=weight_TK, outputs=outputs_PD, weight_grad=weight_grad_TK)
+        return cast(Tensor, rows), weight_grad_TK
+
+    def dispatch_again(self, x_TD: Tensor, route: KernelRoute) -> Tensor:
+        """Rows of other tokens by a route that is known already."""
+        return cast(Tensor, self._pull(x_TD, route))
+
+    def sum_rows(self, rows_PD: Tensor, route: KernelRoute, weight_TK: Tensor | None) -> Tensor:
+        y_TD = rows_PD.new_empty(route.shape_TK[0], rows_PD.shape[1])
+        self._comm.combine(rows_PD, self._route(route), y_TD, weight=weight_TK, num_sms=self.limits.num_sms)
+        return y_TD
+
+    def _pull(self, x: Tensor | QuantTensor, route: KernelRoute, **given: Tensor) -> Tensor | QuantTensor:
+        capacity = route.origin_P.shape[0]
+        if isinstance(x, QuantTensor):
+            data = torch.empty(capacity, x.data.shape[1], dtype=torch.uint8, device=x.device)
+            scale = empty_row_scales(capacity, x.scale.shape[1], x.device)
+            self._comm.dispatch(
+                x.data.view(torch.uint8),
+                self._route(route),
+                data,
+                token_scale=x.scale,
+                row_scale=scale,
+                num_sms=self.limits.num_sms,
+                **given,
+            )
+            return QuantTensor(data.view(torch.float8_e4m3fn), scale, x.tile)
+        rows_PD = x.new_empty(capacity, x.shape[1])
+        self._comm.dispatch(x, self._route(route), rows_PD, num_sms=self.limits.num_sms, **given)
+        return rows_PD
+
+    @staticmethod
+    def _route(route: KernelRoute) -> Any:
+        layout = route.layout
+        return load().EpRoute(layout.counts_X, layout.offsets, route.origin_P, route.rows_needed, route.block)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, exchange: KernelExchange, idx_TK: Tensor, block: int, capacity: int
+    ) -> tuple[Tensor, KernelRoute]:
+        rows_PD, route = exchange.dispatch_by_choice(x_TD.contiguous(), idx_TK, block, capacity)
+        ctx.way = exchange, route
+        return cast(Tensor, rows_PD), route
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_PD: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        exchange, route = ctx.way
+        exchange.check()
+        return exchange.sum_rows(drows_PD.contiguous(), route, None), None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_PD: Tensor, weight_TK: Tensor | None, exchange: KernelExchange, route: KernelRoute
+    ) -> Tensor:
+        rows_PD = rows_PD.contiguous()
+        weight_TK = None if weight_TK is None else weight_TK.contiguous()
+        ctx.way = exchange, route
+        ctx.save_for_backward(*((None, None) if weight_TK is None else (rows_PD, weight_TK)))
+        return exchange.sum_rows(rows_PD, route, weight_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, route = ctx.way
+        rows_PD, weight_TK = ctx.saved_tensors
+        exchange.check()
+        dy_TD = dy_TD.contiguous()
+        if weight_TK is None:
+            return exchange.dispatch_again(dy_TD, route), None, None, None
+        drows_PD, dweight_TK = exchange.dispatch_weighted(dy_TD, route, weight_TK, rows_PD)
+        return drows_PD, dweight_TK, None, None
+
+
+def _describe(rank: int, fault: int, phase: int, peer: int, expected: int, seen: int) -> str:
+    kind = _FAULTS[fault]
+    if kind == "timeout":
+        return (
+            f"expert exchange: rank {rank} waited in vain for rank {peer} to finish {_PHASES[phase]} "
+            f"(expected counter {expected}, seen {seen})"
+        )
+    if kind == "bad expert":
+        return f"expert exchange: rank {rank} was given expert {seen} of {expected}"
+    return f"expert exchange: rank {peer} found {seen} rows for {expected}: raise capacity"

@@ -1,0 +1,165 @@
+"""Expert parallelism: tokens to the ranks that hold their experts, and the results back."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3rt.errors import BackendUnavailableError
+from dsv3rt.ops.checks import FLOATS, check_quant, check_same_device, check_tensor, require
+from dsv3rt.ops.cuda.ep import KernelExchange, KernelRoute
+from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.quant import ROW_TILE
+from dsv3rt.ops.reference.ep import ReferenceExchange, ReferenceRoute
+from dsv3rt.ops.types import EpLimits, EpRoute, QuantTensor, Routing, round_up
+
+
+class EpGroup:
+    """The ranks of a torch.distributed group as holders of equal shares of the experts, in order.
+
+    Made, used and destroyed by all ranks together. `limits` and a CUDA device make a communicator for the kernels;
+    without them the reference carries the rows, by the group's own all-to-all.
+
+    Raises:
+        ValueError: experts that the ranks cannot share equally, or limits out of range.
+        BackendUnavailableError: no kernels in this installation.
+        RuntimeError: NCCL is missing, too old, or finds that the ranks do not reach each other's memory.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        num_experts: int,
+        *,
+        limits: EpLimits | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.num_ranks = dist.get_world_size(group)
+        self.num_experts = num_experts
+        op = "EpGroup"
+        require(num_experts > 0 and num_experts % self.num_ranks == 0, op, "num_experts",
+                f"be a positive multiple of the {self.num_ranks} ranks", num_experts)  # fmt: skip
+        self.kernels: KernelExchange | None = None
+        if limits is not None and device is not None and device.type == "cuda":
+            require(num_experts <= 1024, op, "num_experts", "be at most 1024", num_experts)
+            require(self.num_ranks <= 64, op, "group", "have at most 64 ranks", self.num_ranks)
+            require(limits.max_tokens > 0, op, "limits.max_tokens", "be positive", limits.max_tokens)
+            require(0 < limits.top_k <= num_experts, op, "limits.top_k", f"be in 1..{num_experts}", limits.top_k)
+            require(limits.num_columns % 16 == 0, op, "limits.num_columns", "be a multiple of 16", limits.num_columns)
+            require(limits.num_sms > 0, op, "limits.num_sms", "be positive", limits.num_sms)
+            self.kernels = KernelExchange(group, num_experts, limits, device)
+        self.reference = ReferenceExchange(group, num_experts)
+
+    @staticmethod
+    def kernels_problem() -> str:
+        """Why this process cannot use the kernels, on whatever GPU; empty if it can."""
+        try:
+            return str(load().ep_nccl_info()["problem"])
+        except BackendUnavailableError as error:
+            return str(error)
+
+    def worst_case(self, tokens: int, top_k: int, block: int) -> int:
+        """Rows that suffice whatever the router does, with at most `tokens` tokens a rank."""
+        num_local = self.num_experts // self.num_ranks
+        return round_up(self.num_ranks * tokens * min(top_k, num_local), block) + num_local * block
+
+    def body(self, x: Tensor) -> KernelExchange | ReferenceExchange:
+        """Kernels for BF16 and FP8 on a CUDA device, if the group has a communicator."""
+        fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+        return self.kernels if fits and self.kernels is not None else self.reference
+
+    def destroy(self) -> None:
+        if self.kernels is not None:
+            self.kernels.destroy()
+
+
+@overload
+def ep_dispatch(
+    x_TD: Tensor, routing: Routing, group: EpGroup, *, block: int = 128, capacity: int | None = None
+) -> tuple[Tensor, EpRoute]: ...
+@overload
+def ep_dispatch(
+    x_TD: QuantTensor, routing: Routing, group: EpGroup, *, block: int = 128, capacity: int | None = None
+) -> tuple[QuantTensor, EpRoute]: ...
+def ep_dispatch(
+    x_TD: Tensor | QuantTensor, routing: Routing, group: EpGroup, *, block: int = 128, capacity: int | None = None
+) -> tuple[Tensor | QuantTensor, EpRoute]:
+    """The rows of all ranks' tokens for this rank's experts, laid out as `permute` would lay them out in one process.
+
+    Inside an expert rows are in (rank, token, k) order. Differentiable to x (not for a QuantTensor). All ranks call it
+    together, with the same K and D.
+
+    Args:
+        x_TD: bf16, fp32 or fp64, or a QuantTensor of tile (1, 128). T may differ between ranks, and be 0.
+        routing: of these T tokens; idx_TK in 0..num_experts.
+        group: the ranks, and the kernels' communicator where there is one.
+        block: each segment is padded with zero rows to a multiple of it.
+        capacity: P, a multiple of block. None: with kernels the worst case, else as many rows as there are.
+    Returns:
+        rows_PD like x_TD; rows past the last segment are zero in the reference, unspecified in kernels. The EpRoute for
+        `ep_combine`, whose `layout` is the GroupLayout of the local experts.
+    Raises:
+        ValueError: shape or range.
+        TypeError: dtype outside the above.
+        ExchangeError: more rows than capacity, or a peer that did not come in time. From kernels at a later call, as
+            nothing waits for the device; the layout then names only rows that exist, and `ep_combine` gives NaN.
+    Numerics: copies; bitwise repeatable.
+    Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.2.2.
+    """
+    op = "ep_dispatch"
+    if isinstance(x_TD, QuantTensor):
+        check_quant(op, "x_TD", x_TD, (None, None), (ROW_TILE,))
+    else:
+        check_tensor(op, "x_TD", x_TD, (None, None), FLOATS)
+    check_tensor(op, "routing.idx_TK", routing.idx_TK, (x_TD.shape[0], None), (torch.int64,))
+    check_same_device(op, x_TD=x_TD.data, routing=routing.idx_TK)
+    require(block > 0, op, "block", "be positive", block)
+    if capacity is not None:
+        require(capacity > 0 and capacity % block == 0, op, "capacity", f"be a positive multiple of {block}", capacity)
+    body = group.body(x_TD.data)
+    if isinstance(body, ReferenceExchange):
+        return body.dispatch(x_TD, routing.idx_TK, block=block, capacity=capacity)
+    limits = body.limits
+    T, K, D = x_TD.shape[0], routing.idx_TK.shape[1], x_TD.shape[1]
+    require(limits.max_tokens >= T, op, "x_TD", f"have at most {limits.max_tokens} rows", T)
+    require(limits.num_columns == D, op, "x_TD", f"have {limits.num_columns} columns", D)
+    require(limits.top_k == K, op, "routing.idx_TK", f"have {limits.top_k} columns", K)
+    if capacity is None:
+        capacity = group.worst_case(limits.max_tokens, K, block)
+    return body.dispatch(x_TD, routing.idx_TK, block=block, capacity=capacity)
+
+
+def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Tensor | None = None) -> Tensor:
+    """y_TD = sum over k, in order, of weight_TK[t, k] * the row of (t, k), wherever it lies. Differentiable to both.
+
+    Args:
+        rows_PD: bf16, fp32 or fp64, laid out as `ep_dispatch` did; rows of padding are not read.
+        route: from `ep_dispatch`.
+        group: the one that dispatched.
+        weight_TK: fp32 (or fp64, bf16 in the reference); None: ones.
+    Returns:
+        y_TD, (T, D), rows' dtype; fp32 sum inside. NaN where some rank's rows did not fit or a peer is lost.
+    Raises:
+        ValueError: shape.
+        TypeError: dtype outside the above.
+        ExchangeError: as in `ep_dispatch`.
+    Numerics: fused multiply-adds in FP32 in the order of k; bitwise repeatable, and bitwise the same in both bodies.
+    Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.2.2.
+    """
+    op = "ep_combine"
+    if isinstance(route, ReferenceRoute):
+        check_tensor(op, "rows_PD", rows_PD, (None, None), FLOATS)
+        if weight_TK is not None:
+            check_tensor(op, "weight_TK", weight_TK, route.shape_TK, FLOATS)
+        return group.reference.combine(rows_PD, route, weight_TK)
+    assert group.kernels is not None
+    assert isinstance(route, KernelRoute)
+    shape_PD = (route.origin_P.shape[0], group.kernels.limits.num_columns)
+    check_tensor(op, "rows_PD", rows_PD, shape_PD, (torch.bfloat16,))
+    if weight_TK is not None:
+        check_tensor(op, "weight_TK", weight_TK, route.shape_TK, (torch.float32,))
+    check_same_device(op, rows_PD=rows_PD, route=route.origin_P, weight_TK=weight_TK)
+    return group.kernels.combine(rows_PD, route, weight_TK)

@@ -1,0 +1,305 @@
+"""The expert exchange between real ranks, against one process's permutation; run by run_ranks.py.
+
+Bitwise but for the gradients of the weights, whose sums over columns have an order of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3rt import ops
+from dsv3rt.errors import ExchangeError
+from dsv3rt.ops.types import QuantTensor, Routing
+from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, row_factors
+
+
+class Ranks:
+    """This process among the others, and what it says."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(self.device)
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        self.start = time.monotonic()
+
+    def say(self, text: str, everyone: bool = False) -> None:
+        if everyone or self.rank == 0:
+            print(f"{time.monotonic() - self.start:7.2f} s  {text}", flush=True)
+
+    def group(self, shape: Shape, num_sms: int, timeout_s: float) -> ops.EpGroup:
+        limits = ops.EpLimits(shape.max_tokens, shape.top_k, shape.num_columns, num_sms=num_sms, timeout_s=timeout_s)
+        return ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
+
+
+def equal(name: str, got: Tensor, want: Tensor) -> None:
+    got = got.detach().cpu()
+    if got.shape != want.shape or got.dtype != want.dtype:
+        raise AssertionError(f"{name}: {got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}")
+    if got.dtype == torch.float8_e4m3fn:
+        got, want = got.view(torch.uint8), want.view(torch.uint8)
+    if not torch.equal(got, want):
+        where = (got != want).nonzero()
+        raise AssertionError(
+            f"{name}: {len(where)} of {got.numel()} differ, first at {where[0].tolist()}: "
+            f"{got[tuple(where[0])]} instead of {want[tuple(where[0])]}"
+        )
+
+
+def check_layout(route: ops.EpRoute, whole: Whole, shape: Shape, rank: int) -> Tensor:
+    want_PD, counts_X, offsets = whole.local(shape, rank)
+    equal("counts", route.layout.counts_X, counts_X)
+    equal("offsets", route.layout.offsets, offsets)
+    return want_PD
+
+
+def forward(
+    x_TD: Tensor, routing: Routing, group: ops.EpGroup, shape: Shape, rank: int
+) -> tuple[Tensor, Tensor, ops.EpRoute]:
+    """Rows, results and the route."""
+    rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=shape.block)
+    factor = row_factors(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, rows_PD.shape[0])
+    return rows_PD, ops.ep_combine(rows_PD * factor, route, group, weight_TK=routing.weight_TK), route
+
+
+def on(device: torch.device, batch: Batch, tokens: slice) -> tuple[Tensor, Routing, Tensor]:
+    """x with gradients, the routing, whose weights have gradients, and the gradient of the result."""
+    routing = batch.routing(tokens)
+    weight = routing.weight_TK.to(device).requires_grad_()
+    x_TD = batch.x_TD[tokens].to(device).requires_grad_()
+    return x_TD, Routing(routing.idx_TK.to(device), weight, weight, weight), batch.dy_TD[tokens].to(device)
+
+
+def check_weight_grad(got: Tensor, want: Tensor, batch: Batch, whole: Whole, tokens: slice) -> None:
+    """Against FP64; each of at most D / 32 + 8 additions in a row errs by 2^-24 of the sum of magnitudes, at most."""
+    dy, out = batch.dy_TD[tokens].double()[:, None], whole.out_TKD[tokens].double()
+    magnitude = (dy * out).abs().sum(dim=2)
+    steps = dy.shape[2] / 32 + 8
+    error = (got.detach().cpu().double() - (dy * out).sum(dim=2)).abs()
+    if not bool((error <= steps * 2.0**-24 * magnitude + 1e-30).all()):
+        raise AssertionError(f"weight gradient is off by up to {float(error.max())}, wanted {want.flatten()[:4]}")
+
+
+def check_bf16(ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> None:
+    tokens = batch.mine(ranks.rank)
+    x_TD, routing, dy_TD = on(ranks.device, batch, tokens)
+    rows_PD, y_TD, route = forward(x_TD, routing, group, shape, ranks.rank)
+    y_TD.backward(dy_TD)
+    torch.cuda.synchronize()
+    assert group.kernels is not None
+    group.kernels.check()
+    want_PD = check_layout(route, whole, shape, ranks.rank)
+    equal("rows", rows_PD[: want_PD.shape[0]], want_PD)
+    equal("result", y_TD, whole.y_TD[tokens])
+    assert x_TD.grad is not None
+    assert routing.weight_TK.grad is not None
+    equal("gradient", x_TD.grad, whole.dx_TD[tokens])
+    check_weight_grad(routing.weight_TK.grad, whole.dweight_TK[tokens], batch, whole, tokens)
+    again_PD, again_TD, _ = forward(x_TD, routing, group, shape, ranks.rank)
+    equal("rows again", again_PD[: want_PD.shape[0]], want_PD)
+    equal("result again", again_TD, y_TD.detach().cpu())
+
+
+def check_fp8(ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> None:
+    def moved(q: QuantTensor, tokens: slice) -> QuantTensor:
+        """Rows of a CPU tensor as a tensor of their own, in the layout that scales have."""
+        scale = ops.quantize_1x128(torch.zeros(q.data[tokens].shape)).scale
+        scale.copy_(q.scale[tokens])
+        strides = scale.stride()
+        here = torch.empty_strided(scale.shape, strides, device=ranks.device).copy_(scale)
+        return QuantTensor(q.data[tokens].to(ranks.device), here, q.tile)
+
+    tokens = batch.mine(ranks.rank)
+    q = ops.quantize_1x128(batch.x_TD)
+    want, _, _ = ops.permute(q, batch.routing(), num_experts=shape.num_experts, block=shape.block)
+    _, routing, _ = on(ranks.device, batch, tokens)
+    rows, route = ops.ep_dispatch(moved(q, tokens), routing, group, block=shape.block)
+    torch.cuda.synchronize()
+    num_rows = check_layout(route, whole, shape, ranks.rank).shape[0]
+    first = int(whole.offsets[ranks.rank * shape.num_local])
+    equal("FP8 rows", rows.data[:num_rows], want.data[first : first + num_rows])
+    equal("FP8 scales", rows.scale[:num_rows], want.scale[first : first + num_rows])
+
+
+def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) -> None:
+    """A graph of dispatch, combine and both backwards, replayed with other tokens and choices."""
+    count = shape.max_tokens
+    x_TD = torch.zeros(count, shape.num_columns, dtype=torch.bfloat16, device=ranks.device).requires_grad_()
+    idx_TK = torch.arange(shape.top_k, device=ranks.device).repeat(count, 1)
+    weight_TK = torch.ones(count, shape.top_k, device=ranks.device).requires_grad_()
+    dy_TD = torch.zeros_like(x_TD)
+    routing = Routing(idx_TK, weight_TK, weight_TK, weight_TK)
+
+    def step() -> tuple[Tensor, ...]:
+        _, y_TD, _ = forward(x_TD, routing, group, shape, ranks.rank)
+        return (y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_TK), dy_TD))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for seed in seeds:
+        batch = full_batch(shape, seed)
+        whole, tokens = compute(shape, batch), batch.mine(ranks.rank)
+        for target, source in ((x_TD, batch.x_TD), (idx_TK, batch.idx_TK), (weight_TK, batch.weight_TK),
+                               (dy_TD, batch.dy_TD)):  # fmt: skip
+            target.detach().copy_(source[tokens])
+        graph.replay()
+        torch.cuda.synchronize()
+        equal("replayed result", captured[0], whole.y_TD[tokens])
+        equal("replayed gradient", captured[1], whole.dx_TD[tokens])
+        check_weight_grad(captured[2], whole.dweight_TK[tokens], batch, whole, tokens)
+
+
+def full_batch(shape: Shape, seed: int) -> Batch:
+    """Every rank has as many tokens as it may have."""
+    random = torch.Generator().manual_seed(seed)
+    num_tokens = shape.num_ranks * shape.max_tokens
+    x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
+    weight_TK = torch.rand(num_tokens, shape.top_k, generator=random)
+    idx_TK = torch.rand(num_tokens, shape.num_experts, generator=random).argsort(dim=1)[:, : shape.top_k].contiguous()
+    return Batch([r * shape.max_tokens for r in range(shape.num_ranks + 1)], x_TD, idx_TK, weight_TK, dy_TD)
+
+
+def fault_of(group: ops.EpGroup) -> str:
+    assert group.kernels is not None
+    try:
+        group.kernels.check()
+    except ExchangeError as error:
+        return str(error)
+    raise AssertionError("nobody noticed")
+
+
+def check_overflow(ranks: Ranks, shape: Shape) -> None:
+    """Too little room at rank 0: an error there and at the ranks it serves, NaN results, and no other rows touched."""
+    group = ranks.group(shape, 4, 30.0)
+    batch = full_batch(shape, 5)
+    batch.idx_TK.copy_(torch.arange(shape.top_k).expand_as(batch.idx_TK))  # experts of rank 0, where it has enough
+    x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
+    rows_PD, route = ops.ep_dispatch(x_TD.detach(), routing, group, block=shape.block, capacity=shape.block)
+    assert int(route.layout.offsets.max()) <= shape.block
+    y_TD = ops.ep_combine(rows_PD, route, group)
+    torch.cuda.synchronize()
+    assert bool(y_TD.isnan().all()), "a result was made of rows that did not fit"
+    ranks.say(f"overflow: {fault_of(group)}")
+    dist.barrier()
+    group.destroy()
+
+
+def check_lost_peer(ranks: Ranks, shape: Shape, timeout_s: float) -> None:
+    """The last rank ends without a word; the others hear of it in time and can go on. Nothing can follow this."""
+    group = ranks.group(shape, 4, timeout_s)
+    batch = full_batch(shape, 6)
+    x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
+    torch.cuda.synchronize()
+    dist.barrier()
+    if ranks.rank == ranks.size - 1:
+        os._exit(0)
+    began = time.monotonic()
+    forward(x_TD.detach(), routing, group, shape, ranks.rank)
+    torch.cuda.synchronize()
+    took = time.monotonic() - began
+    fault = fault_of(group)
+    ranks.say(f"after {took:.2f} s: {fault}", everyone=True)
+    assert f"for rank {ranks.size - 1} " in fault
+    assert took < timeout_s + 5
+    assert float(torch.ones(3, device=ranks.device).sum()) == 3  # the device still works
+    group.destroy()
+    ranks.say("destroyed", everyone=True)
+
+
+def bring_up(ranks: Ranks) -> None:
+    """The smallest exchange, step by step: if anything is wrong, this says where."""
+    shape = Shape(ranks.size, 2 * ranks.size, 8, 2, 128)
+    group = ranks.group(shape, 1, 20.0)
+    assert group.kernels is not None
+    ranks.say(f"window of {group.kernels.window_bytes} bytes registered")
+    batch = full_batch(shape, 0)
+    whole = compute(shape, batch)
+    x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
+    rows_PD, route = ops.ep_dispatch(x_TD.detach(), routing, group)
+    torch.cuda.synchronize()
+    group.kernels.check()
+    ranks.say("8 tokens a rank dispatched")
+    want_PD = check_layout(route, whole, shape, ranks.rank)
+    equal("rows", rows_PD[: want_PD.shape[0]], want_PD)
+    ops.ep_combine(rows_PD, route, group)
+    torch.cuda.synchronize()
+    group.kernels.check()
+    ranks.say("and combined")
+    dist.barrier()
+    group.destroy()
+
+
+def check_rounds(ranks: Ranks, args: argparse.Namespace) -> None:
+    shapes = [
+        Shape(ranks.size, 4 * ranks.size, 48, min(4, 4 * ranks.size), 512),
+        Shape(ranks.size, 32 * ranks.size, 700, 8, 256),  # several chunks of choices
+        Shape(ranks.size, ranks.size, 33, min(2, ranks.size), 144, block=64),
+    ]
+    for number, shape in enumerate(shapes):
+        group = ranks.group(shape, args.num_sms, args.timeout)
+        rounds = max(1, args.rounds * (8 if number == 0 else 1) // 10)
+        for seed in range(rounds):
+            router = ROUTERS[seed % len(ROUTERS)]
+            batch = draw(shape, 1000 * number + seed, router)
+            whole = compute(shape, batch)
+            try:
+                check_bf16(ranks, group, shape, batch, whole)
+                check_fp8(ranks, group, shape, batch, whole)
+            except AssertionError as error:
+                raise AssertionError(f"{shape}, round {seed}, router {router}: {error}") from error
+        ranks.say(f"{rounds} rounds agree: {shape}")
+        check_graph(ranks, group, shape, range(args.replays))
+        ranks.say(f"{args.replays} replays of a graph agree")
+        dist.barrier()
+        group.destroy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--replays", type=int, default=5)
+    parser.add_argument("--num-sms", type=int, default=8)
+    parser.add_argument("--timeout", type=float, default=20.0, help="of each wait, in seconds")
+    parser.add_argument("--only", choices=("bring-up", "rounds", "faults"))
+    args = parser.parse_args()
+    faulthandler.dump_traceback_later(120 + args.rounds, exit=True)
+    ranks = Ranks()
+    ranks.say(f"{ranks.size} ranks on {torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL {nccl_info()}")
+    parts: dict[str, Any] = {"bring-up": bring_up, "rounds": lambda r: check_rounds(r, args), "faults": faults}
+    for name, part in parts.items():
+        if args.only in (None, name):
+            part(ranks)
+            ranks.say(f"{name}: passed")
+    os._exit(0)  # the lost rank left a process group that cannot be taken down
+
+
+def nccl_info() -> dict[str, Any]:
+    from dsv3rt.ops.cuda.extension import load
+
+    return dict(load().ep_nccl_info())
+
+
+def faults(ranks: Ranks) -> None:
+    shape = Shape(ranks.size, 8 * ranks.size, 64, 4, 256)
+    check_overflow(ranks, shape)
+    check_lost_peer(ranks, shape, 3.0)
+
+
+if __name__ == "__main__":
+    main()

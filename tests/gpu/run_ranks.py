@@ -1,0 +1,131 @@
+"""Run a script as several ranks: one process a GPU, or all of them on one GPU through CUDA's multi-process service.
+
+    python tests/gpu/run_ranks.py --ranks 8 --nccl path/to/libnccl.so.2 tests/gpu/check_ep.py --rounds 100
+
+Ranks on one GPU are as real as any to NCCL and to the kernels, but for the speed of what lies between them. NCCL 2.30
+allows them with NCCL_MULTI_RANK_GPU_ENABLE; its collectives must then be small enough to be resident together,
+and so must our kernels: ranks x num_sms must not exceed the SMs. Without the service, where it cannot be started,
+processes take turns on the GPU: right, but each handover takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SHARED_GPU = {
+    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_MAX_CTAS": "2",
+    "NCCL_MAX_NCHANNELS": "2",
+    "NCCL_MAX_P2P_NCHANNELS": "1",
+}
+
+
+def num_gpus() -> int:
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+@contextmanager
+def multi_process_service() -> Iterator[dict[str, str]]:
+    """The variables under which processes find the service, which runs as long as the context does."""
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None:
+        print("run_ranks: no nvidia-cuda-mps-control; the ranks take turns", flush=True)
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as pipes, tempfile.TemporaryDirectory() as logs:
+        variables = {"CUDA_MPS_PIPE_DIRECTORY": pipes, "CUDA_MPS_LOG_DIRECTORY": logs}
+        environment = {**os.environ, **variables}
+        subprocess.run([control, "-d"], env=environment, check=True)
+        try:
+            yield variables
+        finally:
+            subprocess.run([control], input="quit\n", text=True, env=environment, check=False, timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(command: list[str], rank: int, args: argparse.Namespace, common: dict[str, str]) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        **common,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(args.ranks),
+        "LOCAL_RANK": str(rank % args.gpus),
+    }
+    if args.nccl is not None:
+        environment["LD_PRELOAD"] = str(args.nccl.resolve())
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def forward() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"[{rank}] {line}", end="", flush=True)
+
+    threading.Thread(target=forward, daemon=True).start()
+    return process
+
+
+def supervise(processes: list[subprocess.Popen[str]], timeout_s: float) -> int:
+    """The first failure's code, 124 if the time runs out; nobody outlives it by more than ten seconds."""
+    end, code = time.monotonic() + timeout_s, 0
+    while any(process.poll() is None for process in processes):
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed and code == 0:
+            code, end = failed[0], min(end, time.monotonic() + 10)
+        if time.monotonic() > end:
+            print("run_ranks: time is up, ending what still runs", flush=True)
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+            code = code or 124
+        time.sleep(0.05)
+    time.sleep(0.2)  # for the last lines
+    return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--gpus", type=int, default=0, help="how many to use; 0: all that there are, up to the ranks")
+    parser.add_argument("--nccl", type=Path, help="a libnccl.so.2 to load before the one that torch brings")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the whole run")
+    parser.add_argument("script")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    args.gpus = args.gpus or min(args.ranks, num_gpus())
+    root = str(Path(__file__).resolve().parents[2])
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_MODULE_LOADING": "EAGER",  # loading a kernel late can wait for one that spins
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-u", args.script, *args.rest]
+    if args.ranks <= args.gpus:
+        return supervise([start(command, rank, args, common) for rank in range(args.ranks)], args.timeout)
+    with multi_process_service() as service:
+        shared = {**common, **SHARED_GPU, **service}
+        return supervise([start(command, rank, args, shared) for rank in range(args.ranks)], args.timeout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

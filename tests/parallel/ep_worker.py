@@ -1,0 +1,89 @@
+"""What several processes find of the exchange over gloo: `torchrun -m tests.parallel.ep_worker OUT.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3rt import ops
+from dsv3rt.errors import ExchangeError
+from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, row_factors
+
+
+def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> dict[str, bool]:
+    rank = dist.get_rank()
+    tokens = batch.mine(rank)
+    x_TD = batch.x_TD[tokens].clone().requires_grad_()
+    routing = batch.routing(tokens)
+    routing.weight_TK.requires_grad_()
+    want_PD, counts_X, offsets = whole.local(shape, rank)
+    capacity = group.worst_case(shape.max_tokens, shape.top_k, shape.block)
+    rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=shape.block, capacity=capacity)
+    factor = row_factors(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, capacity)
+    y_TD = ops.ep_combine(rows_PD * factor, route, group, weight_TK=routing.weight_TK)
+    y_TD.backward(batch.dy_TD[tokens])
+    assert x_TD.grad is not None
+    assert routing.weight_TK.grad is not None
+    return {
+        "counts": torch.equal(route.layout.counts_X, counts_X),
+        "offsets": torch.equal(route.layout.offsets, offsets),
+        "rows": torch.equal(rows_PD[: len(want_PD)], want_PD) and not bool(rows_PD[len(want_PD) :].any()),
+        "result": torch.equal(y_TD, whole.y_TD[tokens]),
+        "gradient": torch.equal(x_TD.grad, whole.dx_TD[tokens]),
+        "weight gradient": torch.equal(routing.weight_TK.grad, whole.dweight_TK[tokens]),
+        "quantised": quantised(group, shape, batch, whole),
+    }
+
+
+def quantised(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> bool:
+    rank = dist.get_rank()
+    tokens = batch.mine(rank)
+    rows, _ = ops.ep_dispatch(ops.quantize_1x128(batch.x_TD[tokens]), batch.routing(tokens), group, block=shape.block)
+    want, _, _ = ops.permute(
+        ops.quantize_1x128(batch.x_TD), batch.routing(), num_experts=shape.num_experts, block=shape.block
+    )
+    first, last = whole.offsets[[rank * shape.num_local, (rank + 1) * shape.num_local]].tolist()
+
+    def same(got: Tensor, of_all: Tensor) -> bool:
+        return torch.equal(got, of_all[first:last])
+
+    return same(rows.data.view(torch.uint8), want.data.view(torch.uint8)) and same(rows.scale, want.scale)
+
+
+def overflow(group: ops.EpGroup, shape: Shape) -> str:
+    """What a rank hears when the rows of rank 0 do not fit: all choices are of its experts."""
+    x_TD = torch.ones(shape.max_tokens, shape.num_columns)
+    idx_TK = torch.arange(shape.top_k).repeat(shape.max_tokens, 1)
+    weight_TK = torch.ones(idx_TK.shape)
+    try:
+        ops.ep_dispatch(x_TD, ops.Routing(idx_TK, weight_TK, weight_TK, weight_TK), group, block=1, capacity=95)
+    except ExchangeError as error:
+        return str(error)
+    return "nothing"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    shape = Shape(size, 4 * size, 24, 4, 256, block=16)
+    group = ops.EpGroup(dist.group.WORLD, shape.num_experts)
+    found: dict[str, object] = {}
+    for seed, router in enumerate(ROUTERS):
+        batch = draw(shape, seed, router)
+        found[router] = findings(group, shape, batch, compute(shape, batch))
+    found["overflow"] = overflow(group, shape)
+    everyone: list[object] = [None] * size
+    dist.all_gather_object(everyone, found)
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(everyone))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Dispatch and combine over gloo are one process's permutation of all ranks' tokens, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3rt import ops
+from tests.gpu.ep_cases import ROUTERS
+from tests.parallel.fleet import torchrun
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_exchange_matches_one_process(tmp_path: Path, size: int) -> None:
+    out = tmp_path / "out.json"
+    workers = torchrun(size, "-m", "tests.parallel.ep_worker", str(out))
+    output, _ = workers.communicate(timeout=300)
+    assert workers.returncode == 0, output
+    for rank, found in enumerate(json.loads(out.read_text())):
+        needed = size * 24 * 4  # tokens of each rank, their choices
+        assert found.pop("overflow") == f"expert exchange: rank 0 found {needed} rows for 95: raise capacity"
+        wrong = [(router, name) for router in ROUTERS for name, same in found[router].items() if not same]
+        assert not wrong, f"rank {rank} of {size}"
+
+
+def test_group_rejects_experts_that_cannot_be_shared(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="EpGroup: num_experts must be a positive multiple of the 1 ranks, got 0"):
+            ops.EpGroup(torch.distributed.group.WORLD, 0)
+    finally:
+        torch.distributed.destroy_process_group()
