@@ -30,7 +30,9 @@ PEERS = {
     "torch_eager": "the same computation in torch, eager",
     "torch_compile": "the same computation under `torch.compile`",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
-    "transformers": "Hugging Face transformers",
+    "transformers": "Hugging Face transformers in BF16, eager",
+    "transformers_compile": "Hugging Face transformers in BF16 under `torch.compile`",
+    "dsv3rt_bf16": "this package in BF16",
 }
 
 HEADER = """\
