@@ -31,7 +31,9 @@ PEERS = {
     "torch_compile": "that chain under torch.compile",
     "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
-    "transformers": "Hugging Face transformers",
+    "transformers": "Hugging Face transformers in BF16, eager",
+    "transformers_compile": "Hugging Face transformers in BF16 under `torch.compile`",
+    "dsv3rt_bf16": "this package in BF16",
 }
 
 HEADER = """\

@@ -199,6 +199,8 @@ class RunConfig:
     mtp_weight: tuple[Segment, ...] = _constant(0.3)  # the paper's lambda
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["bf16", "fp8"] = "bf16"  # of linears and experts; "bf16": that of `dtype` (docs/precision.md)
+    bf16_modules: tuple[str, ...] = ()  # patterns ("layers.0.*") of modules that "fp8" leaves out
     eval_every: int = 0  # steps; 0: only at the end
     eval_sequences: int = 64
     run_dir: str = "runs/default"

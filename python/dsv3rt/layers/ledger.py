@@ -22,17 +22,20 @@ class WeightGrads:
     def __init__(self, sink: Sink) -> None:
         """sink: takes each parameter with its gradient."""
         self._sink = sink
-        self._owed: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
+        self._owed: list[Callable[[], None]] = []
 
     def put(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
-        self._owed.append((parameter, compute))
+        self.put_call(lambda: self._sink(parameter, compute()))
+
+    def put_call(self, call: Callable[[], None]) -> None:
+        """`call` adds its gradient to a sum itself."""
+        self._owed.append(call)
 
     @torch.no_grad()
     def run(self) -> None:
         owed, self._owed = self._owed[::-1], []
         while owed:  # each closure goes as soon as it has run, and what it holds with it
-            parameter, compute = owed.pop()
-            self._sink(parameter, compute())
+            owed.pop()()
 
 
 class Ledger:
@@ -56,6 +59,13 @@ class Ledger:
         """y, which was computed without a graph to `parameter`; backward queues weight_grad(dy) as its gradient."""
         assert self._weight_grads is not None
         return cast(Tensor, _Tap.apply(y, self._weight_grads, parameter, weight_grad))
+
+    def at_weight_gradients(self, call: Callable[[], None]) -> None:
+        """From a backward: `call` adds a weight gradient to its sum, now or when those put off are computed."""
+        if self._weight_grads is None:
+            call()
+        else:
+            self._weight_grads.put_call(call)
 
     def recomputed(self, what: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """function(*inputs), a tensor or a tuple of them; see `recomputed` below."""

@@ -7,11 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsv3rt import ops
+from dsv3rt.layers import fp8
 from dsv3rt.layers.ledger import Ledger
 
 
 class Linear(nn.Module):
-    """y = x @ weight.T; weight (out_dim, in_dim), in the dtype of x."""
+    """y = x @ weight.T; weight (out_dim, in_dim), in the dtype of x.
+
+    is_fp8: multiply in FP8, see `layers/precision.py`. keep_input: as `fp8.linear` says.
+    """
 
     def __init__(
         self,
@@ -20,11 +24,17 @@ class Linear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        keep_input: bool = False,
     ) -> None:
         super().__init__()
+        self.is_fp8 = False
+        self._keep_input = keep_input
+        self._cast = fp8.WeightCast()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, ledger: Ledger | None = None) -> Tensor:
+        if self.is_fp8:
+            return fp8.linear(x, self._cast, (self.weight,), ledger, keep_input=self._keep_input)
         if ledger is None or not ledger.defers:
             return functional.linear(x, self.weight)
         kept = x.detach()

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv3rt import ops
 from dsv3rt.config import ModelConfig
+from dsv3rt.layers import fp8
 from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.norm import RMSNorm
@@ -101,7 +102,8 @@ class MLA(nn.Module):
         self.kv_a_proj_with_mqa = Linear(dim, latent + config.qk_rope_head_dim, dtype=dtype, device=device)
         self.kv_a_layernorm = RMSNorm(latent, config.norm_eps, dtype=dtype, device=device)
         self.kv_b_proj = Linear(latent, kv_dim, dtype=dtype, device=device)
-        self.o_proj = Linear(heads * config.v_head_dim, dim, dtype=dtype, device=device)
+        self.o_proj = Linear(heads * config.v_head_dim, dim, dtype=dtype, device=device, keep_input=True)
+        self._down_cast = fp8.WeightCast()
 
     def _query_input(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor:
         """The query latent before its norm (T, Q), or the query itself where there is no latent."""
@@ -130,8 +132,7 @@ class MLA(nn.Module):
             latent_TC, k_rope_TR = self._latents(kv_a, cos_TR, sin_TR)
             return q_THC, self.kv_b_proj(latent_TC, ledger), k_rope_TR
 
-        down = self._query_input(x_TD, ledger), self.kv_a_proj_with_mqa(x_TD, ledger)
-        q_THC, kv, k_rope_TR = recomputed(ledger, "mla_up", up, *down)
+        q_THC, kv, k_rope_TR = recomputed(ledger, "mla_up", up, *self._down(x_TD, ledger))
         kv_THX = kv.unflatten(-1, (config.num_heads, -1))
         k_nope_THN, v_THU = cast(tuple[Tensor, Tensor], SplitColumns.apply(kv_THX, config.qk_nope_head_dim))
         out_THU, _ = ops.mla_prefill(
@@ -139,6 +140,15 @@ class MLA(nn.Module):
         )
         y_TD: Tensor = self.o_proj(out_THU.flatten(1), ledger)
         return y_TD
+
+    def _down(self, x_TD: Tensor, ledger: Ledger | None) -> tuple[Tensor, Tensor]:
+        """`_query_input`, and keys and values before the norm of their latent; in FP8 by one product."""
+        rank = self.config.q_lora_rank
+        if rank is None or not (self.q_a_proj.is_fp8 and self.kv_a_proj_with_mqa.is_fp8):
+            return self._query_input(x_TD, ledger), self.kv_a_proj_with_mqa(x_TD, ledger)
+        weights = self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight
+        both = fp8.linear(x_TD, self._down_cast, weights, ledger, keep_input=False)
+        return cast(tuple[Tensor, Tensor], SplitColumns.apply(both, rank))
 
     def decode(self, x_TD: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
         """Attention of new tokens over the latent cache, kv_b_proj absorbed into query and output; (T, D) -> (T, D).

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsv3rt import ops
 from dsv3rt.config import ModelConfig
+from dsv3rt.layers import fp8
 from dsv3rt.layers.feed_forward import FeedForward
 from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.router import Router
@@ -44,7 +45,7 @@ class Exchange(Protocol):
 class Experts(nn.Module):
     """All routed experts fused: gate_up_proj (E, 2F, D), gate rows first, and down_proj (E, D, F).
 
-    Where an `Exchange` spreads them over ranks, each holds its share of E.
+    Where an `Exchange` spreads them over ranks, each holds its share of E. is_fp8: see `layers/precision.py`.
     """
 
     def __init__(
@@ -54,8 +55,13 @@ class Experts(nn.Module):
         experts, dim, hidden = config.num_experts, config.dim, config.expert_dim
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim, dtype=dtype, device=device))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden, dtype=dtype, device=device))
+        self.is_fp8 = False
+        self._up_cast, self._down_cast = fp8.WeightCast(), fp8.WeightCast()
 
     def forward(self, rows_PD: Tensor, layout: GroupLayout, ledger: Ledger | None = None) -> Tensor:
+        if self.is_fp8:
+            up, down = (self._up_cast, (self.gate_up_proj,)), (self._down_cast, self.down_proj)
+            return fp8.swiglu_mlp(rows_PD, up, down, ledger, layout)
         gate_PF, up_PF = _product(rows_PD, self.gate_up_proj, layout, ledger).chunk(2, dim=-1)
         hidden_PF = recomputed(ledger, "swiglu", ops.swiglu, gate_PF, up_PF)
         return _product(hidden_PF, self.down_proj, layout, ledger)
@@ -95,8 +101,8 @@ class MoE(nn.Module):
         return routing
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """Rows grouped by expert, each group padded to the GEMM's 128 rows on a GPU, to nothing on a CPU."""
-        block = 128 if x_TD.is_cuda else 1
+        """Rows grouped by expert, each group padded to the GEMM's 128 rows on a GPU or in FP8, else to nothing."""
+        block = 128 if x_TD.is_cuda or self.experts.is_fp8 else 1
         if self.exchange is not None:
             return self.exchange.dispatch(x_TD, routing, num_experts=self.num_experts, block=block)
         return Dispatched(*ops.permute(x_TD, routing, num_experts=self.num_experts, block=block))

@@ -9,7 +9,7 @@ a group set out in one order on all ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,26 +17,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsv3rt.layers.main_grad import MainGrad, attach
 from dsv3rt.parallel.mesh import Mesh
 from dsv3rt.parallel.placement import Layout, Share, chunk
 
 
-class Sum:
+class Sum(MainGrad):
     """One parameter's gradient sum. `grad` is FP32 and whole, `shard` what is left of it here after the reduction."""
 
     def __init__(self, name: str, parameter: nn.Parameter, share: Share) -> None:
+        super().__init__()
         self.name = name
         self.parameter = parameter
         self.share = share
-        self.grad: Tensor | None = None
         self.shard: Tensor | None = None
         self.awaited = 0  # contributions still to come before the reduction may start; 0: it waits for `reduce`
+        self.on_complete: Callable[[tuple[int, ...]], None] | None = None
 
     def add(self, gradient: Tensor) -> None:
         if self.grad is None:
             self.grad = gradient.float()
         else:
             self.grad.add_(gradient)
+        self.added()
+
+    def added(self) -> None:
+        if self.awaited:
+            self.awaited -= 1
+            if self.awaited == 0 and self.on_complete is not None:
+                self.on_complete(self.share.ranks)
 
 
 class _Bucket:
@@ -127,7 +136,8 @@ class Gradients:
     """The gradient sums of a rank's parameters, from backward to their shards.
 
     `late` parameters are used several times in a backward that runs in pieces: their gradients gather in
-    `parameter.grad` until `take`; those of all others are taken by a hook as soon as autograd has them.
+    `parameter.grad` until `take`; those of all others are taken by a hook as soon as autograd has them. Products in FP8
+    add to the sums themselves.
     """
 
     def __init__(
@@ -144,6 +154,8 @@ class Gradients:
         for bucket in _buckets(sums, groups, bucket_bytes):
             self._queues.setdefault(bucket.sums[0].share.ranks, []).append(bucket)
         for one in sums:
+            attach(one.parameter, one)
+            one.on_complete = self._set_out
             if one.name not in late:
                 one.parameter.register_post_accumulate_grad_hook(self.take)
 
@@ -180,12 +192,7 @@ class Gradients:
             self.add(parameter, gradient)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        one = self._by_parameter[id(parameter)]
-        one.add(gradient)
-        if one.awaited:
-            one.awaited -= 1
-            if one.awaited == 0:
-                self._set_out(one.share.ranks)
+        self._by_parameter[id(parameter)].add(gradient)
 
     def reduce(self, idle: frozenset[str] = frozenset()) -> None:
         """Finish the reduction: afterwards every sum has its shard, None for `idle` ones, which no rank used."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dsv3rt.config import RunConfig, TrainConfig
 from dsv3rt.env import launch
+from dsv3rt.layers.precision import check_patterns, set_precision
 from dsv3rt.model.flops import train_flops_per_token
 from dsv3rt.parallel.build import build, moe_layers, parameter_shapes
 from dsv3rt.parallel.mesh import Mesh
@@ -68,6 +70,8 @@ class Engine:
         self._shapes = parameter_shapes(config.model)
         torch.manual_seed(run.seed)
         self.model = build(self.layout, self.mesh, self.dtype, self.device)
+        check_patterns(run.bf16_modules, _module_names(self._shapes), "train.bf16_modules")
+        set_precision(self.model, run.precision, run.bf16_modules)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         named = list(self.model.named_parameters())
         late = frozenset({"embed_tokens.weight", "lm_head.weight"})
@@ -208,6 +212,11 @@ def _dtype(run: RunConfig, device: torch.device) -> torch.dtype:
     if run.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+
+
+def _module_names(parameters: Iterable[str]) -> list[str]:
+    """Of the modules that own these parameters."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
 
 
 def _check_schedule(layout: Layout, run: RunConfig) -> None:

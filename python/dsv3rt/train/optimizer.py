@@ -109,6 +109,8 @@ class AdamW:
             for slot in used:
                 slot.sum.shard = None
         self.gradients.gather()
+        # Kernels write parameters without torch's knowledge; casts of weights go by their versions.
+        torch.autograd.graph.increment_version([slot.sum.parameter for slot in self._slots.values()])
 
     def drop_gradients(self) -> None:
         """Forget the gradient sums, as if there had been no backward."""

@@ -1,0 +1,175 @@
+"""A slice of DeepSeek-V3 that fits one GPU, in this package and in transformers: the same widths, the same batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3rt import ops
+from dsv3rt.config import ModelConfig, OptimConfig, ParallelConfig
+from dsv3rt.layers.moe import Dispatched
+from dsv3rt.layers.precision import Precision, set_precision
+from dsv3rt.model.flops import train_flops_per_token
+from dsv3rt.model.transformer import Transformer
+from dsv3rt.ops.types import Routing
+from dsv3rt.parallel.build import moe_layers, outline
+from dsv3rt.parallel.placement import Layout
+from dsv3rt.train.optimizer import AdamW
+
+EP_RANKS = 64
+
+
+@dataclass(frozen=True)
+class Slice:
+    """MoE layers at V3's widths over one sequence, no MTP, no dense layers.
+
+    one_rank: one of 64 expert-parallel ranks at even load: a router over 256 experts, 4 of them here, which get as many
+    rows as 8 choices a token make; nothing travels.
+    """
+
+    layers: int = 2
+    tokens: int = 4096
+    experts: int = 16
+    with_optimizer: bool = False
+    one_rank: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.layers}layers", f"{self.experts}experts", f"{self.tokens}tokens"]
+        return "_".join(parts + ["optimizer"] * self.with_optimizer + ["1of64ranks"] * self.one_rank)
+
+    @property
+    def config(self) -> ModelConfig:
+        groups = (8, 4) if self.one_rank else (1, 1)
+        return ModelConfig(
+            vocab_size=32768, num_layers=self.layers, num_dense_layers=0, num_experts=self.experts, mtp_depth=0,
+            num_expert_groups=groups[0], num_groups_kept=groups[1], max_position=self.tokens,
+        )  # fmt: skip
+
+    @property
+    def flops(self) -> float:
+        """Of forward and backward, as `model/flops.py` counts them."""
+        return self.tokens * train_flops_per_token(self.config, self.tokens)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator("cuda").manual_seed(1)
+        shape = (1, self.tokens)
+        draw = (torch.randint(0, 32768, shape, device="cuda", generator=generator) for _ in range(2))
+        tokens_BT, labels_BT = draw
+        return tokens_BT, labels_BT
+
+
+@dataclass
+class Subject:
+    """What is measured: a step, and the bytes that it holds between steps."""
+
+    step: Callable[[], object]
+    held_bytes: int
+    model: Any
+
+
+class EvenShare:
+    """Stands for the exchange of 64 ranks: this rank's experts get the rows that all ranks' tokens would send it."""
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
+        local = dataclasses.replace(routing, idx_TK=routing.idx_TK % self._experts)
+        return Dispatched(*ops.permute(x_TD, local, num_experts=self._experts, block=block))
+
+    def collect(self, rows_PD: Tensor, dispatched: Dispatched) -> Tensor:
+        return rows_PD
+
+
+def ours(shape: Slice, precision: Precision) -> Subject:
+    """This package; gradients are dropped after each step, or used up by its optimizer."""
+    before = torch.cuda.memory_allocated()
+    model = _build(shape)
+    set_precision(model, precision)
+    tokens_BT, labels_BT = shape.batch()
+    optimizer = AdamW(model.named_parameters(), OptimConfig()) if shape.with_optimizer else None
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        loss = model(tokens_BT, labels_BT).loss
+        assert loss is not None
+        loss.backward()
+        if optimizer is None:
+            drop_gradients(model)
+        else:
+            steps += 1
+            optimizer.step(steps, 1e-5, optimizer.grad_norm())
+
+    step()
+    return Subject(step, torch.cuda.memory_allocated() - before, model)
+
+
+def drop_gradients(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+        if (kept := getattr(parameter, "main_grad", None)) is not None:
+            kept.grad = None
+
+
+def _build(shape: Slice) -> Transformer:
+    torch.manual_seed(0)
+    if not shape.one_rank:
+        return Transformer(shape.config, dtype=torch.bfloat16, device="cuda")
+    layout = Layout(shape.config, ParallelConfig(dp=EP_RANKS, ep=EP_RANKS), shape.tokens)
+    model = outline(layout, 0, 0, torch.bfloat16).to_empty(device="cuda")
+    model.init_weights()
+    for moe in moe_layers(model).values():
+        moe.exchange = EvenShare(shape.experts // EP_RANKS)
+    return model
+
+
+def transformers(shape: Slice, *, compiled: bool) -> Subject:
+    """Hugging Face's model in BF16 with its own choices of attention and of experts' products."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    before = torch.cuda.memory_allocated()
+    config = shape.config
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(
+            vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.num_layers,
+            first_k_dense_replace=0, n_routed_experts=config.num_experts, num_experts_per_tok=config.top_k,
+            n_group=1, topk_group=1, moe_intermediate_size=config.expert_dim, intermediate_size=config.ffn_dim,
+            max_position_embeddings=config.max_position, use_cache=False, dtype="bfloat16",
+        )).to(torch.bfloat16)  # fmt: skip
+    model.train()
+    run = torch.compile(model) if compiled else model
+    tokens_BT, labels_BT = shape.batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if shape.with_optimizer else None
+
+    def step() -> None:
+        run(input_ids=tokens_BT, labels=labels_BT).loss.backward()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    return Subject(step, torch.cuda.memory_allocated() - before, model)
+
+
+def peak_bytes(subject: Subject) -> int:
+    """The most that a step holds, without what other subjects hold meanwhile."""
+    others = torch.cuda.memory_allocated() - subject.held_bytes
+    torch.cuda.reset_peak_memory_stats()
+    subject.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - others
+
+
+def free() -> None:
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()

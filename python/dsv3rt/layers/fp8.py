@@ -1,0 +1,212 @@
+"""Products in FP8: forward, input gradient and weight gradient, each with operands cast in tiles (docs/precision.md).
+
+Of its input a product keeps the 128x1 tiles alone, in FP8; its weight gradient is added to an FP32 sum in place
+(`layers/main_grad.py`), at once or, with a ledger that defers, later. Source: DeepSeek-V3 report (arXiv 2412.19437)
+sec. 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dsv3rt import ops
+from dsv3rt.layers import main_grad
+from dsv3rt.layers.ledger import Ledger
+from dsv3rt.ops.types import GroupLayout, QuantTensor
+
+Pair = tuple[QuantTensor, QuantTensor]
+
+
+class WeightCast:
+    """Weights on top of each other, cast in 128x128 blocks in both orientations, again only after they have changed.
+
+    What counts as a change is torch's version counter of a parameter, and another parameter in its place. Who writes
+    weights behind torch's back (through `.data`, or a kernel) calls `torch.autograd.graph.increment_version`.
+    """
+
+    def __init__(self) -> None:
+        self._weights: tuple[nn.Parameter, ...] = ()
+        self._versions: tuple[int, ...] = ()
+        self._pair: Pair | None = None
+
+    @torch.no_grad()
+    def of(self, *weights: nn.Parameter) -> Pair:
+        """(w, w^T): (F, D) and (D, F), with a leading X for experts; several weights are stacked along F."""
+        versions = tuple(weight._version for weight in weights)
+        same = len(weights) == len(self._weights) and all(a is b for a, b in zip(weights, self._weights, strict=True))
+        if self._pair is None or not same or versions != self._versions:
+            self._pair = None  # the old cast's memory is free for the new one
+            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self._pair = ops.quantize_128x128(stacked, with_transpose=True)
+            self._weights, self._versions = weights, versions
+        return self._pair
+
+
+def linear(
+    x_TD: Tensor, cast_weight: WeightCast, weights: Sequence[nn.Parameter], ledger: Ledger | None, *, keep_input: bool
+) -> Tensor:
+    """x @ w^T for weights stacked along their rows, (T, D) -> (T, F) in x's dtype.
+
+    keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For the
+    output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
+    """
+    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    job = _LinearJob(cast_weight.of(*weights), tuple(weights) if trains else (), ledger, keep_input)
+    return cast(Tensor, _Linear.apply(x_TD, job, *weights))
+
+
+def swiglu_mlp(
+    x_TD: Tensor,
+    up: tuple[WeightCast, Sequence[nn.Parameter]],
+    down: tuple[WeightCast, nn.Parameter],
+    ledger: Ledger | None,
+    layout: GroupLayout | None = None,
+) -> Tensor:
+    """down(silu(gate x) * up x), (T, D) -> (T, D) in x's dtype.
+
+    The input of SwiGLU is kept in FP8, its output computed again in the backward.
+
+    up: gate and up, stacked in this order: (2F, D) in all, or (X, 2F, D). down: (D, F) or (X, D, F).
+    layout: of rows grouped by expert, in segments of multiples of 128; None: one expert for all. Padding rows of the
+        result, and of the gradient, are unspecified on CUDA.
+    """
+    weights = (*up[1], down[1])
+    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    job = _MlpJob(up[0].of(*up[1]), down[0].of(down[1]), weights if trains else (), ledger, layout)
+    return cast(Tensor, _SwigluMlp.apply(x_TD, job, *weights))
+
+
+@dataclass(frozen=True)
+class _LinearJob:
+    """weights: those that get a gradient; empty without a backward."""
+
+    pair: Pair
+    weights: tuple[nn.Parameter, ...]
+    ledger: Ledger | None
+    keep_input: bool
+
+
+class _Linear(torch.autograd.Function):
+    """Gradients of the weights go past autograd: for them it gets None."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, job: _LinearJob, *weights: nn.Parameter) -> Tensor:
+        ctx.job, ctx.dtype = job, x_TD.dtype
+        if job.keep_input:
+            q = ops.quantize_1x128(x_TD, pow2_scales=True)
+            ctx.save_for_backward(x_TD)
+        else:
+            q, q_t = _by_rows_and_columns(x_TD, None, bool(job.weights))
+            ctx.save_for_backward(*_tensors(q_t))
+        return ops.fp8_gemm_nt(q, job.pair[0], out_dtype=x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
+        job: _LinearJob = ctx.job
+        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TF), with_transpose=True)
+        if job.weights:
+            x_t = _columns_of(*ctx.saved_tensors) if job.keep_input else _quant(*ctx.saved_tensors)
+            _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, x_t, None)))
+        dx = ops.fp8_gemm_nt(dy, job.pair[1], out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
+
+
+@dataclass(frozen=True)
+class _MlpJob:
+    """weights: those of gate and up, then down's; empty without a backward."""
+
+    up: Pair
+    down: Pair
+    weights: tuple[nn.Parameter, ...]
+    ledger: Ledger | None
+    layout: GroupLayout | None
+
+
+class _SwigluMlp(torch.autograd.Function):
+    """Saves x by columns and the input of SwiGLU by rows, both in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, job: _MlpJob, *weights: nn.Parameter) -> Tensor:
+        ctx.job, ctx.dtype = job, x_TD.dtype
+        trains = bool(job.weights)
+        x, x_t = _by_rows_and_columns(x_TD, job.layout, trains)
+        gate_up = _rows_product(x, job.up[0], job.layout, torch.bfloat16)
+        hidden = ops.swiglu_quantize_1x128(gate_up, layout=job.layout)
+        kept = ops.quantize_1x128(gate_up, layout=job.layout) if trains else None
+        ctx.save_for_backward(*_tensors(x_t), *_tensors(kept))
+        return _rows_product(hidden, job.down[0], job.layout, x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        job: _MlpJob = ctx.job
+        layout = job.layout
+        x_t, gate_up = _quant(*ctx.saved_tensors[:2]), _quant(*ctx.saved_tensors[2:])
+        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, with_transpose=True)
+        dhidden = _rows_product(dy, job.down[1], layout, torch.bfloat16)
+        grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, layout=layout, with_product=True)
+        assert grads.product_t is not None
+        down_product, up_product = _product(dy_t, grads.product_t, layout), _product(grads.gate_up_t, x_t, layout)
+        _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
+        dx = _rows_product(grads.gate_up, job.up[1], layout, ctx.dtype) if ctx.needs_input_grad[0] else None
+        _later(job.ledger, lambda: main_grad.accumulate(job.weights[:-1], up_product))
+        return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
+
+
+def _by_rows_and_columns(
+    x_TD: Tensor, layout: GroupLayout | None, with_columns: bool
+) -> tuple[QuantTensor, QuantTensor | None]:
+    if with_columns:
+        return ops.quantize_1x128(x_TD, layout=layout, with_transpose=True)
+    return ops.quantize_1x128(x_TD, layout=layout), None
+
+
+def _columns_of(x_TD: Tensor) -> QuantTensor:
+    return ops.quantize_1x128(x_TD, pow2_scales=True, with_transpose=True)[1]
+
+
+def _rows_product(x: QuantTensor, w: QuantTensor, layout: GroupLayout | None, dtype: torch.dtype) -> Tensor:
+    if layout is None:
+        return ops.fp8_gemm_nt(x, w, out_dtype=dtype)
+    return ops.m_grouped_fp8_gemm_nt(x, w, layout, out_dtype=dtype)
+
+
+def _product(dy_t: QuantTensor, x_t: QuantTensor, layout: GroupLayout | None) -> main_grad.Contribution:
+    """dy^T x as a contribution: (F, D), or of each group (X, F, D)."""
+
+    def contribute(so_far: Tensor | None) -> Tensor:
+        if layout is not None:
+            if so_far is None:
+                shape = (layout.counts_X.shape[0], dy_t.shape[0], x_t.shape[0])
+                so_far = torch.zeros(shape, dtype=torch.float32, device=dy_t.device)
+            return ops.k_grouped_fp8_gemm_nt(dy_t, x_t, layout, accumulate_into=so_far)
+        return ops.fp8_gemm_nt(dy_t, x_t, out_dtype=torch.float32, accumulate_into=so_far)
+
+    return contribute
+
+
+def _later(ledger: Ledger | None, call: Callable[[], None]) -> None:
+    if ledger is None:
+        call()
+    else:
+        ledger.at_weight_gradients(call)
+
+
+def _with_contiguous_rows(dy: Tensor) -> Tensor:
+    """Gradients of sums and broadcasts have strides of 0."""
+    return dy if dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1] else dy.contiguous()
+
+
+def _tensors(q: QuantTensor | None) -> tuple[Tensor, ...]:
+    return () if q is None else (q.data, q.scale)
+
+
+def _quant(data: Tensor, scale: Tensor) -> QuantTensor:
+    return QuantTensor(data, scale, (1, 128))

@@ -1,0 +1,134 @@
+"""Layers in FP8 on the GPU: the kernels give what the references give, repeatably, and the host never waits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsv3rt import ops, presets
+from dsv3rt.layers import fp8
+from dsv3rt.layers.precision import set_precision
+from dsv3rt.model.block import Block
+from dsv3rt.model.transformer import Transformer
+from tests.layers.fp8_cases import Weights, bound, layout_of, take
+
+pytestmark = pytest.mark.gpu
+
+# Operands are cast to the same bits. Sums differ by 2^-13 of their size at most, which moves one BF16 rounding of 32 by
+# 2^-8 (calc_diff 2^-22); behind a cast, one of 16 such steps moves a code by 2^-4 on average: 2^-9 / 16 of the codes,
+# calc_diff 2^-9 * 2^-4 * 2^-8 / 2 = 2^-22 a cast. In rows whose sums cancel both are larger: 1e-5 leaves room for it.
+SAME_NUMERICS = 1e-5
+BF16 = torch.bfloat16
+
+
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    for index, (one, other) in enumerate(zip(got, want, strict=True)):
+        assert torch.isfinite(one).all(), index
+        diff = ops.calc_diff(one.cpu(), other)
+        assert diff < SAME_NUMERICS, (index, diff)
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+@pytest.mark.parametrize("rows", [1, 200, 512])
+def test_fp8_linear_matches_reference(rows: int, keep_input: bool) -> None:
+    weights = [nn.Parameter((torch.randn(n, 384) * 0.05).to(BF16)) for n in (256, 64)]
+    x, dy = torch.randn(rows, 384).to(BF16), torch.randn(rows, 320).to(BF16)
+
+    def run(device: str) -> list[Tensor]:
+        own = [nn.Parameter(w.detach().to(device)) for w in weights]
+        leaf = x.to(device).requires_grad_()
+        y = fp8.linear(leaf, fp8.WeightCast(), own, None, keep_input=keep_input)
+        y.backward(dy.to(device))
+        return [y.detach(), leaf.grad, *(take(w) for w in own)]  # type: ignore[list-item]
+
+    assert_same(run("cuda"), run("cpu"))
+
+
+def test_fp8_mlp_matches_reference() -> None:
+    weights = Weights.draw(256, 384, None, BF16)
+    x, dy = (torch.randn(300, 256).to(BF16) for _ in range(2))
+    got = weights.to("cuda").run(x.cuda(), dy.cuda(), None)
+    assert_same(got, weights.run(x, dy, None))
+
+
+@pytest.mark.parametrize("counts", [[128, 256, 128], [5, 0, 131, 300], [0, 0], [1, 512]])
+def test_fp8_experts_match_reference(counts: list[int]) -> None:
+    layout, valid, num_rows = layout_of(counts)
+    weights = Weights.draw(256, 128, len(counts), BF16)
+    x, dy = (torch.randn(num_rows, 256).to(BF16) * valid[:, None] for _ in range(2))
+    poison = torch.full_like(x, torch.nan).where(~valid[:, None], torch.zeros_like(x))
+    device_layout, mask, _ = layout_of(counts, "cuda")
+    got = weights.to("cuda").run((x + poison).cuda(), (dy + poison).cuda(), device_layout)
+    for index in range(2):
+        got[index] = got[index].where(mask[:, None], torch.zeros_like(got[index]))
+    assert_same(got, weights.run(x, dy, layout))
+
+
+def test_fp8_experts_do_not_wait_for_the_device() -> None:
+    counts = [128, 200, 0, 77]
+    layout, _, num_rows = layout_of(counts, "cuda")
+    weights = Weights.draw(256, 128, len(counts), BF16).to("cuda")
+    x, dy = (torch.randn(num_rows, 256, device="cuda", dtype=BF16) for _ in range(2))
+    weights.run(x, dy, layout)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weights.run(x, dy, layout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def block_gradients(block: Block, model: Transformer, x: Tensor, dy: Tensor, tokens_BT: Tensor) -> dict[str, Tensor]:
+    leaf = x.detach().requires_grad_()
+    y, _ = block(leaf, model.sequences(tokens_BT))
+    y.backward(dy)
+    found = {"y": y.detach(), "x": leaf.grad}
+    for name, parameter in block.named_parameters():
+        gradient = take(parameter) if parameter.grad is None else parameter.grad
+        found[name], parameter.grad = gradient, None
+    assert all(gradient is not None for gradient in found.values())
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
+def test_fp8_block_is_near_bf16_and_repeatable(layer: int) -> None:
+    """With every expert chosen no token can be routed elsewhere; gates then follow their logits smoothly."""
+    config = replace(presets.model("tiny"), top_k=8, num_groups_kept=4, dim=512)
+    model = Transformer(config, dtype=BF16, device="cuda")
+    block = model.layers[layer]
+    assert isinstance(block, Block)
+    tokens_BT = torch.zeros(2, 512, dtype=torch.int64, device="cuda")
+    x, dy = (torch.randn(1024, config.dim, device="cuda", dtype=BF16) for _ in range(2))
+    want = block_gradients(block, model, x, dy, tokens_BT)
+    names = set_precision(model, "fp8")
+    assert len(names) > 10
+    got = block_gradients(block, model, x, dy, tokens_BT)
+    again = block_gradients(block, model, x, dy, tokens_BT)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    # The longest way, to the first projections: theirs and the next ones' casts forward (8, to the output and through the
+    # feed-forward) and backward (12).
+    diffs = {name: ops.calc_diff(got[name], want[name]) for name in got}
+    assert max(diffs.values()) < bound(20), diffs
+
+
+def test_trainer_learns_in_fp8_on_the_gpu(tmp_path: Path) -> None:
+    from dsv3rt.train.metrics import read_rows
+    from dsv3rt.train.trainer import Trainer
+    from tests.train.train_helpers import config
+
+    tiny = {"preset": "tiny"}
+    losses = {}
+    for precision in ("bf16", "fp8"):
+        train = {
+            "precision": precision, "steps": 30, "seq_len": 128, "batch_size": 8, "micro_batch_size": 4,
+            "device": "cuda", "run_dir": str(tmp_path / precision),
+        }  # fmt: skip
+        trainer = Trainer(config(tmp_path, model=tiny, train=train, optim={"lr": 2e-3}))
+        trainer.fit()
+        losses[precision] = [row["loss"] for row in read_rows(trainer.run.metrics)[1:]]
+    assert losses["fp8"][-1] < 0.7 * losses["fp8"][0]
+    # Both fall from 5.6; a step's own noise is far above what casts do, which 5% tells from a broken gradient.
+    assert sum(losses["fp8"]) == pytest.approx(sum(losses["bf16"]), rel=0.05)
