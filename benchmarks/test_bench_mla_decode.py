@@ -1,5 +1,5 @@
-"""Decoding over a paged latent cache: against the copy bandwidth where the cache's bytes bound it (few heads), against a
-square BF16 product where the tensor cores do."""
+"""Decoding over a paged latent cache: against the copy bandwidth where the cache's bytes bound it (few heads), against
+a square BF16 product where the tensor cores do."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ PYBIND11_MODULE(_C, module) {
     result["arch"] = info.arch;
     result["kernels"] = py::make_tuple("quantize_1x128", "quantize_128x128", "swiglu_quantize_1x128",
                                        "swiglu_backward_quantize_1x128", "fp8_gemm_nt", "m_grouped_fp8_gemm_nt",
-                                       "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward",
-                                       "mla_decode");
+                                       "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward", "mla_decode");
     return result;
   });
   dsv3rt::bind_gemm(module);

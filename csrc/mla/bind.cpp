@@ -198,10 +198,11 @@ void bind_mla(pybind11::module_& module) {
              py::arg("statistics"), py::arg("dk_rope_parts"), py::arg("tile_counters"), py::kw_only(), py::arg("scale"),
              py::arg("causal"), py::arg("stream") = py::none(),
              "Writes dq, dk_nope, dk_rope and dv, on a stream; the last three arrays are scratch.");
-  module.def("mla_decode", &bound_mla_decode, py::arg("q"), py::arg("cache"), py::arg("block_table"),
-             py::arg("lengths"), py::arg("out"), py::arg("lse"), py::arg("partial_out"), py::arg("partial_lse"),
-             py::kw_only(), py::arg("scale"), py::arg("stream") = py::none(),
-             "Writes out and lse, on a stream; lengths stay on the device. The shape of the partial results sets the grid.");
+  module.def(
+      "mla_decode", &bound_mla_decode, py::arg("q"), py::arg("cache"), py::arg("block_table"), py::arg("lengths"),
+      py::arg("out"), py::arg("lse"), py::arg("partial_out"), py::arg("partial_lse"), py::kw_only(), py::arg("scale"),
+      py::arg("stream") = py::none(),
+      "Writes out and lse, on a stream; lengths stay on the device. The shape of the partial results sets the grid.");
 }
 
 }  // namespace dsv3rt

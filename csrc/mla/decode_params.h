@@ -9,8 +9,8 @@ constexpr int kLatentDim = 512, kCachedDim = kLatentDim + 64;  // C; C + R
 constexpr int kPageTokens = 64;
 constexpr int kDecodeRows = 64;  // queries x heads of one block
 
-// Every block of rows takes the pages of all requests in `parts` equal parts. The grid depends on shapes alone, so that a
-// captured launch stays right when lengths change.
+// Every block of rows takes the pages of all requests in `parts` equal parts. The grid depends on shapes alone, so that
+// a captured launch stays right when lengths change.
 struct DecodeGrid {
   int row_blocks, parts;
 };
@@ -20,19 +20,19 @@ constexpr int kPartialsAPart = 2;
 
 // out = softmax(scale * q k^T) k[:, :512] of the last L of each sequence's tokens over its pages
 struct MlaDecodeParams {
-  const void* q;                // (B, L, H, 576) BF16, contiguous, 16-byte aligned
-  const void* cache;            // (pages, 64, 576) BF16, contiguous, 16-byte aligned
-  const int32_t* block_table;   // (B, max_pages), rows of block_table_stride
-  const int32_t* lengths;       // (B,) on the device
-  void* out;                    // (B, L, H, 512) BF16, contiguous
-  float* lse;                   // (B, L, H)
-  float* partial_out;           // scratch (row_blocks, 2 * parts, 64, 512)
-  float* partial_lse;           // scratch (row_blocks, 2 * parts, 64), base 2
+  const void* q;  // (B, L, H, 576) BF16, contiguous, 16-byte aligned
+  const void* cache;  // (pages, 64, 576) BF16, contiguous, 16-byte aligned
+  const int32_t* block_table;  // (B, max_pages), rows of block_table_stride
+  const int32_t* lengths;  // (B,) on the device
+  void* out;  // (B, L, H, 512) BF16, contiguous
+  float* lse;  // (B, L, H)
+  float* partial_out;  // scratch (row_blocks, 2 * parts, 64, 512)
+  float* partial_lse;  // scratch (row_blocks, 2 * parts, 64), base 2
   int64_t block_table_stride;
   int num_requests, num_queries, num_heads;  // B, L, H
-  int num_pages, max_pages;     // in the cache, of one request
+  int num_pages, max_pages;  // in the cache, of one request
   DecodeGrid grid;
-  float scale_log2;             // positive; of the scores, times log2(e)
+  float scale_log2;  // positive; of the scores, times log2(e)
   int device;
 };
 

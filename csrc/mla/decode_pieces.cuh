@@ -34,9 +34,7 @@ __device__ __forceinline__ int tokens_seen(const MlaDecodeParams& params, int le
 
 __device__ __forceinline__ int pages_of(int length) { return ceil_div(length, kPageTokens); }
 
-__device__ __forceinline__ int room_of(int length) {
-  return length == 0 ? 0 : kStartRoom + pages_of(length);
-}
+__device__ __forceinline__ int room_of(int length) { return length == 0 ? 0 : kStartRoom + pages_of(length); }
 
 __device__ __forceinline__ int share_of(int total, int parts) { return max(ceil_div(total, parts), kLeastShare); }
 

@@ -211,8 +211,8 @@ __device__ __forceinline__ int64_t partial_row(const MlaDecodeParams& params, in
   return (part * kPartialsAPart + partial) * kDecodeRows;
 }
 
-__device__ __forceinline__ void finish_scores(DecodeStorage& storage, const MlaDecodeParams& params,
-                                              const Piece& piece, const SoftmaxState& state) {
+__device__ __forceinline__ void finish_scores(DecodeStorage& storage, const MlaDecodeParams& params, const Piece& piece,
+                                              const SoftmaxState& state) {
   constexpr float kLn2 = 0.693147180559945309f;
   const int rows = params.num_queries * params.num_heads;
 #pragma unroll
@@ -289,7 +289,7 @@ __device__ __forceinline__ void add_page(DecodeStorage& storage, PageRing ring, 
   const PageSlab& first_slab = storage.latent[ring.stage][half * (kLatentSlabs / 2)];
   const uint64_t values = mn_major_swizzle128_descriptor(first_slab, sizeof(PageSlab));
 #pragma unroll
-  for (float(&columns)[kProductColumns / 2] : out) {
+  for (float (&columns)[kProductColumns / 2] : out) {
     scale_rows(columns, rescale);
     pin_registers(columns);
   }
@@ -304,10 +304,10 @@ __device__ __forceinline__ void add_page(DecodeStorage& storage, PageRing ring, 
   }
   wgmma_commit();
 #pragma unroll
-  for (float(&columns)[kProductColumns / 2] : out) pin_registers(columns);
+  for (float (&columns)[kProductColumns / 2] : out) pin_registers(columns);
   wgmma_wait<0>();
 #pragma unroll
-  for (float(&columns)[kProductColumns / 2] : out) pin_registers(columns);
+  for (float (&columns)[kProductColumns / 2] : out) pin_registers(columns);
 }
 
 __device__ __forceinline__ void store_partial(float* target, int end_row, const Out& out) {
@@ -332,8 +332,8 @@ __device__ __forceinline__ void store_out(const MlaDecodeParams& params, const P
     auto* target = static_cast<__nv_bfloat16*>(params.out) + first * kLatentDim + half * kOutColumns;
 #pragma unroll
     for (int i = 0; i < kOutColumns / kProductColumns; ++i) {
-      store_rows<kProductColumns / 8>(target + i * kProductColumns, kLatentDim, decode_row(), rows - first_row, out[i], 0,
-                                      1.0f);
+      store_rows<kProductColumns / 8>(target + i * kProductColumns, kLatentDim, decode_row(), rows - first_row, out[i],
+                                      0, 1.0f);
     }
   } else {
     float* target = params.partial_out + partial_row(params, piece.partial) * kLatentDim + half * kOutColumns;
@@ -366,7 +366,7 @@ __device__ __forceinline__ void consumer_add_pieces(DecodeStorage& storage, cons
     __syncwarp();
     if (leads_warp) storage.inverse_empty.arrive();
 #pragma unroll
-    for (float(&columns)[kProductColumns / 2] : out) scale_rows(columns, inverse);
+    for (float (&columns)[kProductColumns / 2] : out) scale_rows(columns, inverse);
     store_out(params, storage.piece[slot.stage()], half, out);
     __syncwarp();
     if (leads_warp) storage.piece_empty[slot.stage()].arrive();
