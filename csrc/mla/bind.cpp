@@ -151,18 +151,24 @@ void bound_mla_decode(const TensorView& q, const TensorView& cache, const Tensor
   check("q", q, DataType::kBFloat16).on_cuda().shape({kAny, kAny, kAny, kCachedDim}).aligned(16);
   const int64_t requests = q.shape[0], queries = q.shape[1], heads = q.shape[2], rows = queries * heads;
   ArgCheck(kOp, "q", q).strides({rows * kCachedDim, heads * kCachedDim, kCachedDim, 1});
-  check("cache", cache, DataType::kBFloat16).on_device_of(q, "q").shape({kAny, kPageTokens, kCachedDim}).aligned(16);
-  ArgCheck(kOp, "cache", cache).strides({kPageTokens * kCachedDim, kCachedDim, 1});
+  const bool fp8 = cache.dtype == DataType::kUInt8;
+  const int64_t width = fp8 ? kFp8TokenBytes : kCachedDim, block_rows = fp8 ? kFp8Rows : kDecodeRows;
+  ArgCheck(kOp, "cache", cache)
+      .dtype({DataType::kBFloat16, DataType::kUInt8})
+      .on_device_of(q, "q")
+      .shape({kAny, kPageTokens, width})
+      .strides({kPageTokens * width, width, 1})
+      .aligned(16);
   check("block_table", block_table, DataType::kInt32).shape({requests, kAny}).strides({kAny, 1});
   check("lengths", lengths, DataType::kInt32).shape({requests}).strides({1});
   check("out", out, DataType::kBFloat16).shape({requests, queries, heads, kLatentDim}).aligned(16);
   check("lse", lse, DataType::kFloat32).shape({requests, queries, heads});
-  const int64_t row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
+  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
   check("partial_out", partial_out, DataType::kFloat32)
-      .shape({row_blocks, kAny, kPartialsAPart, kDecodeRows, kLatentDim})
+      .shape({row_blocks, kAny, kPartialsAPart, block_rows, kLatentDim})
       .aligned(16);
   const int64_t parts = partial_out.shape[1];
-  check("partial_lse", partial_lse, DataType::kFloat32).shape({row_blocks, parts, kPartialsAPart, kDecodeRows});
+  check("partial_lse", partial_lse, DataType::kFloat32).shape({row_blocks, parts, kPartialsAPart, block_rows});
   MlaDecodeParams params{};
   params.q = q.data;
   params.cache = cache.data;
@@ -178,10 +184,10 @@ void bound_mla_decode(const TensorView& q, const TensorView& cache, const Tensor
   params.num_heads = static_cast<int>(heads);
   params.num_pages = static_cast<int>(cache.shape[0]);
   params.max_pages = static_cast<int>(block_table.shape[1]);
-  params.grid = {static_cast<int>(row_blocks), static_cast<int>(parts)};
+  params.grid = {static_cast<int>(row_blocks), static_cast<int>(parts), static_cast<int>(block_rows)};
   params.scale_log2 = static_cast<float>(scale * kLog2E);
   params.device = q.device.index;
-  throw_on_error(kOp, mla_decode(params, stream_for(kOp, q, stream)));
+  throw_on_error(kOp, (fp8 ? mla_decode_fp8 : mla_decode)(params, stream_for(kOp, q, stream)));
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Joins the partial results of requests that several blocks attended to. One warp a row.
 #pragma once
 
-#include "hopper/fragment.cuh"
 #include "mla/decode_pieces.cuh"
+#include "mla/store_rows.cuh"
 
 namespace dsv3rt {
 
@@ -48,19 +48,13 @@ struct Partials {
 __device__ __forceinline__ float combine_lse(const MlaDecodeParams& params, const Partials& partials, int row) {
   float peak = -INFINITY, sum = 0;
   for (int part = partials.parts.first; part <= partials.parts.last; ++part) {
-    peak = fmaxf(peak, params.partial_lse[partials.slot(part) * kDecodeRows + row]);
+    peak = fmaxf(peak, params.partial_lse[partials.slot(part) * params.grid.block_rows + row]);
   }
   if (peak == -INFINITY) return peak;
   for (int part = partials.parts.first; part <= partials.parts.last; ++part) {
-    sum += exp2f(params.partial_lse[partials.slot(part) * kDecodeRows + row] - peak);
+    sum += exp2f(params.partial_lse[partials.slot(part) * params.grid.block_rows + row] - peak);
   }
   return peak + log2f(sum);
-}
-
-__device__ __forceinline__ void store_octet(void* out, int64_t first, const float (&values)[8]) {
-  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(out) + first) =
-      make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-                 pack_bf16(values[6], values[7]));
 }
 
 __global__ void __launch_bounds__(kCombineThreads)
@@ -74,15 +68,15 @@ __global__ void __launch_bounds__(kCombineThreads)
   const PartRange parts = parts_of(rooms.before, length, share_of(rooms.total, params.grid.parts));
   if (request_row >= rows || (length > 0 && parts.first == parts.last)) return;
 
-  const int64_t block_slot = int64_t(request_row / kDecodeRows) * params.grid.parts * kPartialsAPart;
+  const int64_t block_slot = int64_t(request_row / params.grid.block_rows) * params.grid.parts * kPartialsAPart;
   const Partials partials{parts, block_slot};
-  const int row = request_row % kDecodeRows;
+  const int row = request_row % params.grid.block_rows;
   const float lse = length == 0 ? -INFINITY : combine_lse(params, partials, row);
   float sums[kOctets][8] = {};
   if (lse != -INFINITY) {
 #pragma unroll 2
     for (int part = parts.first; part <= parts.last; ++part) {
-      const int64_t partial_row = partials.slot(part) * kDecodeRows + row;
+      const int64_t partial_row = partials.slot(part) * params.grid.block_rows + row;
       const float weight = exp2f(params.partial_lse[partial_row] - lse);
 #pragma unroll
       for (int octet = 0; octet < kOctets; ++octet) {

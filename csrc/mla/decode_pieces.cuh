@@ -74,7 +74,7 @@ class PieceCursor {
       begin_ += room_of(length);
       Piece piece{request, max(-first_page, 0), min(share_ - first_page, num_pages)};
       if (piece.first_page >= piece.end_page) continue;
-      piece.whole_pages = max(tokens_seen(params_, length, blockIdx.x * kDecodeRows), 0) / kPageTokens;
+      piece.whole_pages = max(tokens_seen(params_, length, blockIdx.x * params_.grid.block_rows), 0) / kPageTokens;
       piece.length = length;
       piece.partial = first_page < 0 ? 0 : first_page + num_pages > share_ ? 1 : -1;
       return piece;

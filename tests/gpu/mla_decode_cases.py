@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from dsv3rt import ops
 
 PAGE, C, R = 64, 512, 64
 WIDTH = C + R
@@ -32,7 +34,7 @@ LSE_ABSOLUTE = 1e-5  # sums of up to 8192 positive FP32 numbers, partly in order
 @dataclass(frozen=True)
 class Requests:
     q: Tensor  # (B, L, H, 576) BF16
-    cache: Tensor  # (pages, 64, 576) BF16
+    cache: Tensor  # (pages, 64, 576) BF16 or (pages, 64, 656) uint8
     block_table: Tensor  # (B, max_pages) int32
     lengths: Tensor  # (B,) int32
 
@@ -59,9 +61,17 @@ def draw(lengths: list[int], num_queries: int, num_heads: int, *, size: float = 
     return Requests(q, cache, table.cuda(), torch.tensor(lengths, dtype=torch.int32, device="cuda"))
 
 
+def in_fp8(requests: Requests) -> Requests:
+    """The same requests over an FP8 cache; slots of nobody hold bytes that are NaN, scales that are NaN as well."""
+    packed = ops.quantize_latents(requests.cache, latent_dim=C)
+    packed[requests.cache[:, :, 0].isnan()] = 0xFF
+    return replace(requests, cache=packed)
+
+
 def tokens_of(requests: Requests, row: int, length: int) -> Tensor:
     pages = requests.block_table[row, : -(-length // PAGE)].long()
-    return requests.cache[pages].flatten(0, 1)[:length]
+    rows = requests.cache[pages].flatten(0, 1)[:length]
+    return ops.dequantize_latents(rows, latent_dim=C) if rows.dtype == torch.uint8 else rows
 
 
 def assert_close(requests: Requests, out: Tensor, lse: Tensor, scale: float = SCALE) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3rt.ops.checks import FLOATS, check_same_device, check_tensor, require
+from dsv3rt.ops.latent_cache import fp8_token_bytes
 from dsv3rt.ops.reference import attention as reference
 from dsv3rt.ops.registry import register
 
@@ -214,7 +215,8 @@ def mla_decode(
 
     Args:
         q_BLHC: (B, L, H, C + R) bf16, fp32 or fp64: query in the latent space, then the turned rope part.
-        cache: (pages, 64, C + R) of q's dtype: latent, then the turned rope key.
+        cache: (pages, 64, C + R) of q's dtype: latent, then the turned rope key. Or (pages, 64, bytes) uint8, as
+            `quantize_latents` makes them.
         block_table: (B, max_pages) int32: page of each 64 tokens of a sequence; entries past its length are not read.
         lengths: (B,) int32 tokens in the cache, the L queries being the last of them: query l sees lengths - L + l + 1.
         scale: factor of the scores.
@@ -227,7 +229,8 @@ def mla_decode(
             the device and are not checked; for the kernel also a scale that is not positive, a cache not contiguous.
         TypeError: dtype outside the above.
         BackendUnavailableError: what the kernel is for, no extension.
-    Numerics: fp32 scores, softmax and sums; the kernel rounds weights to bf16 before they meet the values. It runs on
+    Numerics: fp32 scores, softmax and sums; the kernel rounds weights to bf16 (fp16 over an FP8 cache, where they carry
+        the scales) before they meet the values. It runs on
         CUDA for bf16 with C, R = 512, 64, any L and H; everything else is the reference. Bitwise repeatable; a launch
         captured in a CUDA graph stays right when lengths, pages and the table's entries change.
     Source: DeepSeek-V2 report (arXiv 2405.04434) appendix C; FlashMLA flash_mla_with_kvcache.
@@ -236,7 +239,9 @@ def mla_decode(
     check_tensor(op, "q_BLHC", q_BLHC, (None, None, None, None), FLOATS)
     B, width = q_BLHC.shape[0], q_BLHC.shape[3]
     require(0 < latent_dim <= width, op, "latent_dim", f"be in 1..{width}", latent_dim)
-    check_tensor(op, "cache", cache, (None, reference.PAGE, width), (q_BLHC.dtype,))
+    fp8 = cache.dtype == torch.uint8
+    row = fp8_token_bytes(latent_dim, width - latent_dim) if fp8 else width
+    check_tensor(op, "cache", cache, (None, reference.PAGE, row), (q_BLHC.dtype, torch.uint8))
     check_tensor(op, "block_table", block_table, (B, None), (torch.int32,))
     check_tensor(op, "lengths", lengths, (B,), (torch.int32,))
     check_same_device(op, q_BLHC=q_BLHC, cache=cache, block_table=block_table, lengths=lengths)
