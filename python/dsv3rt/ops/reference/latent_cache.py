@@ -13,7 +13,7 @@ from dsv3rt.ops.types import TILE, ceil_div
 def quantize_latents(rows: Tensor, latent_dim: int) -> Tensor:
     latent, rope = rows.flatten(0, -2).bfloat16().split([latent_dim, rows.shape[-1] - latent_dim], dim=-1)
     (quantized,) = quantize_1x128(latent, pow2_scales=True, with_transpose=False)
-    parts = (quantized.data, quantized.scale.contiguous(), rope.contiguous())
+    parts = (quantized.data, quantized.scale.clone(memory_format=torch.contiguous_format), rope.contiguous())
     packed = torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
     return packed.unflatten(0, rows.shape[:-1])
 
