@@ -22,6 +22,12 @@ __device__ __forceinline__ uint64_t k_major_swizzle128_descriptor(const void* ti
   return k_major_swizzle128_descriptor(descriptor_base(smem_address(tile)));
 }
 
+// The same in 32-byte swizzle: rows of 32 bytes, one step of 16-bit numbers, atoms of 256 bytes, base aligned to those.
+__device__ __forceinline__ uint64_t k_major_swizzle32_descriptor(const void* tile) {
+  constexpr uint64_t kStrideBytes = 256, kSwizzle32 = 3;
+  return descriptor_base(smem_address(tile)) | (kStrideBytes >> 4) << 32 | kSwizzle32 << 62;
+}
+
 // wgmma.fence: before the first wgmma, and after any other write to its registers
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

@@ -2,6 +2,7 @@
 
 #include "common/arg_check.h"
 #include "common/dlpack_caster.h"
+#include "mla/decode_params.h"
 #include "mla/params.h"
 
 namespace dsv3rt {
@@ -138,6 +139,57 @@ void bound_mla_prefill_backward(const TensorView& q, const TensorView& k_nope, c
   throw_on_error(arguments.op, mla_prefill_backward(params, stream_for(arguments.op, q, stream)));
 }
 
+void bound_mla_decode(const TensorView& q, const TensorView& cache, const TensorView& block_table,
+                      const TensorView& lengths, const TensorView& out, const TensorView& lse,
+                      const TensorView& partial_out, const TensorView& partial_lse, float scale,
+                      pybind11::handle stream) {
+  constexpr const char* kOp = "mla_decode";
+  constexpr double kLog2E = 1.4426950408889634074;
+  const auto check = [](const char* name, const TensorView& view, DataType dtype) {
+    return ArgCheck(kOp, name, view).dtype({dtype});
+  };
+  check("q", q, DataType::kBFloat16).on_cuda().shape({kAny, kAny, kAny, kCachedDim}).aligned(16);
+  const int64_t requests = q.shape[0], queries = q.shape[1], heads = q.shape[2], rows = queries * heads;
+  ArgCheck(kOp, "q", q).strides({rows * kCachedDim, heads * kCachedDim, kCachedDim, 1});
+  const bool fp8 = cache.dtype == DataType::kUInt8;
+  const int64_t width = fp8 ? kFp8TokenBytes : kCachedDim, block_rows = fp8 ? kFp8Rows : kDecodeRows;
+  ArgCheck(kOp, "cache", cache)
+      .dtype({DataType::kBFloat16, DataType::kUInt8})
+      .on_device_of(q, "q")
+      .shape({kAny, kPageTokens, width})
+      .strides({kPageTokens * width, width, 1})
+      .aligned(16);
+  check("block_table", block_table, DataType::kInt32).shape({requests, kAny}).strides({kAny, 1});
+  check("lengths", lengths, DataType::kInt32).shape({requests}).strides({1});
+  check("out", out, DataType::kBFloat16).shape({requests, queries, heads, kLatentDim}).aligned(16);
+  check("lse", lse, DataType::kFloat32).shape({requests, queries, heads});
+  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
+  check("partial_out", partial_out, DataType::kFloat32)
+      .shape({row_blocks, kAny, kPartialsAPart, block_rows, kLatentDim})
+      .aligned(16);
+  const int64_t parts = partial_out.shape[1];
+  check("partial_lse", partial_lse, DataType::kFloat32).shape({row_blocks, parts, kPartialsAPart, block_rows});
+  MlaDecodeParams params{};
+  params.q = q.data;
+  params.cache = cache.data;
+  params.block_table = static_cast<const int32_t*>(block_table.data);
+  params.lengths = static_cast<const int32_t*>(lengths.data);
+  params.out = out.data;
+  params.lse = static_cast<float*>(lse.data);
+  params.partial_out = static_cast<float*>(partial_out.data);
+  params.partial_lse = static_cast<float*>(partial_lse.data);
+  params.block_table_stride = block_table.strides[0];
+  params.num_requests = static_cast<int>(requests);
+  params.num_queries = static_cast<int>(queries);
+  params.num_heads = static_cast<int>(heads);
+  params.num_pages = static_cast<int>(cache.shape[0]);
+  params.max_pages = static_cast<int>(block_table.shape[1]);
+  params.grid = {static_cast<int>(row_blocks), static_cast<int>(parts), static_cast<int>(block_rows)};
+  params.scale_log2 = static_cast<float>(scale * kLog2E);
+  params.device = q.device.index;
+  throw_on_error(kOp, (fp8 ? mla_decode_fp8 : mla_decode)(params, stream_for(kOp, q, stream)));
+}
+
 }  // namespace
 
 void bind_mla(pybind11::module_& module) {
@@ -152,6 +204,11 @@ void bind_mla(pybind11::module_& module) {
              py::arg("statistics"), py::arg("dk_rope_parts"), py::arg("tile_counters"), py::kw_only(), py::arg("scale"),
              py::arg("causal"), py::arg("stream") = py::none(),
              "Writes dq, dk_nope, dk_rope and dv, on a stream; the last three arrays are scratch.");
+  module.def(
+      "mla_decode", &bound_mla_decode, py::arg("q"), py::arg("cache"), py::arg("block_table"), py::arg("lengths"),
+      py::arg("out"), py::arg("lse"), py::arg("partial_out"), py::arg("partial_lse"), py::kw_only(), py::arg("scale"),
+      py::arg("stream") = py::none(),
+      "Writes out and lse, on a stream; lengths stay on the device. The shape of the partial results sets the grid.");
 }
 
 }  // namespace dsv3rt

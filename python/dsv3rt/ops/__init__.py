@@ -13,6 +13,7 @@ from dsv3rt.ops.gemm import (
     k_grouped_fp8_gemm_nt,
     m_grouped_fp8_gemm_nt,
 )
+from dsv3rt.ops.latent_cache import dequantize_latents, fp8_token_bytes, quantize_latents
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
@@ -50,10 +51,12 @@ __all__ = [
     "balance_loss",
     "calc_diff",
     "dequantize",
+    "dequantize_latents",
     "embedding",
     "ep_combine",
     "ep_dispatch",
     "fp8_gemm_nt",
+    "fp8_token_bytes",
     "grad_norms",
     "grouped_gemm_nt",
     "grouped_weight_grad",
@@ -65,6 +68,7 @@ __all__ = [
     "permute",
     "quantize_1x128",
     "quantize_128x128",
+    "quantize_latents",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_quantize_1x128",

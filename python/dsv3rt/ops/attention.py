@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3rt.ops.checks import FLOATS, check_same_device, check_tensor, require
+from dsv3rt.ops.latent_cache import fp8_token_bytes
 from dsv3rt.ops.reference import attention as reference
 from dsv3rt.ops.registry import register
 
 KERNEL_DIMS = (128, 64, 128)  # N, R, U
+DECODE_KERNEL_DIMS = (512, 576)  # C, C + R
 
 
 def _has_kernel(inputs: list[Tensor]) -> bool:
@@ -170,6 +172,42 @@ def mla_prefill(
     return cast(tuple[Tensor, Tensor], _Prefill.apply((cu_seqlens, keys_ends), scale, causal, *inputs))
 
 
+def _has_decode_kernel(q: Tensor, latent_dim: int) -> bool:
+    return q.is_cuda and q.dtype == torch.bfloat16 and (latent_dim, q.shape[3]) == DECODE_KERNEL_DIMS
+
+
+def _decode_by_reference(
+    q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float, latent_dim: int
+) -> tuple[Tensor, Tensor]:
+    return reference.mla_decode(q, cache, block_table, lengths, scale, latent_dim)
+
+
+def _decode_on_cuda(
+    q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float, latent_dim: int
+) -> tuple[Tensor, Tensor]:
+    if not _has_decode_kernel(q, latent_dim):
+        return _decode_by_reference(q, cache, block_table, lengths, scale, latent_dim)
+    from dsv3rt.ops.cuda import attention as cuda
+
+    return cuda.mla_decode(q, cache, block_table, lengths, scale=scale, latent_dim=latent_dim)
+
+
+def _decode_fake(
+    q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float, latent_dim: int
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], latent_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+_mla_decode = register(
+    "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor lengths, float scale, int latent_dim)"
+    " -> (Tensor, Tensor)",
+    cpu=_decode_by_reference,
+    cuda=_decode_on_cuda,
+    fake=_decode_fake,
+)
+
+
 def mla_decode(
     q_BLHC: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float, latent_dim: int
 ) -> tuple[Tensor, Tensor]:
@@ -177,7 +215,8 @@ def mla_decode(
 
     Args:
         q_BLHC: (B, L, H, C + R) bf16, fp32 or fp64: query in the latent space, then the turned rope part.
-        cache: (pages, 64, C + R) of q's dtype: latent, then the turned rope key.
+        cache: (pages, 64, C + R) of q's dtype: latent, then the turned rope key. Or (pages, 64, bytes) uint8, as
+            `quantize_latents` makes them.
         block_table: (B, max_pages) int32: page of each 64 tokens of a sequence; entries past its length are not read.
         lengths: (B,) int32 tokens in the cache, the L queries being the last of them: query l sees lengths - L + l + 1.
         scale: factor of the scores.
@@ -186,15 +225,23 @@ def mla_decode(
         out_BLHC (B, L, H, C) in q's dtype; lse (B, L, H) fp32 (fp64 for fp64), natural logarithm. A query that sees no
         token gives 0 and -inf. Slots at or past `lengths` are never read.
     Raises:
-        ValueError: shape, latent_dim, or a length or page outside the table or cache.
+        ValueError: shape, latent_dim, or a length or page outside the table or cache. On CUDA lengths and pages stay on
+            the device and are not checked; for the kernel also a scale that is not positive, a cache not contiguous.
         TypeError: dtype outside the above.
+        BackendUnavailableError: what the kernel is for, no extension.
+    Numerics: fp32 scores, softmax and sums; the kernel rounds weights to bf16 (fp16 over an FP8 cache, where they carry
+        the scales) before they meet the values. It runs on
+        CUDA for bf16 with C, R = 512, 64, any L and H; everything else is the reference. Bitwise repeatable; a launch
+        captured in a CUDA graph stays right when lengths, pages and the table's entries change.
     Source: DeepSeek-V2 report (arXiv 2405.04434) appendix C; FlashMLA flash_mla_with_kvcache.
     """
     op = "mla_decode"
     check_tensor(op, "q_BLHC", q_BLHC, (None, None, None, None), FLOATS)
     B, width = q_BLHC.shape[0], q_BLHC.shape[3]
     require(0 < latent_dim <= width, op, "latent_dim", f"be in 1..{width}", latent_dim)
-    check_tensor(op, "cache", cache, (None, reference.PAGE, width), (q_BLHC.dtype,))
+    fp8 = cache.dtype == torch.uint8
+    row = fp8_token_bytes(latent_dim, width - latent_dim) if fp8 else width
+    check_tensor(op, "cache", cache, (None, reference.PAGE, row), (q_BLHC.dtype, torch.uint8))
     check_tensor(op, "block_table", block_table, (B, None), (torch.int32,))
     check_tensor(op, "lengths", lengths, (B,), (torch.int32,))
     check_same_device(op, q_BLHC=q_BLHC, cache=cache, block_table=block_table, lengths=lengths)
@@ -203,7 +250,9 @@ def mla_decode(
         low, high = int(lengths.min()), int(lengths.max())
         require(low >= 0, op, "lengths", "not be negative", low)
         require(high <= capacity, op, "lengths", f"be at most the {capacity} tokens of block_table", high)
-    return reference.mla_decode(q_BLHC, cache, block_table, lengths, scale, latent_dim)
+    if _has_decode_kernel(q_BLHC, latent_dim):
+        require(scale > 0, op, "scale", "be positive on CUDA", scale)
+    return cast(tuple[Tensor, Tensor], _mla_decode(q_BLHC, cache, block_table, lengths, scale, latent_dim))
 
 
 def _inputs(tensors: list[Tensor]) -> reference.Inputs:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops.reference.common import at_least_fp32
+from dsv3rt.ops.reference.latent_cache import dequantize_latents
 
 PAGE = 64
 QUERY_BLOCK = 64  # scores alive at once: B * H * QUERY_BLOCK * keys
@@ -172,7 +173,10 @@ def mla_decode(
     lse = wide.new_full((B, L, H), -torch.inf)
     for b, length in enumerate(lengths.tolist()):
         pages = block_table[b, : -(-length // PAGE)].long()
-        latent = at_least_fp32(cache[pages].flatten(0, 1))
+        rows = cache[pages].flatten(0, 1)
+        latent = (
+            dequantize_latents(rows, latent_dim).to(wide.dtype) if rows.dtype == torch.uint8 else at_least_fp32(rows)
+        )
         for i in range(max(0, L - length), L):
             seen = latent[: length - L + i + 1]
             scores = wide[b, i] @ seen.t() * scale

@@ -1,0 +1,66 @@
+#include "mla/decode_combine.cuh"
+#include "mla/launch.cuh"
+#include "mla/sm90_mla_decode.cuh"
+#include "mla/sm90_mla_decode_fp8.cuh"
+
+namespace dsv3rt {
+namespace {
+
+const char* encode_rows(CUtensorMap& map, const void* base, int64_t rows) {
+  return encode_map(map, MapSpec{base, kCachedDim, rows, kCachedDim * 2, 64, kPageTokens,
+                                 CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B});
+}
+
+const char* launch_combine(const MlaDecodeParams& params, cudaStream_t stream) {
+  const dim3 grid(ceil_div(params.num_queries * params.num_heads, kCombineRows), params.num_requests);
+  mla_decode_combine_kernel<<<grid, kCombineThreads, 0, stream>>>(params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return nullptr;
+}
+
+bool writes_nothing(const MlaDecodeParams& params) {
+  return params.num_requests == 0 || params.num_queries == 0 || params.num_heads == 0;
+}
+
+}  // namespace
+
+const char* mla_decode(const MlaDecodeParams& params, void* stream) {
+  if (writes_nothing(params)) return nullptr;
+  const DeviceGuard guard(params.device);
+  DSV3RT_CUDA_CHECK(guard.status());
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const int rows = params.num_queries * params.num_heads;
+  if (params.num_pages > 0 && params.max_pages > 0) {
+    DecodeMaps maps{};
+    if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
+    if (const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens)) {
+      return error;
+    }
+    constexpr int kSharedBytes = sizeof(DecodeStorage);
+    static_assert(kSharedBytes <= kMaxSharedBytes);
+    const auto kernel = sm90_mla_decode_kernel;
+    DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    const dim3 grid(params.grid.row_blocks, params.grid.parts);
+    kernel<<<grid, kDecodeThreads, kSharedBytes, cuda_stream>>>(maps, params);
+    DSV3RT_CUDA_CHECK(cudaGetLastError());
+  }
+  return launch_combine(params, cuda_stream);
+}
+
+const char* mla_decode_fp8(const MlaDecodeParams& params, void* stream) {
+  if (writes_nothing(params)) return nullptr;
+  const DeviceGuard guard(params.device);
+  DSV3RT_CUDA_CHECK(guard.status());
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (params.num_pages > 0 && params.max_pages > 0) {
+    constexpr int kSharedBytes = sizeof(DecodeFp8Storage);
+    static_assert(kSharedBytes <= kMaxSharedBytes);
+    const auto kernel = sm90_mla_decode_fp8_kernel;
+    DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kFp8Threads, kSharedBytes, cuda_stream>>>(params);
+    DSV3RT_CUDA_CHECK(cudaGetLastError());
+  }
+  return launch_combine(params, cuda_stream);
+}
+
+}  // namespace dsv3rt
