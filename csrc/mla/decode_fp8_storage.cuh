@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hopper/barrier.cuh"
+#include "hopper/ring.cuh"
 #include "mla/decode_pieces.cuh"
 #include "mla/rings.cuh"
 
@@ -14,7 +15,7 @@ constexpr int kFp8Threads = 32 * (kFp8Warps + 1);
 constexpr int kFp8Halves = 2;                   // of the columns of a score, summed by different warps
 constexpr int kScoreStride = kPageTokens + 4;   // of rows, to spread them over the banks
 
-using Fp8Ring = RingOf<kFp8Stages>;
+using Fp8Ring = RingPosition<kFp8Stages>;
 
 struct DecodeFp8Storage {
   alignas(128) uint8_t page[kFp8Stages][kFp8PageBytes];

@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 
 #include "hopper/barrier.cuh"
+#include "hopper/ring.cuh"
 #include "mla/decode_pieces.cuh"
 #include "mla/rings.cuh"
 
@@ -21,7 +22,7 @@ constexpr int kDecodeThreads = 512;  // warpgroups: loading, scores, two halves 
 constexpr int kOutWarps = 8;
 
 using PageSlab = __nv_bfloat16[kPageTokens * 64];
-using PageRing = RingOf<kPageStages>;
+using PageRing = RingPosition<kPageStages>;
 
 struct DecodeStorage {
   alignas(1024) PageSlab latent[kPageStages][kLatentSlabs];
