@@ -194,7 +194,7 @@ ACTIVATIONS = tuple(Matrix(rows, columns) for rows in (TOKENS, 4 * TOKENS) for c
 
 WEIGHTS = (Matrix(7168, 16384), Matrix(4096, 7168), Matrix(7168, 2048), Matrix(36864, 7168))
 
-ATTENTIONS = (Attention(4096), Attention(8192), Attention(16384))
+ATTENTIONS = (Attention(4096), Attention(8192), Attention(16384), Attention(32768))
 
 # Documents packed into two sequences of pre-training.
 RAGGED_ATTENTION = (Attention(4001), Attention(17), Attention(1111), Attention(3063))

@@ -111,11 +111,13 @@ def rms_norm_quantize_1x128(
 
 
 def _named(parts: list[Tensor], with_transpose: bool, with_output: bool) -> NormQuant:
-    data, scale, *rest = parts
-    q_t = QuantTensor(rest.pop(0), rest.pop(0), ROW_TILE) if with_transpose else None
-    rstd_T = rest.pop(0)
-    y_TD = rest.pop(0) if with_output else None
-    return NormQuant(rest[0] if rest else None, y_TD, QuantTensor(data, scale, ROW_TILE), q_t, rstd_T)
+    data, scale = parts[:2]
+    q_t = QuantTensor(parts[2], parts[3], ROW_TILE) if with_transpose else None
+    rstd_at = 4 if with_transpose else 2
+    y_TD = parts[rstd_at + 1] if with_output else None
+    sum_at = rstd_at + (2 if with_output else 1)
+    sum_TD = parts[sum_at] if len(parts) > sum_at else None
+    return NormQuant(sum_TD, y_TD, QuantTensor(data, scale, ROW_TILE), q_t, parts[rstd_at])
 
 
 def _check_rows(op: str, argument: str, rows: Tensor, shape: tuple[int | None, ...]) -> None:
