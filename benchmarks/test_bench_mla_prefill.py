@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ def better_cudnn(inputs: tuple[Tensor, ...], causal: bool) -> Peer:
     tokens_first = [x.contiguous().transpose(0, 1)[None] for x in (q, k, v)]
     heads_first = [x.contiguous() for x in tokens_first]
     runs = [cudnn(*arrays, causal) for arrays in (tokens_first, heads_first)]  # type: ignore[arg-type]
-    return Peer("cudnn", min(runs, key=time_cuda))
+    return Peer("cudnn", min(runs, key=lambda run: time_cuda(run, warmup=2, reps=8)))
 
 
 def reps_for(shape: Attention) -> int:
@@ -71,7 +71,7 @@ def better_cudnn_backward(inputs: tuple[Tensor, ...]) -> Peer:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = scaled_dot_product_attention(*leaves, is_causal=True, scale=SCALE)
         runs.append(backward_of(out, leaves))
-    return Peer("cudnn", min(runs, key=time_cuda))
+    return Peer("cudnn", min(runs, key=lambda run: time_cuda(run, warmup=2, reps=8)))
 
 
 @pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
@@ -84,8 +84,9 @@ def test_bench_mla_prefill_backward(versus: Versus, shape: Attention) -> None:
     versus(case, backward_of(out, leaves), better_cudnn_backward(inputs), reps=reps_for(shape))
 
 
-@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all_keys"])
+@pytest.mark.parametrize(
+    ("shape", "causal"), [*product(ATTENTIONS, [True]), *product(ATTENTIONS[:3], [False])], ids=str
+)
 def test_bench_mla_prefill(versus: Versus, shape: Attention, causal: bool) -> None:
     inputs = draw(shape.length, shape.heads)
     cu = torch.tensor([0, shape.length], dtype=torch.int32, device="cuda")
