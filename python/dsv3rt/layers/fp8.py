@@ -53,8 +53,8 @@ def linear(
 ) -> Tensor:
     """x @ w^T for weights stacked along their rows, (T, D) -> (T, F) in x's dtype.
 
-    keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For the
-    output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
+    keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For
+        the output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
     """
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     job = _LinearJob(cast_weight.of(*weights), tuple(weights) if trains else (), ledger, keep_input)
@@ -92,13 +92,14 @@ class Gather:
     permutation: Permutation
     gate_TK: Tensor
 
-    def tokens_P(self) -> Tensor:
-        """int32: the token of each row; 0 for padding."""
+    def tokens(self) -> Tensor:
+        """int32 (P,): the token of each row; 0 for padding."""
         T, K = self.gate_TK.shape
         tokens = torch.arange(T, dtype=torch.int32, device=self.gate_TK.device).repeat_interleave(K)
         return self._by_rows(tokens)
 
-    def gates_P(self) -> Tensor:
+    def gates(self) -> Tensor:
+        """FP32 (P,): the gate of each row; 0 for padding."""
         return self._by_rows(self.gate_TK.detach().flatten())
 
     def _by_rows(self, values: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class _SwigluMlp(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, gate_TK: Tensor | None, job: _MlpJob, *weights: nn.Parameter) -> Tensor:
         ctx.job, ctx.dtype = job, x_TD.dtype
         trains = bool(job.weights)
-        tokens_P, gates_P = (None, None) if job.gather is None else (job.gather.tokens_P(), job.gather.gates_P())
+        tokens_P, gates_P = (None, None) if job.gather is None else (job.gather.tokens(), job.gather.gates())
         x, x_t = _by_rows_and_columns(x_TD, job.layout, trains, tokens_P)
         gate_up = _rows_product(x, job.up[0], job.layout, torch.bfloat16)
         hidden = ops.swiglu_quantize_1x128(gate_up, weight_T=gates_P, layout=job.layout)
@@ -179,13 +180,9 @@ class _SwigluMlp(torch.autograd.Function):
         layout = job.layout
         *kept, tokens_P, gates_P = ctx.saved_tensors
         x_t, gate_up = _quant(*kept[:2]), _quant(*kept[2:])
-        dy, dy_t = ops.quantize_1x128(
-            _with_contiguous_rows(dy_TD), layout=layout, rows_P=tokens_P, with_transpose=True
-        )
+        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, rows_P=tokens_P, with_transpose=True)
         dhidden = _rows_product(dy, job.down[1], layout, torch.bfloat16)
-        grads = ops.swiglu_backward_quantize_1x128(
-            gate_up, dhidden, weight_T=gates_P, layout=layout, with_product=True
-        )
+        grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, weight_T=gates_P, layout=layout, with_product=True)
         assert grads.product_t is not None
         down_product, up_product = _product(dy_t, grads.product_t, layout), _product(grads.gate_up_t, x_t, layout)
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
@@ -223,9 +220,6 @@ def _product(dy_t: QuantTensor, x_t: QuantTensor, layout: GroupLayout | None) ->
 
     def contribute(so_far: Tensor | None) -> Tensor:
         if layout is not None:
-            if so_far is None:
-                shape = (layout.counts_X.shape[0], dy_t.shape[0], x_t.shape[0])
-                so_far = torch.zeros(shape, dtype=torch.float32, device=dy_t.device)
             return ops.k_grouped_fp8_gemm_nt(dy_t, x_t, layout, accumulate_into=so_far)
         return ops.fp8_gemm_nt(dy_t, x_t, out_dtype=torch.float32, accumulate_into=so_far)
 

@@ -22,8 +22,8 @@ class Dispatched:
     """Tokens gathered by expert: rows_PD, where each expert's rows lie, and the way back.
 
     route: what an `Exchange` must remember to find the way back to other ranks.
-    gate_TK: the gates, where the experts apply them: rows_PD are then the tokens themselves (T, D), which experts in FP8
-        gather while they cast them, and so is what the experts return.
+    gate_TK: the gates, where the experts apply them: rows_PD are then the tokens themselves (T, D), which experts in
+        FP8 gather while they cast them, and so is what the experts return.
     """
 
     rows_PD: Tensor
@@ -85,7 +85,8 @@ class MoE(nn.Module):
     """Routed experts beside shared ones (DeepSeek-V3 report sec. 2.1.2); no token is dropped.
 
     The phases pass their results on and keep nothing, so that a schedule may run them apart. The gates are applied
-    where the rows are summed, in `combine`; by FP8 experts of which all are here, inside them. Names are the Hugging Face checkpoint's, the routed experts fused.
+    where the rows are summed, in `combine`; by FP8 experts of which all are here, inside them. Names are the Hugging
+    Face checkpoint's, the routed experts fused.
     exchange: None where all experts are here.
     """
 

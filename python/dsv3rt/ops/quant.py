@@ -68,7 +68,9 @@ def _1x128_fake(
     offsets: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> list[Tensor]:
-    return reference.empty_1x128(x, ((x if rows is None else rows).shape[0], x.shape[1]), by_rows=True, by_columns=with_transpose)
+    return reference.empty_1x128(
+        x, ((x if rows is None else rows).shape[0], x.shape[1]), by_rows=True, by_columns=with_transpose
+    )
 
 
 _quantize_1x128 = register(
@@ -121,8 +123,8 @@ def quantize_1x128(
         tile (1, 128), where Tp = round_up(T, 128) and data columns T..Tp are zero. With a layout, padding is zero in
         both; what belongs to rows past the last group is zero on the CPU and unspecified on CUDA.
     Raises:
-        ValueError: shape or stride; rows_P without a layout or, on CUDA, P % 128 != 0. On CUDA offsets must be multiples
-            of 128, which is not checked.
+        ValueError: shape or stride; rows_P without a layout or, on CUDA, P % 128 != 0. On CUDA offsets must be
+            multiples of 128, which is not checked.
         TypeError: dtype outside the above; on CUDA fp32 with rows_P.
         BackendUnavailableError: CUDA tensor, no extension.
     Numerics: scale = max(amax, 2^-100) / 448, data = e4m3(x * (1 / scale)), IEEE FP32; a NaN or infinity makes its tile
