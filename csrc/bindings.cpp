@@ -7,6 +7,7 @@
 #include "gemm/bind.h"
 #include "loss/bind.h"
 #include "mla/bind.h"
+#include "moe/bind.h"
 #include "optim/bind.h"
 #include "quant/bind.h"
 
@@ -22,11 +23,11 @@ PYBIND11_MODULE(_C, module) {
     result["cuda_version"] =
         std::to_string(info.cuda_version / 1000) + "." + std::to_string(info.cuda_version % 1000 / 10);
     result["arch"] = info.arch;
-    result["kernels"] =
-        py::make_tuple("quantize_1x128", "quantize_128x128", "swiglu_quantize_1x128", "swiglu_backward_quantize_1x128",
-                       "fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt", "mla_prefill",
-                       "mla_prefill_backward", "rms_norm", "rms_norm_backward", "rms_norm_quantize_1x128", "rope",
-                       "embedding_backward", "softmax_loss", "adamw_step", "grad_norms", "mla_decode");
+    result["kernels"] = py::make_tuple(
+        "quantize_1x128", "quantize_128x128", "swiglu_quantize_1x128", "swiglu_backward_quantize_1x128", "fp8_gemm_nt",
+        "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward", "rms_norm",
+        "rms_norm_backward", "rms_norm_quantize_1x128", "rope", "embedding_backward", "softmax_loss", "adamw_step",
+        "grad_norms", "route", "permute", "unpermute", "mla_decode");
     return result;
   });
   dsv3rt::bind_comm(module);
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, module) {
   dsv3rt::bind_gemm(module);
   dsv3rt::bind_loss(module);
   dsv3rt::bind_mla(module);
+  dsv3rt::bind_moe(module);
   dsv3rt::bind_optim(module);
   dsv3rt::bind_quant(module);
 }

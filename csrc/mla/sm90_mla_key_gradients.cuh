@@ -124,6 +124,7 @@ __device__ __forceinline__ void clear_queries(const KeyWarpgroup& self, const Ke
   KeyGradientStorage& storage = self.storage;
   const int left = tile.num_queries - (tile.end_block - 1) * kBackwardQueries;
   if (left >= kBackwardQueries || tile.query + tile.num_queries >= self.params.num_queries) return;
+  storage.dout_full[self.dout_ring.stage].wait(self.dout_ring.parity);
   clear_rows<kKeyGradientThreads>(storage.q[self.q_ring.stage], left, threadIdx.x);
   clear_rows<kKeyGradientThreads>(storage.dout[self.dout_ring.stage], left, threadIdx.x);
   fence_async_proxy();
@@ -202,7 +203,6 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
   const int q_stage = self.q_ring.stage, dout_stage = self.dout_ring.stage;
   // Loads from shared memory queue up behind the products that a warp has issued: what is to be read comes first.
   storage.q_full[q_stage].wait(self.q_ring.parity);
-  storage.dout_full[dout_stage].wait(self.dout_ring.parity);
   if (block == end_block - 1) clear_queries(self, tile);
   ColumnPairs columns;
   load_columns(columns, storage.statistics[q_stage].lse_log2);
@@ -215,7 +215,7 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
       kMask ? self.row() - tile.seen - block * kBackwardQueries - static_cast<int>(threadIdx.x % 4 * 2) : 0;
   take_weights<kMask>(sums.scores, columns, self.params.scale * 1.44269504088896341f, hidden_to);
   pin_registers(sums.scores);
-  storage.q_full[q_stage].wait(self.q_ring.parity);  // long true: a branch, behind which the assembler moves no work
+  storage.dout_full[dout_stage].wait(self.dout_ring.parity);
   if constexpr (!kFirst) {
     wgmma_wait<0>();
     pin_registers(sums.dk);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void advance_queries(KeyWarpgroup& self, const KeyTil
 #pragma unroll
   for (int i = 0; i < 16; ++i) dscores[i / 4][i % 4] = sums.packed[i / 4][i % 4];
   take_dscores(dscores, sums.scores, columns);
-  storage.q_full[q_stage].wait(self.q_ring.parity);
+  storage.q_full[q_stage].wait(self.q_ring.parity);  // long true: a branch, behind which the assembler moves no work
   wgmma_wait<0>();
   pin_registers(sums.dv);
 #pragma unroll

@@ -20,15 +20,15 @@ from tests.layers.fp8_cases import Weights, bound, layout_of, take
 pytestmark = pytest.mark.gpu
 
 # A tensor core keeps 13 bits behind the point of the largest addend: sums of the same codes differ by 2^-13 of their
-# size. That moves one BF16 rounding of 32, by a step of 2^-7 at a binade's lower end: a mean square of 2^-14 against 7/3
-# of the numbers, and calc_diff is half of a relative mean square: 2^-5 * 2^-15.2 / 2 = 4e-7. FP32 results differ by far
-# less. Twice what is expected:
+# size. That moves one BF16 rounding of 32, by a step of 2^-7 at a binade's lower end: a mean square of 2^-14 against
+# 7/3 of the numbers, and calc_diff is half of a relative mean square: 2^-5 * 2^-15.2 / 2 = 4e-7. FP32 results differ by
+# far less. Twice what is expected:
 SAME_PRODUCT = 1e-6
-# Between two products a BF16 sum is cast: of the steps that moved, one of 16 moves a code of E4M3, 2^-9 of all codes, by
-# 2^-3 at the lower end: 2^-9 * 2^-6 * 3/7 / 2 = 6.5e-6 for each such tensor. y has gate and up behind it, the gradients
-# have the codes kept of both and the gradient of their product: three. An emulation of such sums (truncated at 13 bits
-# behind the point of the largest, 32 products at a time, FP32 every 128) gives 1.3e-5, 1.9e-5, 1.6e-5 and 2.4e-5 for y,
-# dx and the weights of up and down. Twice what is expected:
+# Between two products a BF16 sum is cast: of the steps that moved, one of 16 moves a code of E4M3, 2^-9 of all codes,
+# by 2^-3 at the lower end: 2^-9 * 2^-6 * 3/7 / 2 = 6.5e-6 for each such tensor. y has gate and up behind it, the
+# gradients have the codes kept of both and the gradient of their product: three. An emulation of such sums (truncated
+# at 13 bits behind the point of the largest, 32 products at a time, FP32 every 128) gives 1.3e-5, 1.9e-5, 1.6e-5 and
+# 2.4e-5 for y, dx and the weights of up and down. Twice what is expected:
 SAME_CASTS = 2 * 3 * 6.5e-6
 BF16 = torch.bfloat16
 
@@ -118,10 +118,19 @@ def test_fp8_experts_do_not_wait_for_the_device() -> None:
     layout, _, num_rows = layout_of(counts, "cuda")
     weights = Weights.draw(256, 128, len(counts), BF16).to("cuda")
     x, dy = (torch.randn(num_rows, 256, device="cuda", dtype=BF16) for _ in range(2))
-    weights.run(x, dy, layout)
+    tokens, grad = x[:100], dy[:100]
+    gate_TK = torch.rand(100, 2, device="cuda")
+    idx_TK = torch.rand(100, len(counts), device="cuda").argsort(dim=1)[:, :2].contiguous()
+
+    def run() -> None:
+        weights.run(x, dy, layout)
+        placed, permutation = ops.place(idx_TK, num_experts=len(counts))
+        weights.run(tokens, grad, placed, gather=fp8.Gather(permutation, gate_TK))
+
+    run()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        weights.run(x, dy, layout)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -156,13 +156,12 @@ def _k_grouped_on_cpu(
     x_scale: Tensor,
     y: Tensor,
     y_scale: Tensor,
-    counts: Tensor,
-    offsets: Tensor,
+    layout: list[Tensor],
     out: Tensor,
     accumulate: bool,
     num_sms: int,
 ) -> None:
-    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(counts, offsets)
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(*layout)
     reference.k_grouped_fp8_gemm_nt(*operands, out if accumulate else out.zero_())
 
 
@@ -171,20 +170,19 @@ def _k_grouped_on_cuda(
     x_scale: Tensor,
     y: Tensor,
     y_scale: Tensor,
-    counts: Tensor,
-    offsets: Tensor,
+    layout: list[Tensor],
     out: Tensor,
     accumulate: bool,
     num_sms: int,
 ) -> None:
     from dsv3rt.ops.cuda import gemm as cuda
 
-    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(counts, offsets)
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(*layout)
     cuda.k_grouped_fp8_gemm_nt(*operands, out, accumulate=accumulate, num_sms=num_sms)
 
 
 _k_grouped_fp8_gemm_nt = register(
-    "k_grouped_fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor y, Tensor y_scale, Tensor counts, Tensor offsets,"
+    "k_grouped_fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor y, Tensor y_scale, Tensor[] layout,"
     " Tensor(a!) out, bool accumulate, int num_sms) -> ()",
     cpu=_k_grouped_on_cpu,
     cuda=_k_grouped_on_cuda,
@@ -228,7 +226,7 @@ def k_grouped_fp8_gemm_nt(
     if accumulate_into is None:
         make = torch.empty if x.data.shape[1] > 0 else torch.zeros  # without a depth no kernel is launched
         accumulate_into = make(shape, dtype=torch.float32, device=x.device)
-    operands = (x.data, x.scale, y.data, y.scale, layout.counts_X, layout.offsets)
+    operands = (x.data, x.scale, y.data, y.scale, [layout.counts_X, layout.offsets])
     _k_grouped_fp8_gemm_nt(*operands, accumulate_into, accumulates, num_sms)
     return accumulate_into
 

@@ -7,6 +7,7 @@ from typing import cast, overload
 import torch
 from torch import Tensor
 
+from dsv3rt.ops import expert_rows as rows
 from dsv3rt.ops.checks import FLOATS, check_dtype, check_quant, check_same_device, check_tensor, require
 from dsv3rt.ops.quant import ROW_TILE
 from dsv3rt.ops.reference import moe as reference
@@ -51,6 +52,9 @@ def route(
     available = groups_kept * (E // num_groups)
     require(0 < top_k <= available, op, "top_k", f"be in 1..{available}", top_k)
     rule = reference.RouteRule(top_k, num_groups, groups_kept, scale, renormalize)
+    small = E <= rows.MAX_EXPERTS and num_groups <= rows.MAX_GROUPS and top_k <= rows.MAX_TOP_K
+    if logits_TE.is_cuda and small and logits_TE.dtype != torch.float64 and bias_E.dtype == torch.float32:
+        return Routing(*rows.RouteByKernel.apply(logits_TE, bias_E, rule))
     return reference.route(logits_TE, bias_E, rule)
 
 
@@ -115,8 +119,7 @@ def place(idx_TK: Tensor, *, num_experts: int, block: int = 128) -> tuple[GroupL
     """
     op = "place"
     check_tensor(op, "idx_TK", idx_TK, (None, None), (torch.int64,))
-    _check_choices(op, "idx_TK", idx_TK, num_experts, block)
-    return reference.place(idx_TK, num_experts, block)
+    return _place(op, "idx_TK", idx_TK, num_experts, block)
 
 
 @overload
@@ -138,11 +141,15 @@ def permute(
         num_experts: E, the number of segments.
         block: each segment is padded with zero rows to a multiple of it.
     Returns:
-        rows_PD like x_TD, P = round_up(T * K, block) + E * block, rows of an expert in (token, k) order, all other rows
-        zero (a QuantTensor's have scale 0); the GroupLayout of the E segments; the Permutation for `unpermute`.
+        rows_PD like x_TD, P = round_up(T * K, block) + E * block, rows of an expert in (token, k) order, the padding of
+        segments zero (a QuantTensor's has scale 0); the GroupLayout of the E segments; the Permutation for `unpermute`.
+        Rows behind the last segment are zero in the reference, unspecified in the kernel.
     Raises:
-        ValueError: shape or range.
+        ValueError: shape or range. On CUDA experts are not looked at: a choice out of range gets row -1, is left out.
         TypeError: dtype outside the above.
+        BackendUnavailableError: what the kernel is for, no extension.
+    Numerics: rows are copied, gradients summed over k in order, in FP32; bitwise repeatable. The kernels run on CUDA
+        for bf16 and FP8 rows of a multiple of 16 bytes, K up to 16, E up to 512.
     """
     op = "permute"
     if isinstance(x_TD, QuantTensor):
@@ -151,20 +158,24 @@ def permute(
         check_tensor(op, "x_TD", x_TD, (None, None), FLOATS)
     check_tensor(op, "routing.idx_TK", routing.idx_TK, (x_TD.shape[0], None), (torch.int64,))
     check_same_device(op, x_TD=x_TD.data, routing=routing.idx_TK)
-    _check_choices(op, "routing.idx_TK", routing.idx_TK, num_experts, block)
-    layout, permutation = reference.place(routing.idx_TK, num_experts, block)
+    layout, permutation = _place(op, "routing.idx_TK", routing.idx_TK, num_experts, block)
+    row_of_TK, counts, offsets = permutation.row_of_TK, layout.counts_X, layout.offsets
     if isinstance(x_TD, QuantTensor):
-        return reference.permute_quant(x_TD, permutation), layout, permutation
-    rows_PD = cast(Tensor, reference.Permute.apply(x_TD, permutation.row_of_TK, permutation.num_rows))
+        parts = rows.permute_rows(x_TD.data, x_TD.scale, row_of_TK, counts, offsets, permutation.num_rows)
+        return QuantTensor(parts[0], parts[1], x_TD.tile), layout, permutation
+    rows_PD = cast(Tensor, rows.Permute.apply(x_TD, row_of_TK, counts, offsets, permutation.num_rows))
     return rows_PD, layout, permutation
 
 
-def _check_choices(op: str, argument: str, idx_TK: Tensor, num_experts: int, block: int) -> None:
+def _place(op: str, argument: str, idx_TK: Tensor, num_experts: int, block: int) -> tuple[GroupLayout, Permutation]:
     require(num_experts > 0, op, "num_experts", "be positive", num_experts)
     require(block > 0, op, "block", "be positive", block)
     if idx_TK.device.type == "cpu" and idx_TK.numel() > 0:  # elsewhere looking would wait for the device
         low, high = (int(bound) for bound in idx_TK.aminmax())
         require(low >= 0 and high < num_experts, op, argument, f"be in 0..{num_experts - 1}", f"{low}..{high}")
+    counts, offsets, row_of_TK = rows.place(idx_TK, num_experts, block)
+    layout = GroupLayout(counts, offsets)
+    return layout, Permutation(row_of_TK, rows.num_rows_of(row_of_TK.numel(), num_experts, block), layout)
 
 
 def unpermute(rows_PD: Tensor, permutation: Permutation, weight_TK: Tensor | None) -> Tensor:
@@ -175,10 +186,13 @@ def unpermute(rows_PD: Tensor, permutation: Permutation, weight_TK: Tensor | Non
         permutation: from `permute`.
         weight_TK: fp32 (or fp64, bf16); None: ones.
     Returns:
-        y_TD, (T, D), rows' dtype; fp32 sum inside. Rows of padding are not read and get zero gradient.
+        y_TD, (T, D), rows' dtype; fp32 sum inside. Rows of padding are not read and get zero gradient, those behind the
+        last segment an unspecified one from the kernel.
     Raises:
         ValueError: shape.
         TypeError: dtype outside the above.
+        BackendUnavailableError: what the kernel is for, no extension.
+    Numerics: the kernel, for bf16 rows and fp32 weights as in `permute`, multiplies and adds in one rounding.
     """
     op = "unpermute"
     check_tensor(op, "rows_PD", rows_PD, (permutation.num_rows, None), FLOATS)
@@ -186,4 +200,7 @@ def unpermute(rows_PD: Tensor, permutation: Permutation, weight_TK: Tensor | Non
         check_dtype(op, "weight_TK", weight_TK, FLOATS)
         check_tensor(op, "weight_TK", weight_TK, tuple(permutation.row_of_TK.shape), FLOATS)
     check_same_device(op, rows_PD=rows_PD, permutation=permutation.row_of_TK, weight_TK=weight_TK)
-    return cast(Tensor, reference.Unpermute.apply(rows_PD, weight_TK, permutation.row_of_TK))
+    row_of_TK, layout = permutation.row_of_TK, permutation.layout
+    if layout is None:
+        return cast(Tensor, reference.Unpermute.apply(rows_PD, weight_TK, row_of_TK))
+    return cast(Tensor, rows.Unpermute.apply(rows_PD, weight_TK, row_of_TK, layout.counts_X, layout.offsets))

@@ -91,10 +91,14 @@ class NormQuant:
 
 @dataclass(frozen=True)
 class Permutation:
-    """How `permute` placed rows: row_of_TK[t, k] is the row of token t's k-th choice; num_rows is P."""
+    """How `permute` placed rows: row_of_TK[t, k] is the row of token t's k-th choice; num_rows is P.
+
+    layout: the segments they lie in, where there are any.
+    """
 
     row_of_TK: Tensor
     num_rows: int
+    layout: GroupLayout | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class ReferenceExchange:
         route = ReferenceRoute(local, shape_TK, sent, received, place_R, packed)
         num_places = total if capacity is None else capacity
         if isinstance(x, QuantTensor):
-            return self._send_quant(permute_quant(x, packed), route, num_places), route
+            return self._send_quant(permute_quant(x, packed.row_of_TK, num_rows), route, num_places), route
         rows = cast(Tensor, Permute.apply(x, packed.row_of_TK, num_rows))
         return self._send(rows, route, num_places), route
 

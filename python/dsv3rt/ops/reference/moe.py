@@ -87,13 +87,13 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, row_of_TK: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(row_of_TK)
-        return _scatter(x_TD, row_of_TK, x_TD.new_zeros(num_rows, x_TD.shape[1]))
+        return scatter(x_TD, row_of_TK, x_TD.new_zeros(num_rows, x_TD.shape[1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows_PD: Tensor) -> tuple[Tensor, None, None]:
         (row_of_TK,) = ctx.saved_tensors
-        return _gather_sum(drows_PD, row_of_TK, None), None, None
+        return gather_sum(drows_PD, row_of_TK, None), None, None
 
 
 class Unpermute(torch.autograd.Function):
@@ -103,40 +103,46 @@ class Unpermute(torch.autograd.Function):
     def forward(ctx: Any, rows_PD: Tensor, weight_TK: Tensor | None, row_of_TK: Tensor) -> Tensor:
         ctx.num_rows = rows_PD.shape[0]
         ctx.save_for_backward(None if weight_TK is None else rows_PD, weight_TK, row_of_TK)
-        return _gather_sum(rows_PD, row_of_TK, weight_TK)
+        return gather_sum(rows_PD, row_of_TK, weight_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_PD, weight_TK, row_of_TK = ctx.saved_tensors
-        drows_PD = dweight_TK = None
-        if ctx.needs_input_grad[0]:
-            drows_PD = dy_TD.new_zeros(ctx.num_rows, dy_TD.shape[1])
-            for k in range(row_of_TK.shape[1]):
-                dy = dy_TD if weight_TK is None else (dy_TD * weight_TK[:, k, None]).to(dy_TD.dtype)
-                drows_PD.index_copy_(0, row_of_TK[:, k], dy)
-        if weight_TK is not None and ctx.needs_input_grad[1]:
-            dots = [_row_dots(dy_TD, rows_PD.index_select(0, row)) for row in row_of_TK.unbind(1)]
-            dweight_TK = torch.stack(dots, dim=1).to(weight_TK.dtype)
-        return drows_PD, dweight_TK, None
+        grads = unpermute_backward(dy_TD, rows_PD, weight_TK, row_of_TK, ctx.num_rows)
+        return grads[0], grads[1].to(weight_TK.dtype) if len(grads) > 1 else None, None
 
 
-def permute_quant(x: QuantTensor, permutation: Permutation) -> QuantTensor:
+def unpermute_backward(
+    dy_TD: Tensor, rows_PD: Tensor | None, weight_TK: Tensor | None, row_of_TK: Tensor, num_rows: int
+) -> list[Tensor]:
+    """The gradient of the rows and, where rows are given, that of the weights in at least FP32."""
+    drows_PD = dy_TD.new_zeros(num_rows, dy_TD.shape[1])
+    for k in range(row_of_TK.shape[1]):
+        dy = dy_TD if weight_TK is None else (dy_TD * weight_TK[:, k, None]).to(dy_TD.dtype)
+        drows_PD.index_copy_(0, row_of_TK[:, k], dy)
+    if rows_PD is None:
+        return [drows_PD]
+    dots = [_row_dots(dy_TD, rows_PD.index_select(0, row)) for row in row_of_TK.unbind(1)]
+    return [drows_PD, torch.stack(dots, dim=1)]
+
+
+def permute_quant(x: QuantTensor, row_of_TK: Tensor, num_rows: int) -> QuantTensor:
     """The rows' bytes and scales, unchanged; padding rows have scale 0."""
-    data = torch.zeros(permutation.num_rows, x.data.shape[1], dtype=torch.uint8, device=x.device)
-    _scatter(x.data.view(torch.uint8), permutation.row_of_TK, data)
-    scale = empty_row_scales(permutation.num_rows, x.scale.shape[1], x.device).zero_()
-    _scatter(x.scale, permutation.row_of_TK, scale)
+    data = torch.zeros(num_rows, x.data.shape[1], dtype=torch.uint8, device=x.device)
+    scatter(x.data.view(torch.uint8), row_of_TK, data)
+    scale = empty_row_scales(num_rows, x.scale.shape[1], x.device).zero_()
+    scatter(x.scale, row_of_TK, scale)
     return QuantTensor(data.view(torch.float8_e4m3fn), scale, x.tile)
 
 
-def _scatter(x: Tensor, row_of_TK: Tensor, rows: Tensor) -> Tensor:
+def scatter(x: Tensor, row_of_TK: Tensor, rows: Tensor) -> Tensor:
     for row in row_of_TK.unbind(1):
         rows.index_copy_(0, row, x)
     return rows
 
 
-def _gather_sum(rows_PD: Tensor, row_of_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+def gather_sum(rows_PD: Tensor, row_of_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
     T, K = row_of_TK.shape
     y = at_least_fp32(rows_PD[:0]).new_zeros(T, rows_PD.shape[1])
     for k in range(K):

@@ -25,14 +25,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
 def rms_norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, grad_residual_TD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, with the residual stream's added, and of the weight."""
-    rstd_T1, dy = rstd_T.unsqueeze(-1), at_least_fp32(dy_TD)
-    normed = at_least_fp32(x_TD) * rstd_T1
+    """Gradients of x, with the residual stream's added, and of the weight: operation by operation what autograd makes
+    of `rms_norm`, so that a model trains to the same numbers."""
+    rstd_T1, dy, x = rstd_T.unsqueeze(-1), at_least_fp32(dy_TD), at_least_fp32(x_TD)
     grad = dy * weight_D
-    dx = (grad - normed * (grad * normed).mean(dim=-1, keepdim=True)) * rstd_T1
+    of_mean = -0.5 * (grad * x).sum(dim=-1, keepdim=True) * rstd_T1.pow(3)
+    dx = grad * rstd_T1 + of_mean / x.shape[-1] * (2 * x)
     if grad_residual_TD is not None:
         dx = dx + grad_residual_TD
-    return dx.to(x_TD.dtype), (dy * normed).sum(dim=0)
+    return dx.to(x_TD.dtype), (dy * (x * rstd_T1)).sum(dim=0)
 
 
 def empty_norm_quant(x: Tensor, with_sum: bool, *, with_transpose: bool, with_output: bool) -> list[Tensor]:

@@ -1,0 +1,100 @@
+"""Kernels around experts on torch tensors; arguments were checked by `dsv3rt.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.types import ceil_div, empty_row_scales
+
+
+def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
+          renormalize: bool) -> list[Tensor]:  # fmt: skip
+    """[idx, weight, scores, counts]; `groups`: how many there are, and how many a token may use."""
+    T, E = logits_TE.shape
+    device = logits_TE.device
+    idx_TK = torch.empty((T, top_k), dtype=torch.int64, device=device)
+    weight_TK = torch.empty((T, top_k), dtype=torch.float32, device=device)
+    scores_TE = torch.empty((T, E), dtype=torch.float32, device=device)
+    counts_E = torch.zeros(E, dtype=torch.int64, device=device)
+    load().route(
+        logits_TE.contiguous(),
+        bias_E.contiguous(),
+        idx_TK,
+        weight_TK,
+        scores_TE,
+        counts_E,
+        num_groups=groups[0],
+        groups_kept=groups[1],
+        scale=scale,
+        renormalize=renormalize,
+    )
+    return [idx_TK, weight_TK, scores_TE, counts_E]
+
+
+def route_backward(
+    grads: tuple[Tensor, Tensor | None],
+    scores_TE: Tensor,
+    idx_TK: Tensor,
+    dtype: torch.dtype,
+    *,
+    scale: float,
+    renormalize: bool,
+) -> Tensor:
+    """The gradient of the logits, from those of weights and scores."""
+    logits_grad = torch.empty(scores_TE.shape, dtype=dtype, device=scores_TE.device)
+    weight_grad, scores_grad = (None if grad is None else grad.contiguous() for grad in grads)
+    load().route_backward(
+        weight_grad, scores_grad, scores_TE, idx_TK, logits_grad, scale=scale, renormalize=renormalize
+    )
+    return logits_grad
+
+
+def place(idx_TK: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts and offsets of the segments, and each choice's row."""
+    kernels = load()
+    device = idx_TK.device
+    row_of_TK = torch.empty(idx_TK.shape, dtype=torch.int64, device=device)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    blocks = ceil_div(idx_TK.numel(), kernels.place_choices)
+    partial = torch.empty(blocks * num_experts, dtype=torch.int32, device=device)
+    kernels.place(idx_TK.contiguous(), row_of_TK, counts, offsets, partial, block=block)
+    return counts, offsets, row_of_TK
+
+
+def permute(
+    x: Tensor, scale: Tensor | None, row_of_TK: Tensor, segments: tuple[Tensor, Tensor], num_rows: int
+) -> list[Tensor]:
+    """[rows] or [rows, their scales]; what lies behind the last segment is not written."""
+    rows = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
+    data, target = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (x.contiguous(), rows))
+    rows_scale = None if scale is None else empty_row_scales(num_rows, scale.shape[1], x.device)
+    load().permute(data, row_of_TK, *segments, target, scale=scale, rows_scale=rows_scale)
+    return [rows] if rows_scale is None else [rows, rows_scale]
+
+
+def unpermute(rows_PD: Tensor, weight_TK: Tensor | None, row_of_TK: Tensor) -> Tensor:
+    """(T, D)."""
+    y_TD = torch.empty((row_of_TK.shape[0], rows_PD.shape[1]), dtype=rows_PD.dtype, device=rows_PD.device)
+    load().unpermute(rows_PD.contiguous(), weight_TK, row_of_TK, y_TD)
+    return y_TD
+
+
+def unpermute_backward(
+    dy_TD: Tensor,
+    rows_PD: Tensor | None,
+    weight_TK: Tensor | None,
+    row_of_TK: Tensor,
+    segments: tuple[Tensor, Tensor],
+    num_rows: int,
+) -> list[Tensor]:
+    """[gradient of the rows] and, where rows are given, that of the weights."""
+    rows_grad = torch.empty((num_rows, dy_TD.shape[1]), dtype=dy_TD.dtype, device=dy_TD.device)
+    weight_grad = None
+    if rows_PD is not None:
+        weight_grad = torch.empty(row_of_TK.shape, dtype=torch.float32, device=dy_TD.device)
+        rows_PD = rows_PD.contiguous()
+    load().unpermute_backward(dy_TD.contiguous(), rows_PD, weight_TK, row_of_TK, *segments, rows_grad, weight_grad)
+    return [rows_grad] if weight_grad is None else [rows_grad, weight_grad]
