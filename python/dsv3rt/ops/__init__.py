@@ -16,7 +16,7 @@ from dsv3rt.ops.gemm import (
 from dsv3rt.ops.latent_cache import dequantize_latents, fp8_token_bytes, quantize_latents
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
-from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
+from dsv3rt.ops.moe import balance_loss, permute, place, route, unpermute, update_bias
 from dsv3rt.ops.norm import rms_norm, rms_norm_backward, swiglu
 from dsv3rt.ops.norm_cast import rms_norm_quantize_1x128
 from dsv3rt.ops.optim import adamw_step, grad_norms
@@ -66,6 +66,7 @@ __all__ = [
     "mla_decode",
     "mla_prefill",
     "permute",
+    "place",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_latents",
