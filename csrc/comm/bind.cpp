@@ -80,6 +80,7 @@ class Comm {
     params.rows = rows_of("rows", rows, params.route.capacity, row_scale);
     if (choice) {
       check_choices("choice", *choice, DataType::kInt64, params.num_tokens);
+      params.finds_route = true;
       params.choice = static_cast<const int64_t*>(choice->data);
     }
     if (outputs) {

@@ -11,9 +11,9 @@ int record_bytes(const EpRows& rows) { return round_up(rows.row_bytes + 4 * rows
 
 const char* stage_and_pull(const Team& team, const EpDispatchParams& params, cudaStream_t stream) {
   const int record = record_bytes(params.tokens), experts = team.shape.num_experts;
-  const StageArgs stage{params.tokens, params.choice, params.weight, params.num_tokens, record};
+  const StageArgs stage{params.tokens, params.finds_route, params.choice, params.weight, params.num_tokens, record};
   ep_stage_kernel<<<params.num_sms, kThreads, kWarps * experts, stream>>>(team, stage);
-  if (params.choice != nullptr) {
+  if (params.finds_route) {
     const int places = experts + 2 * (experts / team.shape.num_ranks) + 1;
     ep_place_kernel<<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, {params.route});
   }

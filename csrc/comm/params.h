@@ -58,7 +58,8 @@ struct EpRows {
 struct EpDispatchParams {
   EpRows tokens;          // T rows; data 16-byte aligned
   int num_tokens;         // T
-  const int64_t* choice;  // (T, K) experts; null: the route is known already
+  bool finds_route;       // else it is known already, and `choice` is null
+  const int64_t* choice;  // (T, K) experts; null also where T is 0
   const float* weight;    // (T, K), with `outputs`
   EpRoute route;
   EpRows rows;            // P rows, contiguous

@@ -52,7 +52,7 @@ __device__ inline bool all_arrived(const Team& team) {
     const int64_t* told = in_window<int64_t>(team.self, team.at.overflows) + 2 * peer;
     const int64_t needed = __ldcg(told);
     if (needed == 0) continue;
-    report(team, {0, EpFault::kPeerOverflow, EpPhase::kReduce, peer, __ldcg(told + 1), needed});
+    fail(team, {0, EpFault::kPeerOverflow, EpPhase::kReduce, peer, __ldcg(told + 1), needed});
     fine = false;
   }
   return __syncthreads_and(fine);

@@ -145,7 +145,7 @@ def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Te
     Raises:
         ValueError: shape.
         TypeError: dtype outside the above.
-        ExchangeError: as in `ep_dispatch`.
+        ExchangeError: from kernels at a later call, as in `ep_dispatch`.
     Numerics: fused multiply-adds in FP32 in the order of k; bitwise repeatable, and bitwise the same in both bodies.
     Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.2.2.
     """
