@@ -192,7 +192,7 @@ def check_overflow(ranks: Ranks, shape: Shape) -> None:
     x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
     rows_PD, route = ops.ep_dispatch(x_TD.detach(), routing, group, block=shape.block, capacity=shape.block)
     assert int(route.layout.offsets.max()) <= shape.block
-    y_TD = ops.ep_combine(rows_PD, route, group)
+    y_TD = ops.ep_combine(rows_PD, route, group)  # tells the others, although the error is known here by now
     torch.cuda.synchronize()
     assert bool(y_TD.isnan().all()), "a result was made of rows that did not fit"
     ranks.say(f"overflow: {fault_of(group)}")
@@ -257,6 +257,7 @@ def check_rounds(ranks: Ranks, args: argparse.Namespace) -> None:
         for seed in range(rounds):
             router = ROUTERS[seed % len(ROUTERS)]
             batch = draw(shape, 1000 * number + seed, router)
+            ranks.say(f"{shape}, round {seed}, router {router}, first tokens {batch.starts}")
             whole = compute(shape, batch)
             try:
                 check_bf16(ranks, group, shape, batch, whole)
