@@ -11,8 +11,6 @@
 
 namespace dsv3rt {
 
-constexpr uint32_t kNoExpert = 0xffffffff;
-
 struct StageArgs {
   EpRows tokens;
   bool finds_route;
