@@ -6,6 +6,7 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 from dsv3rt.ops.attention import mla_decode, mla_prefill
 from dsv3rt.ops.embed import embedding, rope, rope_
 from dsv3rt.ops.ep import EpGroup, ep_combine, ep_dispatch
+from dsv3rt.ops.ep_latency import ep_collect, ep_receive, ep_send, ep_send_back
 from dsv3rt.ops.gemm import (
     fp8_gemm_nt,
     grouped_gemm_nt,
@@ -53,8 +54,12 @@ __all__ = [
     "dequantize",
     "dequantize_latents",
     "embedding",
+    "ep_collect",
     "ep_combine",
     "ep_dispatch",
+    "ep_receive",
+    "ep_send",
+    "ep_send_back",
     "fp8_gemm_nt",
     "fp8_token_bytes",
     "grad_norms",
