@@ -14,7 +14,7 @@ from dsv3rt.ops.gemm import (
     k_grouped_fp8_gemm_nt,
     m_grouped_fp8_gemm_nt,
 )
-from dsv3rt.ops.latent_cache import dequantize_latents, fp8_token_bytes, quantize_latents
+from dsv3rt.ops.latent_cache import append_latents, dequantize_latents, fp8_token_bytes, quantize_latents
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, place, route, unpermute, update_bias
@@ -49,6 +49,7 @@ __all__ = [
     "Routing",
     "SwigluGradients",
     "adamw_step",
+    "append_latents",
     "balance_loss",
     "calc_diff",
     "dequantize",
