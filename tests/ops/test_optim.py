@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ def test_adamw_step_matches_torch(shape: tuple[int, ...]) -> None:
         largest = grad.abs().amax().item() if grad.numel() else 0.0
         torch.testing.assert_close(m, optimizer.state[theirs]["exp_avg"], rtol=3e-7, atol=2**-22 * largest)
         torch.testing.assert_close(v, optimizer.state[theirs]["exp_avg_sq"], rtol=5e-7, atol=0.0)
+
+
+def test_adamw_step_rounds_every_operation_to_nearest() -> None:
+    """Bit for bit what numpy gets, whose FP32 operations, the root among them, are those of IEEE 754."""
+    count, step = 50_001, 7
+    draw = lambda: torch.randn(count) * 10 ** (torch.rand(count) * 12 - 10)  # noqa: E731
+    master, grad, m, v = draw(), draw(), draw(), draw().abs()
+    v[::17] = 1e-42  # subnormal
+    x, g, m32, v32 = (t.numpy().copy() for t in (master, grad, m, v))
+    f = [np.float32(number) for number in reference.numbers_of(HYPER, step)]
+    m32, v32 = m32 * f[0] + g * f[1], v32 * f[2] + g * g * f[3]
+    x = x * f[6] + m32 * f[7] / (np.sqrt(v32) * f[4] + f[5])
+    ops.adamw_step([AdamWSlot(master, grad, m, v)], hyper=HYPER, step=step)
+    for ours, theirs in ((m, m32), (v, v32), (master, x)):
+        assert torch.equal(ours, torch.from_numpy(theirs))
 
 
 def test_adamw_step_rounds_bf16_moments_after_using_them() -> None:
