@@ -74,7 +74,7 @@ def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
 
 
 def grad_norms(grads: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm([grad.float() for grad in grads]))
+    return torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
 
 
 def _mix(x: _Bits) -> _Bits:
