@@ -46,7 +46,7 @@ def adamw_step(
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Rounded to nearest, FP32. Torch's own root on CPUs is that of a vector library, which is an ulp off here and there.
+    """Rounded to nearest, FP32. Torch's own root on CPUs is a vector library's, which is an ulp off here and there.
 
     The FP64 root may be off too, by less than 4 of its ulps: a root of FP32 in [1, 2) is 2^-50 or more from the middle
     between two FP32 numbers, as the middle's square ends in bit 2^-48 and x ends before it.
