@@ -23,7 +23,7 @@ def draw(num_tokens: int, num_pages: int, size: float = 1.0) -> Inputs:
     weight = (1 + 0.3 * torch.randn(C, device="cuda")).bfloat16()
     angle = torch.rand((num_tokens, 32), device="cuda") * 6
     slots = torch.randperm(num_pages * PAGE, device="cuda")[:num_tokens]
-    slots[::3] = -1
+    slots[2::3] = -1
     return wide[:, 1536:], weight, angle.cos(), angle.sin(), slots
 
 
