@@ -31,8 +31,7 @@ def routed(tokens: int) -> tuple[Tensor, Routing]:
     return logits, ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("peer", ["torch_eager", "torch_compile"])
+@pytest.mark.parametrize(("tokens", "peer"), [(4096, "torch_eager"), (4096, "torch_compile"), (16384, "torch_eager")])
 def test_bench_route(versus: Versus, tokens: int, peer: str) -> None:
     logits, _ = routed(tokens)
     bias = torch.zeros(EXPERTS, device="cuda")
@@ -105,9 +104,8 @@ def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int) 
     )
 
 
-@pytest.mark.parametrize("peer", ["torch_eager", "torch_compile"])
-def test_bench_permute_and_back(versus: Versus, peer: str) -> None:
-    """Both ways, beside the same in torch."""
+def test_bench_permute_and_back(versus: Versus) -> None:
+    """Both ways, beside the same in torch, not compiled: its placement waits for the host, and compiling takes minutes."""
     tokens = TOKENS[0]
     _, routing = routed(tokens)
     x = torch.randn((tokens, DIM), device="cuda").bfloat16()
@@ -121,4 +119,4 @@ def test_bench_permute_and_back(versus: Versus, peer: str) -> None:
         rows = reference.scatter(x, permutation.row_of_TK, x.new_zeros(permutation.num_rows, DIM))
         return reference.gather_sum(rows, permutation.row_of_TK, routing.weight_TK)
 
-    versus(Case("permute and unpermute", f"{tokens}x{DIM}", "us", 1), ours, chain(peer, theirs))
+    versus(Case("permute and unpermute", f"{tokens}x{DIM}", "us", 1), ours, Peer("torch_eager", theirs))
