@@ -105,7 +105,7 @@ def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int) 
 
 
 def test_bench_permute_and_back(versus: Versus) -> None:
-    """Both ways, beside the same in torch, not compiled: its placement waits for the host, and compiling takes minutes."""
+    """Both ways, beside the same in torch, not compiled: its placement waits for the host, and that takes minutes."""
     tokens = TOKENS[0]
     _, routing = routed(tokens)
     x = torch.randn((tokens, DIM), device="cuda").bfloat16()
