@@ -8,6 +8,8 @@ from torch import Tensor
 from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
+TOKENS_OF_PART, MAX_PARTS = 64, 128  # of a sequence, for the balance loss: a block takes a part
+
 
 def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
           renormalize: bool) -> list[Tensor]:  # fmt: skip
@@ -49,6 +51,40 @@ def route_backward(
         weight_grad, scores_grad, scores_TE, idx_TK, logits_grad, scale=scale, renormalize=renormalize
     )
     return logits_grad
+
+
+def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The loss, and its slope (B, E) by the normalised scores of a sequence's tokens."""
+    T, E = scores_TE.shape
+    num_sequences = cu_seqlens.shape[0] - 1
+    parts = min(max(ceil_div(T, TOKENS_OF_PART * max(num_sequences, 1)), 1), MAX_PARTS)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=scores_TE.device)
+
+    loss, slope_BE = floats(1), floats(num_sequences, E)
+    load_parts = torch.empty((num_sequences, parts, E), dtype=torch.int32, device=scores_TE.device)
+    load().balance_loss(
+        scores_TE.contiguous(),
+        idx_TK.contiguous(),
+        cu_seqlens.contiguous(),
+        loss,
+        slope_BE,
+        floats(num_sequences),
+        floats(num_sequences, parts, E),
+        load_parts,
+        alpha=alpha,
+    )
+    return loss.squeeze(0), slope_BE
+
+
+def balance_loss_backward(grad: Tensor, scores_TE: Tensor, slope_BE: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The gradient of the scores."""
+    scores_grad = torch.empty(scores_TE.shape, dtype=torch.float32, device=scores_TE.device)
+    load().balance_loss_backward(
+        grad.reshape(1), scores_TE.contiguous(), slope_BE.contiguous(), cu_seqlens.contiguous(), scores_grad
+    )
+    return scores_grad
 
 
 def place(idx_TK: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
