@@ -73,6 +73,9 @@ void bound_route(const TensorView& logits, const TensorView& bias, const TensorV
   arguments.at_most("the number of experts", experts, kMaxExperts);
   arguments.at_most("top_k", top_k, kMaxTopK);
   arguments.at_most("num_groups", num_groups, kMaxExpertGroups);
+  if (experts % num_groups != 0) {
+    ArgCheck("route", "bias", bias).fail("must hold groups of one size", std::to_string(experts));
+  }
   RouteParams params{};
   params.logits = arguments.matrix("logits", logits, {DataType::kFloat32, DataType::kBFloat16}, tokens, experts);
   params.bias = static_cast<const float*>(arguments.vector("bias", bias, DataType::kFloat32, experts));

@@ -113,7 +113,9 @@ const char* unpermute(const UnpermuteParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
   if (params.num_tokens > kMaxBlocks) return "y has 2^31 rows or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto kernel = params.top_k == 8 ? unpermute_kernel<8> : unpermute_kernel<0>;
+    const auto kernel = params.top_k == 8   ? unpermute_kernel<8>
+                        : params.top_k == 6 ? unpermute_kernel<6>
+                                            : unpermute_kernel<0>;
     kernel<<<static_cast<unsigned>(params.num_tokens), kRowThreads, 0, cuda_stream>>>(params);
     return nullptr;
   });
@@ -123,7 +125,11 @@ const char* unpermute_backward(const UnpermuteBackwardParams& params, void* stre
   const int64_t blocks = params.num_tokens + int64_t(params.num_experts) * kPaddingBlocks;
   if (blocks > kMaxBlocks) return "y has 2^31 rows or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    unpermute_backward_kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
+    const auto kernel = params.weight_grad == nullptr ? unpermute_backward_kernel<0, false>
+                        : params.top_k == 8           ? unpermute_backward_kernel<8, true>
+                        : params.top_k == 6           ? unpermute_backward_kernel<6, true>
+                                                      : unpermute_backward_kernel<0, true>;
+    kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
     return nullptr;
   });
 }

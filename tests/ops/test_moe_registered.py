@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from dsv3rt import ops
+from dsv3rt.ops import expert_rows
 from dsv3rt.ops.balance import BalanceByKernel
+from dsv3rt.ops.reference.moe import RouteRule
+from dsv3rt.ops.types import Routing
 
 
 def test_balance_loss_gradient_by_formula_equals_autograd() -> None:
@@ -16,6 +20,20 @@ def test_balance_loss_gradient_by_formula_equals_autograd() -> None:
     (want,) = torch.autograd.grad(ops.balance_loss(scores, idx, ends, alpha=0.7), scores)
     got = BalanceByKernel.apply(scores, idx, ends, 0.7)
     torch.testing.assert_close(torch.autograd.grad(got, scores)[0], want)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_route_gradient_by_formula_equals_autograd(renormalize: bool) -> None:
+    logits, bias, rule = torch.randn(9, 8, requires_grad=True), torch.randn(8), RouteRule(3, 4, 2, 2.5, renormalize)
+    dweight, dscores = torch.randn(9, 3), torch.randn(9, 8)
+    plain = ops.route(logits, bias, top_k=3, num_groups=4, groups_kept=2, scale=2.5, renormalize=renormalize)
+    _, weight, scores, _ = expert_rows.RouteByKernel.apply(logits, bias, rule)
+    for outputs, grads in [((0,), (dweight,)), ((1,), (dscores,)), ((0, 1), (dweight, dscores))]:
+        mine, theirs = (weight, scores), (plain.weight_TK, plain.scores_TE)
+        got, want = (
+            torch.autograd.grad([of[i] for i in outputs], logits, grads, retain_graph=True)[0] for of in (mine, theirs)
+        )
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # a few FP32 roundings
 
 
 def test_moe_ops_are_registered() -> None:
@@ -38,13 +56,18 @@ def test_moe_ops_are_registered() -> None:
         torch.library.opcheck(namespace.unpermute_backward.default, arguments)
 
 
-def test_moe_family_compiles() -> None:
-    x, logits = torch.randn(12, 16), torch.randn(12, 8)
+def test_moe_family_compiles_in_one_piece() -> None:
+    """The functions that CUDA tensors take, whose ops have CPU bodies too: `permute` looks at choices on the CPU."""
+    x, logits = torch.randn(12, 16, requires_grad=True), torch.randn(12, 8, requires_grad=True)
+    ends, rule = torch.tensor([0, 5, 12], dtype=torch.int32), RouteRule(2, 4, 2, 2.5, True)
 
     def chain(x: Tensor, logits: Tensor) -> Tensor:
-        routing = ops.route(logits, torch.zeros(8), top_k=2)
-        rows, _, permutation = ops.permute(x, routing, num_experts=8, block=4)
-        return ops.unpermute(rows, permutation, routing.weight_TK)
+        routing = Routing(*expert_rows.RouteByKernel.apply(logits, torch.zeros(8), rule))
+        counts, offsets, row_of = expert_rows.place(routing.idx_TK, 8, 4)
+        rows = expert_rows.Permute.apply(x, row_of, counts, offsets, 56)
+        y = expert_rows.Unpermute.apply(rows, routing.weight_TK, row_of, counts, offsets)
+        return y.sin().sum() + BalanceByKernel.apply(routing.scores_TE, routing.idx_TK, ends, 0.5)
 
-    compiled = torch.compile(chain, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, logits), chain(x, logits))
+    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
+    for got, want in zip(*(torch.autograd.grad(f(x, logits), (x, logits)) for f in (compiled, chain)), strict=True):
+        torch.testing.assert_close(got, want)
