@@ -73,8 +73,8 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, *, alpha
         ValueError: shape.
         TypeError: dtype outside the above.
         BackendUnavailableError: what the kernel is for, no extension.
-    Numerics: sums in FP32, in a fixed order; bitwise repeatable. The kernel runs on CUDA for fp32 scores, E up to 512, K
-        up to 16; there a choice out of range counts nowhere.
+    Numerics: sums in FP32, in a fixed order; bitwise repeatable. The kernel runs on CUDA for fp32 scores, E up to 512,
+        K up to 16; there a choice out of range counts nowhere.
     Source: DeepSeek-V3 report (arXiv 2412.19437) Eq. 17-20.
     """
     op = "balance_loss"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
 TOKENS_OF_PART, MAX_PARTS = 64, 128  # of a sequence, for the balance loss: a block takes a part
@@ -48,7 +49,13 @@ def route_backward(
     logits_grad = torch.empty(scores_TE.shape, dtype=dtype, device=scores_TE.device)
     weight_grad, scores_grad = (None if grad is None else grad.contiguous() for grad in grads)
     load().route_backward(
-        weight_grad, scores_grad, scores_TE, idx_TK, logits_grad, scale=scale, renormalize=renormalize
+        weight_grad,
+        scores_grad,
+        scores_TE.contiguous(),
+        idx_TK.contiguous(),
+        logits_grad,
+        scale=scale,
+        renormalize=renormalize,
     )
     return logits_grad
 
@@ -105,16 +112,17 @@ def permute(
 ) -> list[Tensor]:
     """[rows] or [rows, their scales]; what lies behind the last segment is not written."""
     rows = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
-    data, target = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (x.contiguous(), rows))
+    data, target = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (_packed(x), rows))
     rows_scale = None if scale is None else empty_row_scales(num_rows, scale.shape[1], x.device)
-    load().permute(data, row_of_TK, *segments, target, scale=scale, rows_scale=rows_scale)
+    load().permute(data, row_of_TK.contiguous(), *segments, target, scale=scale, rows_scale=rows_scale)
     return [rows] if rows_scale is None else [rows, rows_scale]
 
 
 def unpermute(rows_PD: Tensor, weight_TK: Tensor | None, row_of_TK: Tensor) -> Tensor:
     """(T, D)."""
     y_TD = torch.empty((row_of_TK.shape[0], rows_PD.shape[1]), dtype=rows_PD.dtype, device=rows_PD.device)
-    load().unpermute(rows_PD.contiguous(), weight_TK, row_of_TK, y_TD)
+    weight_TK = None if weight_TK is None else weight_TK.contiguous()
+    load().unpermute(_packed(rows_PD), weight_TK, row_of_TK.contiguous(), y_TD)
     return y_TD
 
 
@@ -131,6 +139,14 @@ def unpermute_backward(
     weight_grad = None
     if rows_PD is not None:
         weight_grad = torch.empty(row_of_TK.shape, dtype=torch.float32, device=dy_TD.device)
-        rows_PD = rows_PD.contiguous()
-    load().unpermute_backward(dy_TD.contiguous(), rows_PD, weight_TK, row_of_TK, *segments, rows_grad, weight_grad)
+        rows_PD = _packed(rows_PD)
+    weight_TK = None if weight_TK is None else weight_TK.contiguous()
+    load().unpermute_backward(
+        _packed(dy_TD), rows_PD, weight_TK, row_of_TK.contiguous(), *segments, rows_grad, weight_grad
+    )
     return [rows_grad] if weight_grad is None else [rows_grad, weight_grad]
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous, on 16 bytes."""
+    return aligned(x).contiguous()
