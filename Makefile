@@ -11,7 +11,8 @@ SHELL := /bin/sh
 # Pinned: a looser range may fetch another multi-gigabyte build. May carry pip options too:
 #   make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' setup
 TORCH ?= torch==2.13.0
-# Headers for the kernels of expert parallelism, and the library that they run with; torch's own may be older.
+# Headers for the kernels of expert parallelism, and the library that they run with; torch's own may be older. 300 MB, so
+# only where kernels are compiled. `make NCCL= setup` builds without them, or with those at NCCL_HOME.
 NCCL ?= nvidia-nccl-cu13>=2.30
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +52,8 @@ endif
 # A new Python package (its __init__.py) has to be made known to the editable installation; a new module need not.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f) $(DSV3RT_PREBUILT) \
   $(shell find python -name __init__.py)
+NVCC := $(or $(CUDACXX),$(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+COMPILES := $(if $(filter OFF,$(DSV3RT_CUDA))$(DSV3RT_PREBUILT),,$(NVCC))
 BUILD_OPTIONS := cuda=$(DSV3RT_CUDA) prebuilt=$(DSV3RT_PREBUILT)
 CSRC := find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
@@ -118,10 +121,10 @@ $(STATE)/.packages: pyproject.toml Makefile
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install $(TORCH)
 	$(PY) -m pip install scikit-build-core pybind11 ninja cmake
-	$(PY) -m pip install --no-deps '$(NCCL)'
 	@touch $@
 
 $(STATE)/.built: $(STATE)/.packages $(BUILD_INPUTS) $(STATE)/.options
+	$(if $(and $(NCCL),$(COMPILES)),$(PY) -m pip install --no-deps '$(NCCL)')
 	$(PY) -m pip install --no-build-isolation $(CMAKE_DEFINES) -e '.[dev]'
 	@touch $@
 

@@ -51,6 +51,10 @@ class Bench:
         mean = args.tokens * args.top_k
         self.capacity = (mean + mean // 8) // 128 * 128 + args.experts // self.size * 128
 
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
     def seconds(self, run: Callable[[], object]) -> float:
         """The slowest rank's median."""
         for _ in range(3):
@@ -141,12 +145,9 @@ def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
         peer = Peer("copy", lambda: None, work=copy * 1e9 * seconds)
         line = figures(Case(op, shape, "gbps", moved), seconds, peer, seconds)
         row_gbps = moved / 2 / bench.size / seconds / 1e9
-        return {
-            **line,
-            "rank_gbps": round(row_gbps, 3),
-            "us": round(seconds * 1e6, 1),
-            "num_sms": args.num_sms,
-        }, seconds
+        line |= {"rank_gbps": round(row_gbps, 3), "us": round(seconds * 1e6, 1), "num_sms": args.num_sms}
+        bench.say(json.dumps(line))
+        return line, seconds
 
     lines = [
         against_copy("ep_dispatch of bfloat16", 2 * args.columns, lambda: bench.dispatch(bench.x_TD)),
@@ -164,6 +165,7 @@ def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
     ours_s = bench.seconds(ours)
     peer = Peer("all_to_all_single", lambda: None)
     line = figures(Case("ep_dispatch + ep_combine", shape, "us"), ours_s, peer, theirs_s)
+    bench.say(json.dumps(line))
     return [*lines, ({**line, "num_sms": args.num_sms}, ours_s)]
 
 
@@ -193,9 +195,7 @@ def main() -> None:
         out = args.out or provenance.ROOT / "benchmarks/results" / provenance.folder_of(machine["device"]) / "ep.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=4) + "\n")
-        for line, _ in lines:
-            print(json.dumps(line), flush=True)
-        print(f"{time.time() - began:.0f} s, written to {out}", flush=True)
+        bench.say(f"{time.time() - began:.0f} s, written to {out}")
     dist.barrier()
     bench.group.destroy()
     os._exit(0)  # taking down NCCL of several ranks on one GPU is not what is measured

@@ -97,8 +97,9 @@ class Layer:
         return x_TD.grad
 
 
-def profile(shape: Slice, reps: int = 5, lines: int = 60) -> None:
-    """Every kernel of one layer's forward and backward, its share of the time, and where the host waited."""
+def profile(shape: Slice, reps: int = 5, least: float = 0.005) -> None:
+    """The kernels of one layer's forward and backward that take `least` of their time, the rest in one line, and where
+    the host waited."""
     layer = Layer(shape)
     for _ in range(3):
         layer.step()
@@ -115,8 +116,11 @@ def profile(shape: Slice, reps: int = 5, lines: int = 60) -> None:
     busy = sum(total for total, _ in times.values())
     print(f"one MoE layer, {shape}: {seconds * 1e3:.3f} ms; kernels {busy / reps / 1e3:.3f} ms")
     print(f"{'us':>9} {'share':>6} {'calls':>6}  kernel")
-    for name, (total, count) in sorted(times.items(), key=lambda item: -item[1][0])[:lines]:
-        print(f"{total / reps:9.1f} {total / busy:6.1%} {count / reps:6.1f}  {name[:150]}")
+    rest = {name: one for name, one in times.items() if one[0] < least * busy}
+    shown = sorted((one for one in times.items() if one[0] not in rest), key=lambda one: -one[1][0])
+    shown.append((f"{len(rest)} others", (sum(one[0] for one in rest.values()), sum(one[1] for one in rest.values()))))
+    for name, (total, count) in shown:
+        print(f"{total / reps:9.1f} {total / busy:6.1%} {count / reps:6.1f}  {name[:100]}")
     print_waits(layer)
 
 

@@ -83,8 +83,8 @@ class EvenShare:
         local = dataclasses.replace(routing, idx_TK=routing.idx_TK % self._experts)
         return Dispatched(*ops.permute(x_TD, local, num_experts=self._experts, block=block))
 
-    def collect(self, rows_PD: Tensor, dispatched: Dispatched) -> Tensor:
-        return rows_PD
+    def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
+        return ops.unpermute(rows_PD, dispatched.permutation, weight_TK)
 
 
 def ours(shape: Slice, precision: Precision) -> Subject:

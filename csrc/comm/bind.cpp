@@ -18,6 +18,10 @@ using OptionalView = std::optional<TensorView>;
 
 constexpr char kDispatch[] = "ep_dispatch";
 constexpr char kCombine[] = "ep_combine";
+constexpr char kSend[] = "ep_send";
+constexpr char kReceive[] = "ep_receive";
+constexpr char kSendBack[] = "ep_send_back";
+constexpr char kCollect[] = "ep_collect";
 
 std::string version_text(int version) {
   return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
@@ -49,10 +53,10 @@ struct RouteViews {
 class Comm {
  public:
   Comm(int num_ranks, int rank, int num_experts, int max_tokens, int top_k, int num_columns, const std::string& id,
-       int device, int64_t timeout_us) {
+       int device, int64_t timeout_us, bool low_latency) {
     if (id.size() != kUniqueIdBytes)
       throw py::value_error("EpComm: id must have 128 bytes, got " + std::to_string(id.size()));
-    const EpShape shape{num_ranks, rank, num_experts, max_tokens, top_k, num_columns};
+    const EpShape shape{num_ranks, rank, num_experts, max_tokens, top_k, num_columns, low_latency};
     EpComm* made = nullptr;
     std::string error;
     {
@@ -68,29 +72,21 @@ class Comm {
                 const OptionalView& token_scale, const OptionalView& row_scale, const OptionalView& choice,
                 const OptionalView& weight, const OptionalView& outputs, const OptionalView& weight_grad, int num_sms,
                 py::handle stream) {
-    const EpShape& shape = ep_shape(get());
     EpDispatchParams params{};
     params.tokens = rows_of("tokens", tokens, kAny, token_scale);
-    params.num_tokens = static_cast<int>(tokens.shape[0]);
-    if (tokens.shape[0] > shape.max_tokens) {
-      ArgCheck(kDispatch, "tokens", tokens)
-          .fail("must have at most " + std::to_string(shape.max_tokens) + " rows", std::to_string(tokens.shape[0]));
-    }
+    params.num_tokens = count_tokens(kDispatch, tokens);
     params.route = route_of(kDispatch, route);
     params.rows = rows_of("rows", rows, params.route.capacity, row_scale);
     if (choice) {
-      check_choices("choice", *choice, DataType::kInt64, params.num_tokens);
+      check_choices(kDispatch, "choice", *choice, DataType::kInt64, params.num_tokens);
+      params.finds_route = true;
       params.choice = static_cast<const int64_t*>(choice->data);
     }
     if (outputs) {
       if (!weight || !weight_grad) throw py::value_error("ep_dispatch: outputs must come with weight and weight_grad");
-      check_choices("weight", *weight, DataType::kFloat32, params.num_tokens);
-      check_choices("weight_grad", *weight_grad, DataType::kFloat32, params.num_tokens);
-      ArgCheck(kDispatch, "outputs", *outputs)
-          .dtype({DataType::kBFloat16})
-          .shape({params.route.capacity, shape.num_columns})
-          .strides({shape.num_columns, 1})
-          .aligned(16);
+      check_choices(kDispatch, "weight", *weight, DataType::kFloat32, params.num_tokens);
+      check_choices(kDispatch, "weight_grad", *weight_grad, DataType::kFloat32, params.num_tokens);
+      check_dense(kDispatch, "outputs", *outputs, params.route.capacity);
       params.weight = static_cast<const float*>(weight->data);
       params.weight_grad = static_cast<float*>(weight_grad->data);
       params.outputs = outputs->data;
@@ -104,26 +100,50 @@ class Comm {
     const EpShape& shape = ep_shape(get());
     EpCombineParams params{};
     params.route = route_of(kCombine, route);
-    ArgCheck(kCombine, "rows", rows)
-        .dtype({DataType::kBFloat16})
-        .shape({params.route.capacity, shape.num_columns})
-        .strides({shape.num_columns, 1})
-        .aligned(16);
-    ArgCheck(kCombine, "tokens", tokens)
-        .dtype({DataType::kBFloat16})
-        .shape({kAny, shape.num_columns})
-        .strides({shape.num_columns, 1})
-        .aligned(16);
+    check_dense(kCombine, "rows", rows, params.route.capacity);
+    check_dense(kCombine, "tokens", tokens, kAny);
     params.rows = rows.data;
     params.tokens = tokens.data;
     params.num_tokens = static_cast<int>(tokens.shape[0]);
     params.num_columns = shape.num_columns;
     if (weight) {
-      check_choices("weight", *weight, DataType::kFloat32, params.num_tokens);
+      check_choices(kCombine, "weight", *weight, DataType::kFloat32, params.num_tokens);
       params.weight = static_cast<const float*>(weight->data);
     }
     params.num_sms = num_sms;
     throw_on_error(kCombine, ep_combine(get(), params, stream_for(kCombine, rows, stream)));
+  }
+
+  void send(const TensorView& tokens, const TensorView& choice, int num_sms, py::handle stream) {
+    check_dense(kSend, "tokens", tokens, kAny);
+    EpSendParams params{tokens.data, static_cast<const int64_t*>(choice.data), count_tokens(kSend, tokens), num_sms};
+    check_choices(kSend, "choice", choice, DataType::kInt64, params.num_tokens);
+    throw_on_error(kSend, ep_send(get_latency(), params, stream_for(kSend, tokens, stream)));
+  }
+
+  void receive(const TensorView& counts, const TensorView& origin, const TensorView& rows, const TensorView& row_scale,
+               int num_sms, py::handle stream) {
+    const EpReceiveParams params{masked_route_of(kReceive, counts, origin),
+                                 rows_of("rows", rows, origin.shape[0], row_scale), num_sms};
+    throw_on_error(kReceive, ep_receive(get_latency(), params, stream_for(kReceive, rows, stream)));
+  }
+
+  void send_back(const TensorView& rows, const TensorView& counts, const TensorView& origin, int num_sms,
+                 py::handle stream) {
+    const EpMaskedRoute route = masked_route_of(kSendBack, counts, origin);
+    check_dense(kSendBack, "rows", rows, origin.shape[0]);
+    const EpSendBackParams params{rows.data, route, num_sms};
+    throw_on_error(kSendBack, ep_send_back(get_latency(), params, stream_for(kSendBack, rows, stream)));
+  }
+
+  void collect(const TensorView& tokens, const OptionalView& weight, int num_sms, py::handle stream) {
+    check_dense(kCollect, "tokens", tokens, kAny);
+    EpCollectParams params{nullptr, tokens.data, count_tokens(kCollect, tokens), num_sms};
+    if (weight) {
+      check_choices(kCollect, "weight", *weight, DataType::kFloat32, params.num_tokens);
+      params.weight = static_cast<const float*>(weight->data);
+    }
+    throw_on_error(kCollect, ep_collect(get_latency(), params, stream_for(kCollect, tokens, stream)));
   }
 
   // None, or (fault, phase, peer, expected, seen).
@@ -150,9 +170,44 @@ class Comm {
     return comm_.get();
   }
 
-  static void check_choices(const char* name, const TensorView& view, DataType type, int num_tokens) {
-    ArgCheck(kDispatch, name, view).on_cuda().dtype({type}).shape({num_tokens, kAny});
-    ArgCheck(kDispatch, name, view).strides({view.shape[1], 1});
+  EpComm* get_latency() const {
+    if (!ep_shape(get()).low_latency)
+      throw py::value_error("EpComm: must be made with low_latency, got a group without");
+    return get();
+  }
+
+  void check_choices(const char* op, const char* name, const TensorView& view, DataType type, int num_tokens) const {
+    const int64_t top_k = ep_shape(get()).top_k;
+    ArgCheck(op, name, view).on_cuda().dtype({type}).shape({num_tokens, top_k}).strides({top_k, 1});
+  }
+
+  // (num_rows, D) in BF16, contiguous.
+  void check_dense(const char* op, const char* name, const TensorView& view, int64_t num_rows) const {
+    const int64_t columns = ep_shape(get()).num_columns;
+    const ArgCheck check(op, name, view);
+    check.on_cuda().dtype({DataType::kBFloat16}).shape({num_rows, columns}).strides({columns, 1}).aligned(16);
+  }
+
+  int count_tokens(const char* op, const TensorView& tokens) const {
+    const int most = ep_shape(get()).max_tokens;
+    if (tokens.shape[0] > most) {
+      ArgCheck(op, "tokens", tokens)
+          .fail("must have at most " + std::to_string(most) + " rows", std::to_string(tokens.shape[0]));
+    }
+    return static_cast<int>(tokens.shape[0]);
+  }
+
+  EpMaskedRoute masked_route_of(const char* op, const TensorView& counts, const TensorView& origin) const {
+    const EpShape& shape = ep_shape(get());
+    const int64_t num_local = shape.num_experts / shape.num_ranks;
+    ArgCheck(op, "counts", counts).on_cuda().dtype({DataType::kInt32}).shape({num_local}).strides({1});
+    const ArgCheck check(op, "origin", origin);
+    check.on_cuda().dtype({DataType::kInt32}).shape({kAny}).strides({1});
+    if (origin.shape[0] % num_local != 0) {
+      check.fail("must have equally many rows for each expert", std::to_string(origin.shape[0]));
+    }
+    return {static_cast<int*>(counts.data), static_cast<int*>(origin.data),
+            static_cast<int>(origin.shape[0] / num_local)};
   }
 
   EpRoute route_of(const char* op, const RouteViews& route) const {
@@ -210,9 +265,9 @@ void bind_comm(py::module_& module) {
                        int block) { return RouteViews{counts, offsets, origin, rows_needed, block}; }),
            py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("block"));
   py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")
-      .def(py::init<int, int, int, int, int, int, const std::string&, int, int64_t>(), py::arg("num_ranks"),
+      .def(py::init<int, int, int, int, int, int, const std::string&, int, int64_t, bool>(), py::arg("num_ranks"),
            py::arg("rank"), py::arg("num_experts"), py::arg("max_tokens"), py::arg("top_k"), py::arg("num_columns"),
-           py::arg("id"), py::arg("device"), py::arg("timeout_us"))
+           py::arg("id"), py::arg("device"), py::arg("timeout_us"), py::arg("low_latency"))
       .def("dispatch", &Comm::dispatch, py::arg("tokens"), py::arg("route"), py::arg("rows"), py::kw_only(),
            py::arg("token_scale") = none, py::arg("row_scale") = none, py::arg("choice") = none,
            py::arg("weight") = none, py::arg("outputs") = none, py::arg("weight_grad") = none, py::arg("num_sms"),
@@ -220,6 +275,14 @@ void bind_comm(py::module_& module) {
       .def("combine", &Comm::combine, py::arg("rows"), py::arg("route"), py::arg("tokens"), py::kw_only(),
            py::arg("weight") = none, py::arg("num_sms"), py::arg("stream") = none,
            "Sums every token's rows into tokens, on a stream.")
+      .def("send", &Comm::send, py::arg("tokens"), py::arg("choice"), py::kw_only(), py::arg("num_sms"),
+           py::arg("stream") = none, "Casts tokens to FP8 and writes them to their experts' ranks.")
+      .def("receive", &Comm::receive, py::arg("counts"), py::arg("origin"), py::arg("rows"), py::arg("row_scale"),
+           py::kw_only(), py::arg("num_sms"), py::arg("stream") = none, "Lays out the rows that were sent here.")
+      .def("send_back", &Comm::send_back, py::arg("rows"), py::arg("counts"), py::arg("origin"), py::kw_only(),
+           py::arg("num_sms"), py::arg("stream") = none, "Writes rows to the ranks of their tokens.")
+      .def("collect", &Comm::collect, py::arg("tokens"), py::kw_only(), py::arg("weight") = none, py::arg("num_sms"),
+           py::arg("stream") = none, "Sums every token's rows, as combine does.")
       .def("error", &Comm::error, "None, or (fault, phase, peer, expected, seen) of the first fault.")
       .def("window_bytes", &Comm::window_bytes)
       .def("destroy", &Comm::destroy);

@@ -17,11 +17,12 @@ struct EpShape {
   int num_experts;  // E, a multiple of R; rank r holds E / R from r * E / R on
   int max_tokens;   // T, the most of any rank
   int top_k;        // K
-  int num_columns;  // D, a multiple of 16
+  int num_columns;  // D, a multiple of 16; of 128 with low_latency
+  bool low_latency; // the window has room for the form of that name
 };
 
 // The steps that wait for peers, in the order of their signals.
-enum class EpPhase : int32_t { kStage, kPull, kPush, kReduce };
+enum class EpPhase : int32_t { kStage, kPull, kPush, kReduce, kSend, kReceive, kSendBack, kCollect };
 
 enum class EpFault : int32_t { kNone, kTimeout, kOverflow, kPeerOverflow, kBadExpert };
 
@@ -45,6 +46,13 @@ struct EpRoute {
   int block;
 };
 
+// Of one dispatch of the low-latency form: expert x owns rows x * capacity on, and fills the first of them.
+struct EpMaskedRoute {
+  int* counts;       // (X,)
+  int* origin;       // (X * capacity,) as above, written where there is a row
+  int capacity;
+};
+
 // Rows of D elements of BF16, or of FP8 with scales.
 struct EpRows {
   void* data;
@@ -58,7 +66,8 @@ struct EpRows {
 struct EpDispatchParams {
   EpRows tokens;          // T rows; data 16-byte aligned
   int num_tokens;         // T
-  const int64_t* choice;  // (T, K) experts; null: the route is known already
+  bool finds_route;       // else it is known already, and `choice` is null
+  const int64_t* choice;  // (T, K) experts; null also where T is 0
   const float* weight;    // (T, K), with `outputs`
   EpRoute route;
   EpRows rows;            // P rows, contiguous
@@ -77,6 +86,32 @@ struct EpCombineParams {
   int num_sms;
 };
 
+struct EpSendParams {
+  const void* tokens;     // (T, D) BF16, contiguous, 16-byte aligned
+  const int64_t* choice;  // (T, K)
+  int num_tokens;
+  int num_sms;
+};
+
+struct EpReceiveParams {
+  EpMaskedRoute route;
+  EpRows rows;            // X * capacity rows of FP8 with scales
+  int num_sms;
+};
+
+struct EpSendBackParams {
+  const void* rows;       // (X * capacity, D) BF16, contiguous, 16-byte aligned
+  EpMaskedRoute route;
+  int num_sms;
+};
+
+struct EpCollectParams {
+  const float* weight;    // (T, K); null: ones
+  void* tokens;           // (T, D) BF16, contiguous
+  int num_tokens;
+  int num_sms;
+};
+
 class EpComm;  // a communicator, its window and what its kernels share
 
 // Each returns null, or what went wrong; the text lasts until the thread's next call.
@@ -87,6 +122,10 @@ const char* ep_create(const EpShape& shape, const uint8_t id[kUniqueIdBytes], in
 const char* ep_destroy(EpComm* comm);  // gives up, without waiting for peers, after a fault
 const char* ep_dispatch(EpComm* comm, const EpDispatchParams& params, void* stream);
 const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream);
+const char* ep_send(EpComm* comm, const EpSendParams& params, void* stream);
+const char* ep_receive(EpComm* comm, const EpReceiveParams& params, void* stream);
+const char* ep_send_back(EpComm* comm, const EpSendBackParams& params, void* stream);
+const char* ep_collect(EpComm* comm, const EpCollectParams& params, void* stream);
 const EpShape& ep_shape(const EpComm* comm);
 int ep_device(const EpComm* comm);
 int64_t ep_window_bytes(const EpComm* comm);

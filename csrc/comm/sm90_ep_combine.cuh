@@ -52,7 +52,7 @@ __device__ inline bool all_arrived(const Team& team) {
     const int64_t* told = in_window<int64_t>(team.self, team.at.overflows) + 2 * peer;
     const int64_t needed = __ldcg(told);
     if (needed == 0) continue;
-    report(team, {0, EpFault::kPeerOverflow, EpPhase::kReduce, peer, __ldcg(told + 1), needed});
+    fail(team, {0, EpFault::kPeerOverflow, EpPhase::kReduce, peer, __ldcg(told + 1), needed});
     fine = false;
   }
   return __syncthreads_and(fine);
@@ -69,31 +69,30 @@ __device__ __forceinline__ void add_slot(float (&sum)[8], uint4 slot, float weig
   }
 }
 
-__device__ inline void reduce_token(const Team& team, const ReduceArgs& args, int token, int lane) {
+// Eight columns of a token, from slots [T * K][D].
+__device__ __forceinline__ void reduce_column(const Team& team, const ReduceArgs& args, const uint4* slots, int token,
+                                              int column) {
   constexpr int kUnroll = 4;
   const int num_vectors = team.shape.num_columns / 8, top_k = team.shape.top_k;
-  const auto* slots = in_window<const uint4>(team.self, team.at.slots) + int64_t(token) * top_k * num_vectors;
-  auto* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * num_vectors;
-  for (int column = lane; column < num_vectors; column += 32) {
-    float sum[8] = {};
-    for (int first = 0; first < top_k; first += kUnroll) {
-      uint4 held[kUnroll];
+  const uint4* slot = slots + int64_t(token) * top_k * num_vectors + column;
+  float sum[8] = {};
+  for (int first = 0; first < top_k; first += kUnroll) {
+    uint4 held[kUnroll];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (first + i < top_k) held[i] = load_shared_memory(slots + int64_t(first + i) * num_vectors + column);
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (first + i >= top_k) continue;
-        add_slot(sum, held[i], args.weight != nullptr ? __ldg(args.weight + token * top_k + first + i) : 1.0f);
-      }
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i < top_k) held[i] = load_shared_memory(slot + int64_t(first + i) * num_vectors);
     }
-    uint4 rounded;
-    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&rounded);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-    target[column] = rounded;
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i >= top_k) continue;
+      add_slot(sum, held[i], args.weight != nullptr ? __ldg(args.weight + token * top_k + first + i) : 1.0f);
+    }
   }
+  uint4 rounded;
+  auto* pairs = reinterpret_cast<__nv_bfloat162*>(&rounded);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+  reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = rounded;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -101,13 +100,14 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t epoch = next_epoch(team, EpPhase::kReduce);
   const bool fine = await_peers(team, EpPhase::kPush, epoch);
   const bool complete = all_arrived(team) && fine;
-  const int lane = threadIdx.x % 32;
+  const auto* slots = in_window<const uint4>(team.self, team.at.slots);
+  const int lane = threadIdx.x % 32, num_vectors = team.shape.num_columns / 8;
   for (int token = warp_in_grid(); token < args.num_tokens; token += warps_in_grid()) {
     if (complete) {
-      reduce_token(team, args, token, lane);
+      for (int column = lane; column < num_vectors; column += 32) reduce_column(team, args, slots, token, column);
     } else {  // an error was reported; nobody may take what is there for a result
-      auto* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * (team.shape.num_columns / 8);
-      for (int i = lane; i < team.shape.num_columns / 8; i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+      auto* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * num_vectors;
+      for (int i = lane; i < num_vectors; i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
   }
   if (is_last_block(team, EpPhase::kReduce)) tell_peers(team, EpPhase::kReduce, epoch);

@@ -11,10 +11,9 @@
 
 namespace dsv3rt {
 
-constexpr uint32_t kNoExpert = 0xffffffff;
-
 struct StageArgs {
   EpRows tokens;
+  bool finds_route;
   const int64_t* choice;
   const float* weight;
   int num_tokens;
@@ -44,7 +43,7 @@ __device__ inline void stage_chunk(const Team& team, const StageArgs& args, int 
   const int entry = chunk * kChunk + threadIdx.x;
   const int64_t given = entry < num_choices ? args.choice[entry] : 0;
   const bool valid = entry < num_choices && given >= 0 && given < num_experts;
-  if (entry < num_choices && !valid) report(team, {0, EpFault::kBadExpert, EpPhase::kStage, 0, num_experts, given});
+  if (entry < num_choices && !valid) fail(team, {0, EpFault::kBadExpert, EpPhase::kStage, 0, num_experts, given});
   const int expert = valid ? int(given) : -1;
   const unsigned same = __match_any_sync(0xffffffffu, expert);
   const unsigned before = same & ((1u << lane) - 1);
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ uint8_t warp_counts[];
   const uint64_t epoch = next_epoch(team, EpPhase::kStage);
   const int num_choices = args.num_tokens * team.shape.top_k;
-  const int num_chunks = args.choice != nullptr ? ceil_div(num_choices, kChunk) : 0;
+  const int num_chunks = args.finds_route ? ceil_div(num_choices, kChunk) : 0;
   if (await_peers(team, EpPhase::kPull, epoch - 1)) {  // nobody reads the tokens before these any more
     for (int chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) stage_chunk(team, args, chunk, warp_counts);
     if (args.weight != nullptr) {
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     stage_rows(team, args);
   }
   if (!is_last_block(team, EpPhase::kStage) || has_failed(team)) return;
-  if (args.choice != nullptr) {
+  if (args.finds_route) {
     start_chunks(team, num_chunks);
     if (threadIdx.x == 0) *in_window<int>(team.self, team.at.num_tokens) = args.num_tokens;
   }
@@ -302,14 +301,14 @@ __global__ void __launch_bounds__(kThreads)
   if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);
 }
 
-// The weights' gradients that the experts' ranks left here.
+// The weights' gradients that the experts' ranks left here; NaN where some did not.
 __global__ void __launch_bounds__(kThreads)
     ep_weight_grad_kernel(const __grid_constant__ Team team, float* weight_grad, int num_choices) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPull) - 1;
-  if (!await_peers(team, EpPhase::kPull, epoch)) return;
+  const bool fine = await_peers(team, EpPhase::kPull, epoch);
   const float* arrived = in_window<float>(team.self, team.at.weight_grad);
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
-    weight_grad[i] = __ldcg(arrived + i);
+    weight_grad[i] = fine ? __ldcg(arrived + i) : __int_as_float(0x7fffffff);
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // A kernel awaits what it needs of all peers, works, and its last block tells all peers. A wait that runs out writes
 // the error record and marks the rank as failed; its blocks then go on without touching any data, and later kernels do
-// nothing, so the process lives and peers run into their own timeouts.
+// nothing, so the process lives and peers run into their own timeouts. Rows that do not fit fail all ranks in the same
+// `reduce`, so that none waits for one that has given up.
 #pragma once
 
 #include "comm/window.h"
@@ -35,6 +36,12 @@ __device__ inline void report(const Team& team, const EpError& what) {
   record->is_complete = 1;
 }
 
+// After this the rank's kernels touch no data and tell peers nothing.
+__device__ inline void fail(const Team& team, const EpError& what) {
+  report(team, what);
+  *reinterpret_cast<volatile unsigned*>(&local_state(team).failed) = 1;
+}
+
 // The epoch that the running kernel works on. Its last block writes the next one, after all blocks have read this.
 __device__ __forceinline__ uint64_t next_epoch(const Team& team, EpPhase phase) {
   return *reinterpret_cast<volatile uint64_t*>(&local_state(team).epoch[int(phase)]) + 1;
@@ -52,8 +59,7 @@ __device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uin
     if (seen >= epoch) return true;
     if (has_failed(team)) return false;
     if (clock_ns() - start > uint64_t(team.timeout_ns)) {
-      report(team, {0, EpFault::kTimeout, phase, peer, int64_t(epoch), int64_t(seen)});
-      *reinterpret_cast<volatile unsigned*>(&local_state(team).failed) = 1;
+      fail(team, {0, EpFault::kTimeout, phase, peer, int64_t(epoch), int64_t(seen)});
       return false;
     }
   }

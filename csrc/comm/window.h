@@ -7,7 +7,7 @@
 namespace dsv3rt {
 
 // A rank tells all ranks that it has finished a phase by storing the phase's epoch, which only grows.
-constexpr int kNumPhases = 4;
+constexpr int kNumPhases = 8;
 constexpr int kChunk = 512;  // choices whose places are counted together
 
 // A rank's own; peers leave it alone.
@@ -31,8 +31,22 @@ struct WindowLayout {
   int64_t weight_grad;  // f32 [T * K], written by the ranks that hold the experts
   int64_t tokens;  // [T] rows, each followed by its scales
   int64_t slots;  // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
+  // Of the low-latency form, each twice: for epochs of even and of odd number.
+  int64_t arrived_choice;  // u32 [2][R][T * K, padded]: all choices of every rank
+  int64_t arrived_tokens;  // [2][R][T] rows in FP8, each followed by its scales
+  int64_t returned_slots;  // bf16 [2][T * K][D]
   int64_t bytes;
 };
+
+constexpr uint32_t kNoExpert = 0xffffffff;
+
+DSV3RT_HOST_DEVICE inline int padded_choices(const EpShape& shape) {
+  return round_up(shape.max_tokens * shape.top_k, 32);
+}
+
+DSV3RT_HOST_DEVICE inline int latency_record_bytes(const EpShape& shape) {
+  return round_up(shape.num_columns + shape.num_columns / 128 * 4, 16);
+}
 
 inline WindowLayout layout_of(const EpShape& shape) {
   WindowLayout at{};
@@ -53,6 +67,12 @@ inline WindowLayout layout_of(const EpShape& shape) {
   at.weight_grad = take(choices * 4);
   at.tokens = take(int64_t(shape.max_tokens) * shape.num_columns * 2);
   at.slots = take(choices * shape.num_columns * 2);
+  if (shape.low_latency) {
+    const int64_t ranks = shape.num_ranks;
+    at.arrived_choice = take(2 * ranks * padded_choices(shape) * 4);
+    at.arrived_tokens = take(2 * ranks * shape.max_tokens * latency_record_bytes(shape));
+    at.returned_slots = take(2 * choices * shape.num_columns * 2);
+  }
   at.bytes = round_up(at.bytes, int64_t(4096));  // what NCCL asks of a window
   return at;
 }

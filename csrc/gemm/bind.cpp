@@ -140,15 +140,16 @@ void bound_m_grouped(const TensorView& a, const TensorView& scale_a, const Tenso
 }
 
 void bound_k_grouped(const TensorView& a, const TensorView& scale_a, const TensorView& b, const TensorView& scale_b,
-                     const TensorView& d, const TensorView& counts, const TensorView& offsets, int num_sms,
-                     const std::optional<Tile>& tile, py::handle stream) {
+                     const TensorView& d, const TensorView& counts, const TensorView& offsets, bool accumulate,
+                     int num_sms, const std::optional<Tile>& tile, py::handle stream) {
   constexpr char kOp[] = "k_grouped_fp8_gemm_nt";
   GemmParams params = params_for(kOp, a, scale_a, d);
   take_row_scaled_b(kOp, params, b, scale_b);
   const int64_t n = b.shape[0];
   ArgCheck(kOp, "d", d).shape({kAny, params.m, n}).strides({params.m * n, n, 1}).stride_multiple_of(1, 4).aligned(16);
   take_layout(kOp, params, counts, offsets, d.shape[0]);
-  params.output = output_of(kOp, d, true);
+  ArgCheck(kOp, "d", d).dtype({DataType::kFloat32});
+  params.output = output_of(kOp, d, accumulate);
   params.b = static_cast<const uint8_t*>(b.data);
   params.scale_b = static_cast<const float*>(scale_b.data);
   params.n = static_cast<int>(n);
@@ -171,8 +172,9 @@ void bind_gemm(py::module_& module) {
              "Rows of group g times b[g]^T; counts and offsets stay on the device.");
   module.def("k_grouped_fp8_gemm_nt", &bound_k_grouped, py::arg("a"), py::arg("scale_a"), py::arg("b"),
              py::arg("scale_b"), py::arg("d"), py::arg("counts"), py::arg("offsets"), py::kw_only(),
-             py::arg("num_sms") = 0, py::arg("tile") = py::none(), py::arg("stream") = py::none(),
-             "d[g] += a[:, segment g] b[:, segment g]^T; empty groups leave their d untouched.");
+             py::arg("accumulate") = true, py::arg("num_sms") = 0, py::arg("tile") = py::none(),
+             py::arg("stream") = py::none(),
+             "d[g] (+)= a[:, segment g] b[:, segment g]^T; added to, the d of an empty group stays as it is.");
 }
 
 }  // namespace dsv3rt

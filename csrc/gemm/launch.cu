@@ -16,13 +16,16 @@ extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kBFloa
     const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kBlock128, GemmOutput::kFloat32, Grouping::kRows>(const GemmChoice&);
 extern template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kFloat32Add, Grouping::kDepth>(const GemmChoice&);
+extern template GemmLauncher find_launcher<ScaleB::kRow, GemmOutput::kFloat32, Grouping::kDepth>(const GemmChoice&);
 
 namespace {
 
 GemmLauncher launcher_for(const GemmParams& params, const GemmChoice& choice) {
   const bool block = params.scale_b_kind == ScaleB::kBlock128;
   if (params.grouping == Grouping::kDepth) {
-    return find_launcher<ScaleB::kRow, GemmOutput::kFloat32Add, Grouping::kDepth>(choice);
+    return params.output == GemmOutput::kFloat32Add
+               ? find_launcher<ScaleB::kRow, GemmOutput::kFloat32Add, Grouping::kDepth>(choice)
+               : find_launcher<ScaleB::kRow, GemmOutput::kFloat32, Grouping::kDepth>(choice);
   }
   if (params.grouping == Grouping::kRows) {
     return params.output == GemmOutput::kBFloat16

@@ -63,7 +63,7 @@ class TileScheduler {
       for (; unit_ < units * params_.num_groups; unit_ += num_clusters) {
         tile.group = unit_ / units;
         const int count = params_.counts[tile.group];
-        if (count == 0) continue;
+        if (C::kOutput == GemmOutput::kFloat32Add && count == 0) continue;  // else its result is zeros
         tile.k_block_begin = params_.offsets[tile.group] / kBlockK;
         tile.num_k_blocks = ceil_div(count, kBlockK);
         place(unit_ % units, tile);

@@ -19,4 +19,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
+// threadIdx.x, read where it stands: what follows from it is not kept in registers through a loop around.
+__device__ __forceinline__ int thread_idx_read_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 }  // namespace dsv3rt

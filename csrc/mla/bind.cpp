@@ -2,6 +2,7 @@
 
 #include "common/arg_check.h"
 #include "common/dlpack_caster.h"
+#include "mla/append_params.h"
 #include "mla/decode_params.h"
 #include "mla/params.h"
 
@@ -190,6 +191,47 @@ void bound_mla_decode(const TensorView& q, const TensorView& cache, const Tensor
   throw_on_error(kOp, (fp8 ? mla_decode_fp8 : mla_decode)(params, stream_for(kOp, q, stream)));
 }
 
+void bound_append_latents(const TensorView& cache, const TensorView& rows, const TensorView& weight,
+                          const TensorView& cosines, const TensorView& sines, const TensorView& slots, float eps,
+                          pybind11::handle stream) {
+  constexpr const char* kOp = "append_latents";
+  ArgCheck(kOp, "rows", rows)
+      .dtype({DataType::kBFloat16})
+      .on_cuda()
+      .shape({kAny, kCachedDim})
+      .strides({kAny, 1})
+      .stride_multiple_of(0, 8)
+      .stride_at_least(0, kCachedDim)
+      .aligned(16);
+  const int64_t tokens = rows.shape[0];
+  const bool fp8 = cache.dtype == DataType::kUInt8;
+  const int64_t width = fp8 ? kFp8TokenBytes : kCachedDim;
+  ArgCheck(kOp, "cache", cache)
+      .dtype({DataType::kBFloat16, DataType::kUInt8})
+      .on_device_of(rows, "rows")
+      .shape({kAny, kPageTokens, width})
+      .strides({kPageTokens * width, width, 1})
+      .aligned(16);
+  ArgCheck(kOp, "weight", weight).dtype({DataType::kBFloat16}).shape({kLatentDim}).strides({1}).aligned(16);
+  ArgCheck(kOp, "cosines", cosines).dtype({DataType::kFloat32}).shape({tokens, 32}).strides({32, 1});
+  ArgCheck(kOp, "sines", sines).dtype({DataType::kFloat32}).shape({tokens, 32}).strides({32, 1});
+  ArgCheck(kOp, "slots", slots).dtype({DataType::kInt64}).shape({tokens}).strides({1});
+  AppendParams params{};
+  params.rows = rows.data;
+  params.weight = weight.data;
+  params.cosines = static_cast<const float*>(cosines.data);
+  params.sines = static_cast<const float*>(sines.data);
+  params.slots = static_cast<const int64_t*>(slots.data);
+  params.cache = cache.data;
+  params.row_stride = rows.strides[0];
+  params.num_slots = cache.shape[0] * kPageTokens;
+  params.num_tokens = static_cast<int>(tokens);
+  params.eps = eps;
+  params.fp8 = fp8;
+  params.device = rows.device.index;
+  throw_on_error(kOp, append_latents(params, stream_for(kOp, rows, stream)));
+}
+
 }  // namespace
 
 void bind_mla(pybind11::module_& module) {
@@ -209,6 +251,10 @@ void bind_mla(pybind11::module_& module) {
       py::arg("out"), py::arg("lse"), py::arg("partial_out"), py::arg("partial_lse"), py::kw_only(), py::arg("scale"),
       py::arg("stream") = py::none(),
       "Writes out and lse, on a stream; lengths stay on the device. The shape of the partial results sets the grid.");
+  module.def("append_latents", &bound_append_latents, py::arg("cache"), py::arg("rows"), py::arg("weight"),
+             py::arg("cosines"), py::arg("sines"), py::arg("slots"), py::kw_only(), py::arg("eps"),
+             py::arg("stream") = py::none(),
+             "Writes tokens into a latent cache, on a stream; slots stay on the device.");
 }
 
 }  // namespace dsv3rt

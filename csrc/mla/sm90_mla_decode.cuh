@@ -21,6 +21,7 @@ struct DecodeMaps {
 
 constexpr int kScoresBarrier = 1;  // named
 constexpr int kOutColumns = kLatentDim / 2;
+constexpr int kPeakSlack = 8;  // so that few pages make the output's warps rescale what they have
 
 // ---- Loading
 
@@ -95,8 +96,9 @@ __device__ __forceinline__ void producer_load_pieces(DecodeStorage& storage, con
 using Scores = float[kPageTokens / 2];
 using Queries = uint32_t[kQueryRegisterSteps][4];  // fragments of 16 columns
 
-// First of this thread's two rows; the other is eight below.
-__device__ __forceinline__ int decode_row() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+// First of a thread's two rows; the other is eight below.
+__device__ __forceinline__ int decode_row(int thread) { return thread % 128 / 32 * 16 + thread % 32 / 4; }
+__device__ __forceinline__ int decode_row() { return decode_row(threadIdx.x); }
 
 // Address of the 16-byte row that this lane names for stmatrix and ldmatrix: 16 rows of a warp, 16 columns from `step`.
 __device__ __forceinline__ uint32_t fragment_address(const PageSlab& slab, int step) {
@@ -181,9 +183,11 @@ __device__ __forceinline__ void clear_values(PageSlab (&latent)[kLatentSlabs], i
 
 __device__ __forceinline__ void mask_page(DecodeStorage& storage, const MlaDecodeParams& params, const Piece& piece,
                                           int page, int stage, Scores& scores) {
-  const int first_column = page * kPageTokens + threadIdx.x % 4 * 2, end = piece.length - page * kPageTokens;
-  const int seen[2] = {tokens_seen(params, piece.length, blockIdx.x * kDecodeRows + decode_row()) - first_column,
-                       tokens_seen(params, piece.length, blockIdx.x * kDecodeRows + decode_row() + 8) - first_column};
+  const int thread = thread_idx_read_here();
+  const int first_column = page * kPageTokens + thread % 4 * 2, end = piece.length - page * kPageTokens;
+  const int first_row = blockIdx.x * kDecodeRows + decode_row(thread);
+  const int seen[2] = {tokens_seen(params, piece.length, first_row) - first_column,
+                       tokens_seen(params, piece.length, first_row + 8) - first_column};
   mask_scores<kPageTokens>(scores, seen);
   if (end < kPageTokens) clear_values(storage.latent[stage], end);
 }
@@ -215,11 +219,12 @@ __device__ __forceinline__ void finish_scores(DecodeStorage& storage, const MlaD
                                               const SoftmaxState& state) {
   constexpr float kLn2 = 0.693147180559945309f;
   const int rows = params.num_queries * params.num_heads;
+  const int thread = thread_idx_read_here();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = sum_over_quad(state.sum[half]);
-    const int row = decode_row() + half * 8, request_row = blockIdx.x * kDecodeRows + row;
-    if (threadIdx.x % 4 != 0) continue;
+    const int row = decode_row(thread) + half * 8, request_row = blockIdx.x * kDecodeRows + row;
+    if (thread % 4 != 0) continue;
     storage.inverse[row] = sum == 0 ? 0 : 1 / sum;
     const float lse = offset_of(state.peak[half], params.scale_log2) + log2f(sum);
     if (request_row >= rows) continue;
@@ -257,7 +262,7 @@ __device__ __forceinline__ void consumer_score_pieces(DecodeStorage& storage, co
       wgmma_wait<0>();
       pin_registers(scores);
       if (page >= piece.whole_pages) mask_page(storage, params, piece, page, ring.stage, scores);
-      take_block<kPageTokens>(state, scores, params.scale_log2);
+      take_block<kPageTokens, kPeakSlack>(state, scores, params.scale_log2);
       named_barrier_sync(kScoresBarrier, 128);  // all warps have read the rope keys
       store_weights(storage, rope.stage(), scores, state);
       ring.advance();
@@ -285,14 +290,15 @@ __device__ __forceinline__ void add_page(DecodeStorage& storage, PageRing ring, 
   storage.weights_full[ring.stage].wait(ring.parity);
   const float* of_row = &storage.rescale[rope.stage()][decode_row()];
   const float rescale[2] = {of_row[0], of_row[8]};
+  if (__any_sync(~0u, rescale[0] != 1 || rescale[1] != 1)) {  // else the tensor cores would wait for nothing
+#pragma unroll
+    for (float (&columns)[kProductColumns / 2] : out) scale_rows(columns, rescale);
+  }
+#pragma unroll
+  for (float (&columns)[kProductColumns / 2] : out) pin_registers(columns);
   const uint64_t weights = k_major_swizzle128_descriptor(storage.rope[rope.stage()]);
   const PageSlab& first_slab = storage.latent[ring.stage][half * (kLatentSlabs / 2)];
   const uint64_t values = mn_major_swizzle128_descriptor(first_slab, sizeof(PageSlab));
-#pragma unroll
-  for (float (&columns)[kProductColumns / 2] : out) {
-    scale_rows(columns, rescale);
-    pin_registers(columns);
-  }
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kPageTokens / 16; ++step) {

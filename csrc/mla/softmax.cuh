@@ -39,8 +39,9 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kColumns / 2], const
   }
 }
 
-// Scores become weights exp2(scale_log2 * score - offset); state takes them in.
-template <int kColumns>
+// Scores become weights exp2(scale_log2 * score - offset); state takes them in. A peak that is exceeded by kSlack at
+// most, in the exponent, stays: weights are then up to 2^kSlack, and earlier sums keep their scale.
+template <int kColumns, int kSlack = 0>
 __device__ __forceinline__ void take_block(SoftmaxState& state, float (&scores)[kColumns / 2], float scale_log2) {
   float peak[2][2] = {{state.peak[0], -INFINITY}, {state.peak[1], -INFINITY}};  // two chains a row
 #pragma unroll
@@ -48,7 +49,10 @@ __device__ __forceinline__ void take_block(SoftmaxState& state, float (&scores)[
   float offset[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float highest = max_over_quad(fmaxf(peak[row][0], peak[row][1]));
+    float highest = max_over_quad(fmaxf(peak[row][0], peak[row][1]));
+    if constexpr (kSlack > 0) {
+      if ((highest - state.peak[row]) * scale_log2 <= kSlack) highest = state.peak[row];
+    }
     offset[row] = offset_of(highest, scale_log2);
     state.rescale[row] = exp2_approx(__fmul_rn(state.peak[row], scale_log2) - offset[row]);
     state.peak[row] = highest;

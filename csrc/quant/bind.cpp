@@ -46,12 +46,12 @@ GateUpInput gate_up_of(const char* op, const TensorView& x, const OptionalView& 
 
 void bound_quantize_1x128(const TensorView& x, const TensorView& data, const TensorView& scale,
                           const OptionalView& data_t, const OptionalView& scale_t, const OptionalView& counts,
-                          const OptionalView& offsets, bool pow2_scales, py::handle stream) {
+                          const OptionalView& offsets, const OptionalView& rows, bool pow2_scales, py::handle stream) {
   constexpr char kOp[] = "quantize_1x128";
   const ArgCheck check_x(kOp, "x", x);
   check_x.on_cuda().dtype({DataType::kBFloat16, DataType::kFloat32});
   check_rows(check_x, x);
-  const int64_t num_rows = x.shape[0], num_columns = x.shape[1];
+  const int64_t num_rows = rows ? rows->shape[0] : x.shape[0], num_columns = x.shape[1];
   if (num_columns % 16 != 0) check_x.fail("must have a multiple of 16 columns", std::to_string(num_columns));
   both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
 
@@ -60,6 +60,14 @@ void bound_quantize_1x128(const TensorView& x, const TensorView& data, const Ten
   params.x_stride = x.strides[0];
   params.input = input_of(x.dtype);
   params.groups = groups_of(kOp, x, counts, offsets);
+  if (rows) {
+    check_x.dtype({DataType::kBFloat16});
+    const ArgCheck check_index(kOp, "rows", *rows);
+    check_index.on_device_of(x, "x").dtype({DataType::kInt32}).shape({kAny}).strides({1}).aligned(16);
+    if (num_rows % kTile != 0) check_index.fail("must have a multiple of 128 entries", std::to_string(num_rows));
+    if (!counts) check_index.fail("must come with counts and offsets", "none");
+    params.rows = static_cast<const int*>(rows->data);
+  }
   params.out = output_of(kOp, x, num_rows, num_columns, data, scale, pow2_scales);
   params.device = x.device.index;
   if (data_t) {
@@ -180,8 +188,9 @@ void bind_quant(py::module_& module) {
   const auto none = py::none();
   module.def("quantize_1x128", &bound_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"), py::kw_only(),
              py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("counts") = none, py::arg("offsets") = none,
-             py::arg("pow2_scales") = false, py::arg("stream") = none,
-             "Writes the quantised x into data and scale (and x transposed into data_t and scale_t), on a stream.");
+             py::arg("rows") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
+             "Writes the quantised x, or its rows as `rows` lists them, into data and scale (and transposed into data_t "
+             "and scale_t), on a stream.");
   module.def(
       "quantize_128x128", &bound_quantize_128x128, py::arg("w"), py::arg("data"), py::arg("scale"), py::kw_only(),
       py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,

@@ -55,6 +55,10 @@ const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t str
 const char* quantize_1x128(const Quantize1x128Params& params, void* stream) {
   if (params.out.num_rows == 0 || params.out.num_columns == 0) return nullptr;
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
+    if (params.rows != nullptr) {
+      return launch_1x128<GatheredSource<__nv_bfloat16>>({params.x, params.rows, params.x_stride}, params.groups,
+                                                         params.out, cuda_stream);
+    }
     if (params.input == QuantInput::kBFloat16) {
       return launch_1x128<PlainSource<__nv_bfloat16>>({params.x, params.x_stride}, params.groups, params.out,
                                                       cuda_stream);

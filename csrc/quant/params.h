@@ -33,6 +33,8 @@ struct QuantOutput {
 
 struct Quantize1x128Params {
   const void* x;         // (T, D) BF16 or FP32, rows x_stride elements apart, 16-byte aligned
+  const int* rows;       // (P,), P % 32 == 0, 16-byte aligned: result's row i is x's row rows[i], read where groups have
+                         // data; BF16 alone. Null: i itself
   int64_t x_stride;
   QuantInput input;
   RowGroups groups;

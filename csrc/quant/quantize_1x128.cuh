@@ -29,6 +29,36 @@ class PlainSource {
   int64_t stride_;
 };
 
+// Rows of x in another order, or several times: rows[i] is the i-th.
+template <typename Type>
+class GatheredSource {
+ public:
+  struct Params {
+    const void* x;
+    const int* rows;
+    int64_t stride;
+  };
+  using Element = Type;
+  using Raw = Octet<Type>;
+
+  // Reads the places of four rows whether they hold data or not, and uses those that do.
+  __device__ __forceinline__ GatheredSource(const Params& in, int64_t row, int column)
+      : x_(static_cast<const Type*>(in.x) + column), stride_(in.stride) {
+    static_assert(kRowsPerThread == 4);
+    rows_ = __ldg(reinterpret_cast<const int4*>(in.rows + row));
+  }
+  __device__ __forceinline__ void load(Raw& raw, int r) const {
+    const int row = r == 0 ? rows_.x : r == 1 ? rows_.y : r == 2 ? rows_.z : rows_.w;
+    raw.load(x_ + row * stride_);
+  }
+  static __device__ __forceinline__ const Octet<Type>& octet(const Raw& raw) { return raw; }
+
+ private:
+  const Type* x_;
+  int64_t stride_;
+  int4 rows_;
+};
+
 // A thread's part: all loads are in flight before the first use. Zeros past `rows_left`.
 template <class Source>
 __device__ __forceinline__ void load_octets(const Source& source, int rows_left,

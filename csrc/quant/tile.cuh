@@ -1,8 +1,8 @@
 // How a block walks over a matrix, and how a 128x128 tile in its registers leaves as FP8 by rows and by columns.
 #pragma once
 
+#include "common/fp8_cast.cuh"
 #include "common/math.h"
-#include "quant/fp8_cast.cuh"
 #include "quant/params.h"
 
 namespace dsv3rt {

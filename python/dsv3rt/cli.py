@@ -106,7 +106,7 @@ def _train(config_path: str, overrides: list[tuple[str, str]]) -> int:
 
 def _print_completions(trainer: Trainer) -> None:
     """Let the trained model continue `train.sample_prompts`."""
-    from dsv3rt.infer.generate import generate
+    from dsv3rt.infer.generate import GenerateOptions, generate
 
     run, tokenizer, parallel = trainer.config.train, trainer.tokenizer, trainer.config.parallel
     if launch().rank > 0 or not run.sample_prompts:
@@ -114,15 +114,8 @@ def _print_completions(trainer: Trainer) -> None:
     if parallel.pp > 1 or parallel.ep > 1:
         print("train.sample_prompts: not completed, as no process holds the whole model")
         return
-    completions = generate(
-        trainer.engine.model,
-        trainer.prompts,
-        max_new_tokens=run.sample_tokens,
-        temperature=_SAMPLE_TEMPERATURE,
-        top_p=_SAMPLE_TOP_P,
-        seed=run.seed,
-        eos=tokenizer.eos,
-    )
+    options = GenerateOptions(run.sample_tokens, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_P, run.seed, tokenizer.eos)
+    completions = generate(trainer.engine.model, trainer.prompts, options)
     for prompt, tokens in zip(run.sample_prompts, completions, strict=True):
         text = tokenizer.decode([token for token in tokens if token != tokenizer.eos])
         print(f"\n--- completion of {prompt!r}\n{prompt}{text.rstrip()}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsv3rt import ops
-from dsv3rt.ops.types import Permutation, Routing
+from dsv3rt.ops.types import Permutation, QuantTensor, Routing
 
 ROUTERS = ("even", "skewed", "one rank", "one expert", "no tokens here")
 
@@ -96,6 +96,37 @@ class Whole:
         first, last = self.offsets[here.start], self.offsets[here.stop]
         offsets = self.offsets[here.start : here.stop + 1] - first
         return self.rows_PD[first:last], self.counts_E[here], offsets
+
+
+def rounded(batch: Batch) -> Batch:
+    """With tokens that their cast to FP8 gives back."""
+    return replace(batch, x_TD=ops.dequantize(ops.quantize_1x128(batch.x_TD), torch.bfloat16))
+
+
+def low_latency(
+    x_TD: Tensor, routing: Routing, group: ops.EpGroup, first_expert: int
+) -> tuple[QuantTensor, ops.EpRoute, Tensor]:
+    """Rows, their route and results of the low-latency form."""
+    rows, route = ops.ep_receive(ops.ep_send(x_TD, routing, group))
+    factor = row_factors(route.layout.counts_X, route.layout.offsets, first_expert, rows.shape[0])
+    returned = ops.ep_send_back(ops.dequantize(rows, torch.bfloat16) * factor, route, group)
+    return rows, route, ops.ep_collect(returned, weight_TK=routing.weight_TK)
+
+
+def compact(rows: QuantTensor, counts_X: Tensor) -> tuple[Tensor, Tensor]:
+    """Data (as bytes) and scales of the rows that a masked layout holds, close together, on the CPU."""
+    data, scale, counts = rows.data.view(torch.uint8).cpu(), rows.scale.cpu(), counts_X.tolist()
+    capacity = data.shape[0] // len(counts)
+    kept = torch.cat([torch.arange(n) + x * capacity for x, n in enumerate(counts)])
+    return data[kept], scale[kept]
+
+
+def compact_of_whole(shape: Shape, batch: Batch, rank: int) -> tuple[Tensor, Tensor]:
+    """What `compact` finds at a rank."""
+    q = ops.quantize_1x128(batch.x_TD)
+    want, layout, _ = ops.permute(q, batch.routing(), num_experts=shape.num_experts, block=1)
+    first, last = layout.offsets[[rank * shape.num_local, (rank + 1) * shape.num_local]].tolist()
+    return want.data.view(torch.uint8)[first:last], want.scale[first:last]
 
 
 def compute(shape: Shape, batch: Batch) -> Whole:

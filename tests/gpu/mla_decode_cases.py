@@ -16,7 +16,7 @@ SCALE = 192**-0.5
 
 # A number rounded to BF16, of eight significant bits, moves by at most 2^-8 of itself. With weights w, true result
 # o = sum(w v) and magnitude m = sum(w |v|), the kernel sums p v and p over tokens, where p is the exponential of a
-# score's distance to the largest:
+# score's distance to the largest so far, or to one below it (p up to 2^8; all bounds are relative, none changes):
 #   - p meets v rounded to BF16, and is summed as it was: sum(w |v| 2^-8) = 2^-8 m;
 #   - FP32: the tensor cores cut each sum of 16 products, up to 512 of them for the 8192 tokens that one block takes at
 #     most here, at 2^-22 of m at worst: 2^-13 m; a thread's sum of p is at most 90 roundings of 2^-24; ex2.approx is

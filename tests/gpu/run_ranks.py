@@ -5,7 +5,9 @@
 Ranks on one GPU are as real as any to NCCL and to the kernels, but for the speed of what lies between them. NCCL 2.30
 allows them with NCCL_MULTI_RANK_GPU_ENABLE; its collectives must then be small enough to be resident together,
 and so must our kernels: ranks x num_sms must not exceed the SMs. Without the service, where it cannot be started,
-processes take turns on the GPU: right, but each handover takes milliseconds.
+processes take turns on the GPU: right, but each handover takes milliseconds. So it is with a tool of compute-sanitizer:
+
+    python tests/gpu/run_ranks.py --ranks 2 --sanitizer memcheck tests/gpu/check_ep.py --only rounds --rounds 10
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 SHARED_GPU = {
@@ -53,6 +55,14 @@ def multi_process_service() -> Iterator[dict[str, str]]:
             yield variables
         finally:
             subprocess.run([control], input="quit\n", text=True, env=environment, check=False, timeout=60)
+
+
+def sanitized(tool: str, command: list[str]) -> list[str]:
+    """The command under a tool that looks at our kernels alone."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        raise SystemExit("run_ranks: --sanitizer needs compute-sanitizer of the CUDA toolkit, which is not here")
+    return [sanitizer, "--tool", tool, "--kernel-regex", "kns=ep_", "--error-exitcode", "9", *command]
 
 
 def free_port() -> int:
@@ -106,6 +116,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=0, help="how many to use; 0: all that there are, up to the ranks")
     parser.add_argument("--nccl", type=Path, help="a libnccl.so.2 to load before the one that torch brings")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the whole run")
+    parser.add_argument("--sanitizer", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
     parser.add_argument("script")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     args = parser.parse_args()
@@ -120,9 +131,12 @@ def main() -> int:
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-u", args.script, *args.rest]
+    if args.sanitizer is not None:
+        common["CUDA_MODULE_LOADING"] = "LAZY"  # else all of torch's kernels are instrumented
+        command = sanitized(args.sanitizer, command)
     if args.ranks <= args.gpus:
         return supervise([start(command, rank, args, common) for rank in range(args.ranks)], args.timeout)
-    with multi_process_service() as service:
+    with multi_process_service() if args.sanitizer is None else nullcontext({}) as service:
         shared = {**common, **SHARED_GPU, **service}
         return supervise([start(command, rank, args, shared) for rank in range(args.ranks)], args.timeout)
 

@@ -119,6 +119,24 @@ def test_mla_decode_takes_scales_and_strided_tables() -> None:
     assert_close(requests, *decode(requests, scale=1.0), scale=1.0)
 
 
+@both_caches
+def test_mla_decode_follows_rising_scores(cache: str) -> None:
+    """Every page's scores exceed those before it, by a little or by a lot, and in the end fall again."""
+    torch.manual_seed(0)
+    for step in (0.001, 0.02, 0.5):
+        requests = draw([3000, 700], 1, 16)
+        for row, length in enumerate(requests.lengths.tolist()):
+            token = torch.arange(length, device="cuda")
+            height = step * torch.minimum(token, 2 * (length - 1 - token)) / 10
+            pages = requests.block_table[row, : -(-length // PAGE)].long()
+            keys = requests.cache[pages].flatten(0, 1)
+            keys[:length] = (0.1 * keys[:length].float() + height[:, None]).bfloat16()
+            requests.cache[pages] = keys.unflatten(0, (-1, PAGE))
+        requests.q.copy_(torch.rand(requests.q.shape, device="cuda"))
+        requests = form(requests, cache)
+        assert_close(requests, *decode(requests, scale=0.05), scale=0.05)
+
+
 def test_mla_decode_carries_nan_of_its_own_tokens() -> None:
     torch.manual_seed(0)
     requests = draw([200, 70], 1, 16)

@@ -119,6 +119,28 @@ def test_quantize_1x128_takes_grouped_rows(counts: list[int], dtype: torch.dtype
     assert_same_bits(columns_up_to(got_t, used), columns_up_to(expected_t, used))
 
 
+@pytest.mark.parametrize("counts", [[128, 256], [5, 0, 131, 300], [0, 0], [1]], ids=str)
+@pytest.mark.parametrize("columns", [16, 208, 640])
+def test_quantize_1x128_gathers_rows(counts: list[int], columns: int) -> None:
+    """Rows anywhere, some twice, from a slice of wider rows; entries of padding point nowhere."""
+    layout, spans, total = random_layout(counts, spare=128)
+    x = random_rows((77, columns + 64), torch.bfloat16, seed=9)[:, 32 : 32 + columns]
+    rows_P = torch.randint(0, 77, (total,), device="cuda", dtype=torch.int32)
+    padding = torch.ones(total, dtype=torch.bool, device="cuda")
+    for start, end, _ in spans:
+        padding[start:end] = False
+    gathered = x[rows_P]
+    rows_P[padding] = 1 << 30
+    used = spans[-1][2]
+    for with_transpose in (False, True):
+        got = ops.quantize_1x128(x, layout=layout, rows_P=rows_P, with_transpose=with_transpose)
+        want = ops.quantize_1x128(gathered, layout=layout, with_transpose=with_transpose)
+        got_rows, want_rows = (got[0], want[0]) if with_transpose else (got, want)
+        assert_same_bits(up_to(got_rows, used), up_to(want_rows, used))
+        if with_transpose:
+            assert_same_bits(columns_up_to(got[1], used), columns_up_to(want[1], used))
+
+
 def test_quantize_1x128_leaves_rows_past_the_last_group_alone() -> None:
     layout, _, total = random_layout([100, 3], spare=129)
     x = random_rows((total, 256), torch.bfloat16, seed=0)

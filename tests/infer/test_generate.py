@@ -7,9 +7,9 @@ import torch
 
 from dsv3rt import Transformer, presets
 from dsv3rt.infer import generate as generate_module
-from dsv3rt.infer.cache import LatentCache
-from dsv3rt.infer.generate import generate
-from dsv3rt.infer.sampling import sample
+from dsv3rt.infer.cache import PagedLatentCache
+from dsv3rt.infer.generate import GenerateOptions, generate
+from dsv3rt.infer.sampling import Sampler
 
 SMALL = replace(
     presets.model("tiny"), vocab_size=64, dim=64, num_layers=3, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
@@ -40,7 +40,7 @@ def test_greedy_matches_full_forward(model, monkeypatch):
     """Different lengths, a page border met while decoding (60 + 10), one inside a chunk, and several chunks."""
     monkeypatch.setattr(generate_module, "_PREFILL_CHUNK", 48)
     prompts = prompts_of(1, 60, 7, 131)
-    got = generate(model, prompts, max_new_tokens=10)
+    got = generate(model, prompts, GenerateOptions(10))
     want = [greedy_by_full_forward(model, prompt, 10) for prompt in prompts]
     assert got == want
     assert len({tuple(tokens) for tokens in got}) > 1
@@ -48,12 +48,13 @@ def test_greedy_matches_full_forward(model, monkeypatch):
 
 def test_decoded_hidden_states_match_full_forward(model):
     (prompt,) = prompts_of(70)
-    cache = LatentCache(SMALL, [70])
+    cache = PagedLatentCache(SMALL, 2, max_tokens=70)
+    sequence = cache.allocate()
     parts = []
     for size in (33, 1, 36):
-        done = cache.lengths[0]
+        done = cache.length(sequence)
         tokens = torch.tensor([prompt[done : done + size]])
-        parts.append(model.decode(tokens, cache.extend([0], size), cache.layers))
+        parts.append(model.decode(tokens, cache.append([sequence], size), cache.layers))
     with torch.no_grad():
         want = model(torch.tensor([prompt])).logits_BTV
         torch.testing.assert_close(model.head(torch.cat(parts, dim=1)), want, rtol=1e-4, atol=1e-5)
@@ -61,9 +62,9 @@ def test_decoded_hidden_states_match_full_forward(model):
 
 def test_eos_ends_its_sequence_alone(model):
     prompts = prompts_of(5, 9, 12)
-    full = generate(model, prompts, max_new_tokens=12)
+    full = generate(model, prompts, GenerateOptions(12))
     eos = full[0][3]
-    got = generate(model, prompts, max_new_tokens=12, eos=eos)
+    got = generate(model, prompts, GenerateOptions(12, eos=eos))
     for one, whole in zip(got, full, strict=True):
         end = whole.index(eos) + 1 if eos in whole else len(whole)
         assert one == whole[:end]
@@ -72,54 +73,59 @@ def test_eos_ends_its_sequence_alone(model):
 
 def test_sampling_is_seeded(model):
     prompts = prompts_of(4, 8)
-    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95}
-    first = generate(model, prompts, seed=1, **options)
-    assert first == generate(model, prompts, seed=1, **options)
-    assert first != generate(model, prompts, seed=2, **options)
-    assert generate(model, prompts, max_new_tokens=12, temperature=1.0, top_p=1e-6) == generate(
-        model, prompts, max_new_tokens=12
-    )
+    options = GenerateOptions(12, temperature=1.0, top_p=0.95, seed=1)
+    first = generate(model, prompts, options)
+    assert first == generate(model, prompts, options)
+    assert first != generate(model, prompts, replace(options, seed=2))
+    assert generate(model, prompts, replace(options, top_p=1e-6)) == generate(model, prompts, GenerateOptions(12))
 
 
 def test_sample_follows_the_nucleus():
     probability = torch.tensor([0.05, 0.5, 0.15, 0.3])
     logits = probability.log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.bincount(sample(logits, temperature=1.0, top_p=0.75, generator=generator), minlength=4) / 4000
+
+    def shares(temperature, top_p):
+        sampler = Sampler(temperature, top_p, torch.Generator().manual_seed(0))
+        return torch.bincount(sampler.sample(logits), minlength=4) / 4000
+
     # 0.5 + 0.3 reaches 0.75; standard error of a share 0.625 of 4000 is 0.008.
-    torch.testing.assert_close(draws, torch.tensor([0, 0.625, 0, 0.375]), rtol=0, atol=0.03)
-    everything = torch.bincount(sample(logits, temperature=1.0, top_p=1.0, generator=generator), minlength=4) / 4000
-    torch.testing.assert_close(everything, probability, rtol=0, atol=0.03)
-    cold = torch.bincount(sample(logits, temperature=0.5, top_p=1.0, generator=generator), minlength=4) / 4000
-    torch.testing.assert_close(cold, probability**2 / (probability**2).sum(), rtol=0, atol=0.03)
+    torch.testing.assert_close(shares(1.0, 0.75), torch.tensor([0, 0.625, 0, 0.375]), rtol=0, atol=0.03)
+    torch.testing.assert_close(shares(1.0, 1.0), probability, rtol=0, atol=0.03)
+    torch.testing.assert_close(shares(0.5, 1.0), probability**2 / (probability**2).sum(), rtol=0, atol=0.03)
+
+
+def test_equal_prompts_share_their_pages(model):
+    """Four samples of one prompt of 70 tokens: two pages, of which the first stays shared."""
+    (prompt,) = prompts_of(70)
+    alone = generate(model, [prompt], GenerateOptions(8))
+    assert generate(model, [prompt] * 4, GenerateOptions(8)) == alone * 4
+    options = GenerateOptions(8, temperature=1.0)
+    assert len({tuple(tokens) for tokens in generate(model, [prompt] * 4, options)}) > 1
 
 
 def test_generate_rejects_bad_arguments(model):
-    assert generate(model, [], max_new_tokens=3) == []
-    assert generate(model, [[1], [2]], max_new_tokens=0) == [[], []]
-    for arguments, message in (
-        ({"prompts": [[]]}, r"prompts\[0\] must have 1..157 tokens"),
-        ({"prompts": [[1], [1] * 158]}, r"prompts\[1\] must have 1..157 tokens .*, got 158"),
-        ({"prompts": [[64]]}, "tokens in 0..63"),
-        ({"prompts": [[1]], "max_new_tokens": -1}, "max_new_tokens"),
-        ({"prompts": [[1]], "temperature": -0.1}, "temperature"),
-        ({"prompts": [[1]], "top_p": 0.0}, "top_p"),
+    assert generate(model, [], GenerateOptions(3)) == []
+    assert generate(model, [[1], [2]], GenerateOptions(0)) == [[], []]
+    for prompts, message in (
+        ([[]], r"prompts\[0\] must have 1..157 tokens"),
+        ([[1], [1] * 158], r"prompts\[1\] must have 1..157 tokens .*, got 158"),
+        ([[64]], "tokens in 0..63"),
     ):
         with pytest.raises(ValueError, match=message):
-            generate(model, **{"max_new_tokens": 3, **arguments})
-
-
-def test_cache_refuses_to_overflow():
-    cache = LatentCache(SMALL, [5, 70])
-    assert cache.block_table.tolist() == [[0, 0], [1, 2]]
-    cache.extend([0], 5)
-    with pytest.raises(ValueError, match="sequence 0 must stay within 5 tokens, got 5"):
-        cache.extend([1, 0], 1)
-    assert cache.lengths == [5, 0]
+            generate(model, prompts, GenerateOptions(3))
+    for options, message in (
+        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"temperature": -0.1}, "temperature must not be negative, got -0.1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"num_drafts": 4}, r"num_drafts must be in 0..3, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GenerateOptions(**{"max_new_tokens": 3, **options})
 
 
 def test_bf16_generates():
     torch.manual_seed(0)
     low = Transformer(SMALL, dtype=torch.bfloat16)
-    tokens = generate(low, prompts_of(3, 6), max_new_tokens=5)
-    assert [len(one) for one in tokens] == [5, 5]
+    for fp8_cache in (False, True):
+        tokens = generate(low, prompts_of(3, 6), GenerateOptions(5, fp8_cache=fp8_cache))
+        assert [len(one) for one in tokens] == [5, 5]

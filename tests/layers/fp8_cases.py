@@ -11,9 +11,9 @@ from dsv3rt.layers import fp8, main_grad
 from dsv3rt.layers.ledger import Ledger
 from dsv3rt.ops.types import GroupLayout
 
-# E4M3 keeps 3 bits behind the point: over numbers of one power of two the error is uniform in 2^-4 of the lower end, its
-# mean square 2^-6 / 12, against a mean square of 7/3 of the numbers: 5.6e-4. Errors of random sign carry this ratio into
-# a product from each operand; calc_diff is half of it.
+# E4M3 keeps 3 bits behind the point: over numbers of one power of two the error is uniform in 2^-4 of the lower end,
+# its mean square 2^-6 / 12, against a mean square of 7/3 of the numbers: 5.6e-4. Errors of random sign carry this ratio
+# into a product from each operand; calc_diff is half of it.
 CAST_DIFF = 2.8e-4
 
 
@@ -39,10 +39,17 @@ class Weights:
     def to(self, device: str) -> Weights:
         return Weights(*(nn.Parameter(w.detach().to(device)) for w in (self.up, self.down)))
 
-    def run(self, x: Tensor, dy: Tensor, layout: GroupLayout | None, ledger: Ledger | None = None) -> list[Tensor]:
+    def run(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        layout: GroupLayout | None,
+        ledger: Ledger | None = None,
+        gather: fp8.Gather | None = None,
+    ) -> list[Tensor]:
         """y, dx and, but where the ledger defers them, the gradients of both weights."""
         x = x.detach().requires_grad_()
-        y = fp8.swiglu_mlp(x, (fp8.WeightCast(), (self.up,)), (fp8.WeightCast(), self.down), ledger, layout)
+        y = fp8.swiglu_mlp(x, (fp8.WeightCast(), (self.up,)), (fp8.WeightCast(), self.down), ledger, layout, gather)
         y.backward(dy)
         assert x.grad is not None
         return [y.detach(), x.grad, *self.gradients()]

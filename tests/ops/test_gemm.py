@@ -118,6 +118,8 @@ def test_k_grouped_fp8_gemm_nt_matches_fp64(counts: list[int]) -> None:
     torch.testing.assert_close(total.double(), expected, **FP32_SUM)
     for g, count in enumerate(counts):
         assert torch.equal(total[g], before[g]) == (count == 0)
+    started = ops.k_grouped_fp8_gemm_nt(x, y, layout)
+    torch.testing.assert_close(started.double(), expected - before, **FP32_SUM)
 
 
 def test_grouped_wgrad_from_transposed_quantisation_matches_fp64() -> None:

@@ -63,3 +63,48 @@ def test_latent_cache_rejects_bad_arguments():
         ops.dequantize_latents(torch.zeros(2, 656), latent_dim=512)
     with pytest.raises(ValueError, match="dequantize_latents: packed must have the width of some R"):
         ops.dequantize_latents(torch.zeros(2, 528, dtype=torch.uint8), latent_dim=512)
+
+
+def appended(cache, rows, slots, weight=None):
+    angle = torch.arange(len(rows) * 4, dtype=torch.float32).view(-1, 4)
+    weight = torch.ones(32, dtype=rows.dtype) if weight is None else weight
+    return ops.append_latents(cache, rows, weight, angle.cos(), angle.sin(), torch.tensor(slots), eps=1e-6)
+
+
+def test_append_latents_norms_turns_and_places():
+    torch.manual_seed(0)
+    rows, weight = torch.randn(3, 40, dtype=torch.float64), torch.rand(32, dtype=torch.float64)
+    cache = torch.full((2, 64, 40), 7.0, dtype=torch.float64)
+    assert appended(cache, rows, [70, -1, 3], weight) is cache
+    for row, (page, place) in ((0, (1, 6)), (2, (0, 3))):
+        latent = rows[row, :32]
+        want = latent / (latent.square().mean() + 1e-6).sqrt() * weight
+        torch.testing.assert_close(cache[page, place, :32], want)
+        turn = torch.polar(torch.ones(4).double(), torch.arange(4 * row, 4 * row + 4).double())
+        pairs = torch.view_as_complex(rows[row, 32:].view(4, 2).contiguous()) * turn
+        torch.testing.assert_close(cache[page, place, 32:], torch.view_as_real(pairs).flatten(), rtol=1e-6, atol=1e-6)
+        cache[page, place] = 7.0
+    assert (cache == 7.0).all()
+
+
+def test_append_latents_quantises():
+    torch.manual_seed(0)
+    rows = torch.randn(2, 40).bfloat16()
+    packed, exact = torch.zeros(1, 64, 32 + 4 + 16, dtype=torch.uint8), torch.zeros(1, 64, 40, dtype=torch.bfloat16)
+    appended(packed, rows, [9, 1])
+    appended(exact, rows, [9, 1])
+    assert torch.equal(packed[0, [9, 1]], ops.quantize_latents(exact[0, [9, 1]], latent_dim=32))
+
+
+def test_append_latents_rejects_bad_arguments():
+    rows, cache = torch.zeros(1, 40), torch.zeros(2, 64, 40)
+    with pytest.raises(ValueError, match="append_latents: slots_T must be in the cache, got 128"):
+        appended(cache, rows, [128])
+    with pytest.raises(ValueError, match="append_latents: cache must have shape"):
+        appended(cache[:, :, :39], rows, [1])
+    with pytest.raises(ValueError, match="append_latents: cache must be contiguous"):
+        appended(torch.zeros(2, 64, 80)[:, :, ::2], rows, [1])
+    with pytest.raises(TypeError, match="append_latents: rows_TX must be float32"):
+        appended(cache, rows.double(), [1], torch.ones(32))
+    with pytest.raises(ValueError, match="append_latents: rows_TX must have 32"):
+        appended(cache, rows[:, :32], [1])

@@ -365,3 +365,15 @@ def test_moe_family_rejects_bad_arguments() -> None:
         ops.update_bias(bias, routing.counts_E[1:], gamma=0.1)
     with pytest.raises(ValueError, match=r"^update_bias: gamma must not be negative, got -0.1$"):
         ops.update_bias(bias, routing.counts_E, gamma=-0.1)
+
+
+def test_place_is_where_permute_puts_rows():
+    routing = Routing(torch.tensor([[1, 0], [1, 3], [3, 1]]), torch.ones(3, 2), torch.ones(3, 4), torch.zeros(4))
+    _, layout, permutation = ops.permute(torch.randn(3, 8), routing, num_experts=4, block=4)
+    placed, places = ops.place(routing.idx_TK, num_experts=4, block=4)
+    assert torch.equal(places.row_of_TK, permutation.row_of_TK)
+    assert places.num_rows == permutation.num_rows
+    assert torch.equal(placed.counts_X, layout.counts_X)
+    assert torch.equal(placed.offsets, layout.offsets)
+    with pytest.raises(ValueError, match=r"^place: idx_TK must be in 0..2, got 0..3$"):
+        ops.place(routing.idx_TK, num_experts=3)

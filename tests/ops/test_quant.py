@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt import ops
-from dsv3rt.ops import QuantTensor
+from dsv3rt.ops import GroupLayout, QuantTensor
 
 NAN, INF = float("nan"), float("inf")
 
@@ -273,3 +273,27 @@ def test_quantize_rejects_bad_arguments() -> None:
         ops.dequantize(QuantTensor(q.data, q.scale, (1, 64)))
     with pytest.raises(TypeError, match=r"^dequantize: dtype must be bfloat16 or float32 or float64, got int32$"):
         ops.dequantize(q, torch.int32)
+
+
+def test_quantize_1x128_gathers_rows() -> None:
+    """To the bit what casting the gathered rows gives; entries of padding point nowhere."""
+    counts, offsets = (torch.tensor(values, dtype=torch.int32) for values in ([3, 0, 130], [0, 128, 128, 384]))
+    layout = GroupLayout(counts, offsets)
+    x = torch.randn(20, 48).bfloat16()
+    rows_P = torch.randint(0, 20, (384,), dtype=torch.int32)
+    want = ops.quantize_1x128(x[rows_P], layout=layout, with_transpose=True)
+    rows_P[3:128], rows_P[258:] = 1 << 30, -7
+    got = ops.quantize_1x128(x, layout=layout, rows_P=rows_P, with_transpose=True)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.data.view(torch.uint8), other.data.view(torch.uint8))
+        assert torch.equal(one.scale, other.scale)
+    empty = ops.quantize_1x128(x[:0], layout=GroupLayout(counts * 0, offsets * 0), rows_P=rows_P)
+    assert not empty.data.view(torch.uint8).any()
+
+
+def test_quantize_1x128_rejects_rows_without_a_layout() -> None:
+    with pytest.raises(ValueError, match=r"^quantize_1x128: layout must be given with rows_P, got None$"):
+        ops.quantize_1x128(torch.randn(4, 16), rows_P=torch.zeros(4, dtype=torch.int32))
+    layout = GroupLayout(torch.tensor([4], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"^quantize_1x128: rows_P must be int32, got int64$"):
+        ops.quantize_1x128(torch.randn(4, 16), layout=layout, rows_P=torch.zeros(4, dtype=torch.int64))

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.errors import ExchangeError
-from tests.gpu.ep_cases import ROUTERS, Batch, Shape, Whole, compute, draw, row_factors
+from tests.gpu.ep_cases import (
+    ROUTERS,
+    Batch,
+    Shape,
+    Whole,
+    compact,
+    compact_of_whole,
+    compute,
+    draw,
+    low_latency,
+    rounded,
+    row_factors,
+)
 
 
 def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> dict[str, bool]:
@@ -37,6 +49,7 @@ def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> di
         "gradient": torch.equal(x_TD.grad, whole.dx_TD[tokens]),
         "weight gradient": torch.equal(routing.weight_TK.grad, whole.dweight_TK[tokens]),
         "quantised": quantised(group, shape, batch, whole),
+        **in_halves(group, shape, batch),
     }
 
 
@@ -53,6 +66,18 @@ def quantised(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> b
         return torch.equal(got, of_all[first:last])
 
     return same(rows.data.view(torch.uint8), want.data.view(torch.uint8)) and same(rows.scale, want.scale)
+
+
+def in_halves(group: ops.EpGroup, shape: Shape, batch: Batch) -> dict[str, bool]:
+    rank = dist.get_rank()
+    tokens = batch.mine(rank)
+    rows, route, y_TD = low_latency(batch.x_TD[tokens], batch.routing(tokens), group, rank * shape.num_local)
+    data, scale = compact(rows, route.layout.counts_X)
+    want_data, want_scale = compact_of_whole(shape, batch, rank)
+    return {
+        "low-latency rows": torch.equal(data, want_data) and torch.equal(scale, want_scale),
+        "low-latency result": torch.equal(y_TD, compute(shape, rounded(batch)).y_TD[tokens]),
+    }
 
 
 def overflow(group: ops.EpGroup, shape: Shape) -> str:
@@ -72,7 +97,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     shape = Shape(size, 4 * size, 24, 4, 256, block=16)
-    group = ops.EpGroup(dist.group.WORLD, shape.num_experts)
+    limits = ops.EpLimits(shape.max_tokens, shape.top_k, shape.num_columns, low_latency=True)
+    group = ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits)
     found: dict[str, object] = {}
     for seed, router in enumerate(ROUTERS):
         batch = draw(shape, seed, router)

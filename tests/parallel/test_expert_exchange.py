@@ -26,11 +26,18 @@ def test_exchange_matches_one_process(tmp_path: Path, size: int) -> None:
         assert not wrong, f"rank {rank} of {size}"
 
 
-def test_group_rejects_experts_that_cannot_be_shared(tmp_path: Path) -> None:
+def test_group_rejects_what_it_has_no_room_for(tmp_path: Path) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="EpGroup: num_experts must be a positive multiple of the 1 ranks, got 0"):
             ops.EpGroup(torch.distributed.group.WORLD, 0)
+        limits = ops.EpLimits(257, 1, 128, low_latency=True)
+        with pytest.raises(ValueError, match=r"limits\.max_tokens must be in 1\.\.256 with low_latency, got 257"):
+            ops.EpGroup(torch.distributed.group.WORLD, 1, limits=limits)
+        plain = ops.EpGroup(torch.distributed.group.WORLD, 1)
+        x_TD, idx_TK = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
+        with pytest.raises(ValueError, match="ep_send: group must have limits with low_latency, got None"):
+            ops.ep_send(x_TD, ops.Routing(idx_TK, x_TD, x_TD, x_TD), plain)
     finally:
         torch.distributed.destroy_process_group()

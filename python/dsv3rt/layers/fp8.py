@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from dsv3rt import ops
 from dsv3rt.layers import main_grad
 from dsv3rt.layers.ledger import Ledger
-from dsv3rt.ops.types import GroupLayout, QuantTensor
+from dsv3rt.ops.types import GroupLayout, Permutation, QuantTensor
 
 Pair = tuple[QuantTensor, QuantTensor]
 
@@ -53,8 +53,8 @@ def linear(
 ) -> Tensor:
     """x @ w^T for weights stacked along their rows, (T, D) -> (T, F) in x's dtype.
 
-    keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For the
-    output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
+    keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For
+        the output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
     """
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     job = _LinearJob(cast_weight.of(*weights), tuple(weights) if trains else (), ledger, keep_input)
@@ -67,6 +67,7 @@ def swiglu_mlp(
     down: tuple[WeightCast, nn.Parameter],
     ledger: Ledger | None,
     layout: GroupLayout | None = None,
+    gather: Gather | None = None,
 ) -> Tensor:
     """down(silu(gate x) * up x), (T, D) -> (T, D) in x's dtype.
 
@@ -75,11 +76,34 @@ def swiglu_mlp(
     up: gate and up, stacked in this order: (2F, D) in all, or (X, 2F, D). down: (D, F) or (X, D, F).
     layout: of rows grouped by expert, in segments of multiples of 128; None: one expert for all. Padding rows of the
         result, and of the gradient, are unspecified on CUDA.
+    gather: x are tokens, of which the experts' rows are made, and so is the result, (T, D): no row is written in more
+        than FP8. The gates multiply the output of SwiGLU, so that no result of an expert is kept for their gradient.
     """
     weights = (*up[1], down[1])
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _MlpJob(up[0].of(*up[1]), down[0].of(down[1]), weights if trains else (), ledger, layout)
-    return cast(Tensor, _SwigluMlp.apply(x_TD, job, *weights))
+    job = _MlpJob(up[0].of(*up[1]), down[0].of(down[1]), weights if trains else (), ledger, layout, gather)
+    return cast(Tensor, _SwigluMlp.apply(x_TD, None if gather is None else gather.gate_TK, job, *weights))
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Which tokens the rows of a layout are, and what each choice of an expert weighs: gate_TK FP32."""
+
+    permutation: Permutation
+    gate_TK: Tensor
+
+    def tokens(self) -> Tensor:
+        """int32 (P,): the token of each row; 0 for padding."""
+        T, K = self.gate_TK.shape
+        tokens = torch.arange(T, dtype=torch.int32, device=self.gate_TK.device).repeat_interleave(K)
+        return self._by_rows(tokens)
+
+    def gates(self) -> Tensor:
+        """FP32 (P,): the gate of each row; 0 for padding."""
+        return self._by_rows(self.gate_TK.detach().flatten())
+
+    def _by_rows(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.permutation.num_rows).index_copy_(0, self.permutation.row_of_TK.flatten(), values)
 
 
 @dataclass(frozen=True)
@@ -127,45 +151,58 @@ class _MlpJob:
     weights: tuple[nn.Parameter, ...]
     ledger: Ledger | None
     layout: GroupLayout | None
+    gather: Gather | None
+
+    def of_tokens(self, rows_PD: Tensor) -> Tensor:
+        """Each token's rows added up, where rows are gathered."""
+        return rows_PD if self.gather is None else ops.unpermute(rows_PD, self.gather.permutation, None)
 
 
 class _SwigluMlp(torch.autograd.Function):
-    """Saves x by columns and the input of SwiGLU by rows, both in FP8."""
+    """Saves x by columns and the input of SwiGLU by rows, both in FP8, and what says which tokens the rows are."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, job: _MlpJob, *weights: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, gate_TK: Tensor | None, job: _MlpJob, *weights: nn.Parameter) -> Tensor:
         ctx.job, ctx.dtype = job, x_TD.dtype
         trains = bool(job.weights)
-        x, x_t = _by_rows_and_columns(x_TD, job.layout, trains)
+        tokens_P, gates_P = (None, None) if job.gather is None else (job.gather.tokens(), job.gather.gates())
+        x, x_t = _by_rows_and_columns(x_TD, job.layout, trains, tokens_P)
         gate_up = _rows_product(x, job.up[0], job.layout, torch.bfloat16)
-        hidden = ops.swiglu_quantize_1x128(gate_up, layout=job.layout)
+        hidden = ops.swiglu_quantize_1x128(gate_up, weight_T=gates_P, layout=job.layout)
         kept = ops.quantize_1x128(gate_up, layout=job.layout) if trains else None
-        ctx.save_for_backward(*_tensors(x_t), *_tensors(kept))
-        return _rows_product(hidden, job.down[0], job.layout, x_TD.dtype)
+        ctx.save_for_backward(*_tensors(x_t), *_tensors(kept), tokens_P, gates_P)
+        return job.of_tokens(_rows_product(hidden, job.down[0], job.layout, x_TD.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         job: _MlpJob = ctx.job
         layout = job.layout
-        x_t, gate_up = _quant(*ctx.saved_tensors[:2]), _quant(*ctx.saved_tensors[2:])
-        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, with_transpose=True)
+        *kept, tokens_P, gates_P = ctx.saved_tensors
+        x_t, gate_up = _quant(*kept[:2]), _quant(*kept[2:])
+        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, rows_P=tokens_P, with_transpose=True)
         dhidden = _rows_product(dy, job.down[1], layout, torch.bfloat16)
-        grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, layout=layout, with_product=True)
+        grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, weight_T=gates_P, layout=layout, with_product=True)
         assert grads.product_t is not None
         down_product, up_product = _product(dy_t, grads.product_t, layout), _product(grads.gate_up_t, x_t, layout)
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
-        dx = _rows_product(grads.gate_up, job.up[1], layout, ctx.dtype) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = job.of_tokens(_rows_product(grads.gate_up, job.up[1], layout, ctx.dtype))
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[:-1], up_product))
-        return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
+        dgate = None
+        if job.gather is not None:
+            assert grads.weight_T is not None
+            dgate = grads.weight_T[job.gather.permutation.row_of_TK]
+        return dx, dgate, None, *(None for _ in range(len(ctx.needs_input_grad) - 3))
 
 
 def _by_rows_and_columns(
-    x_TD: Tensor, layout: GroupLayout | None, with_columns: bool
+    x_TD: Tensor, layout: GroupLayout | None, with_columns: bool, rows_P: Tensor | None = None
 ) -> tuple[QuantTensor, QuantTensor | None]:
     if with_columns:
-        return ops.quantize_1x128(x_TD, layout=layout, with_transpose=True)
-    return ops.quantize_1x128(x_TD, layout=layout), None
+        return ops.quantize_1x128(x_TD, layout=layout, rows_P=rows_P, with_transpose=True)
+    return ops.quantize_1x128(x_TD, layout=layout, rows_P=rows_P), None
 
 
 def _columns_of(x_TD: Tensor) -> QuantTensor:
@@ -183,9 +220,6 @@ def _product(dy_t: QuantTensor, x_t: QuantTensor, layout: GroupLayout | None) ->
 
     def contribute(so_far: Tensor | None) -> Tensor:
         if layout is not None:
-            if so_far is None:
-                shape = (layout.counts_X.shape[0], dy_t.shape[0], x_t.shape[0])
-                so_far = torch.zeros(shape, dtype=torch.float32, device=dy_t.device)
             return ops.k_grouped_fp8_gemm_nt(dy_t, x_t, layout, accumulate_into=so_far)
         return ops.fp8_gemm_nt(dy_t, x_t, out_dtype=torch.float32, accumulate_into=so_far)
 

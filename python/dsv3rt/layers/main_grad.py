@@ -31,8 +31,8 @@ def of(parameter: nn.Parameter) -> MainGrad:
     """Where contributions to `parameter` go: what was attached, else a sum of its own, `parameter.main_grad`."""
     found = getattr(parameter, "main_grad", None)
     if found is None:
-        attach(parameter, MainGrad())
-        found = parameter.main_grad
+        found = MainGrad()
+        attach(parameter, found)
     return cast(MainGrad, found)
 
 

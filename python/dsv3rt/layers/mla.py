@@ -35,7 +35,8 @@ class Sequences:
 class DecodeStep:
     """What absorbed attention must know of B sequences with L new tokens each (T = B * L rows, sequence-major).
 
-    cos_TR, sin_TR: (T, R / 2) FP32. slots_T: (T,) int64, where each new token's latent goes: page * 64 + place.
+    cos_TR, sin_TR: (T, R / 2) FP32. slots_T: (T,) int64, where each new token's latent goes: page * 64 + place; negative
+    in rows that are idle.
     block_table: (B, max_pages) int32. lengths_B: (B,) int32, tokens in the cache, the new ones included.
     """
 
@@ -153,14 +154,16 @@ class MLA(nn.Module):
     def decode(self, x_TD: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
         """Attention of new tokens over the latent cache, kv_b_proj absorbed into query and output; (T, D) -> (T, D).
 
-        cache: (pages, 64, C + R) in the model's dtype, written in place at step.slots_T before it is read. For
-        inference: call it without grad.
+        cache: (pages, 64, C + R) in the model's dtype or the bytes of an FP8 cache, written in place at step.slots_T
+        before it is read. The two halves of kv_b_proj are views: absorbing them costs nothing at load and no memory.
+        For inference: call it without grad.
         """
         config = self.config
         q_THC = self._queries(self._query_input(x_TD), step.cos_TR, step.sin_TR)
         q_nope_THN, q_rope_THR = q_THC.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        rows = torch.cat(self._latents(self.kv_a_proj_with_mqa(x_TD), step.cos_TR, step.sin_TR), dim=-1)
-        cache.view(-1, cache.shape[-1])[step.slots_T] = rows
+        norm = self.kv_a_layernorm
+        kv_a = self.kv_a_proj_with_mqa(x_TD)
+        ops.append_latents(cache, kv_a, norm.weight, step.cos_TR, step.sin_TR, step.slots_T, eps=norm.eps)
 
         w_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
         w_k_HNC, w_v_HUC = w_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)

@@ -22,12 +22,15 @@ class Dispatched:
     """Tokens gathered by expert: rows_PD, where each expert's rows lie, and the way back.
 
     route: what an `Exchange` must remember to find the way back to other ranks.
+    gate_TK: the gates, where the experts apply them: rows_PD are then the tokens themselves (T, D), which experts in
+        FP8 gather while they cast them, and so is what the experts return.
     """
 
     rows_PD: Tensor
     layout: GroupLayout
     permutation: Permutation
     route: object = None
+    gate_TK: Tensor | None = None
 
 
 class Exchange(Protocol):
@@ -58,10 +61,13 @@ class Experts(nn.Module):
         self.is_fp8 = False
         self._up_cast, self._down_cast = fp8.WeightCast(), fp8.WeightCast()
 
-    def forward(self, rows_PD: Tensor, layout: GroupLayout, ledger: Ledger | None = None) -> Tensor:
+    def forward(
+        self, rows_PD: Tensor, layout: GroupLayout, ledger: Ledger | None = None, gather: fp8.Gather | None = None
+    ) -> Tensor:
+        """gather: for FP8 alone, as `fp8.swiglu_mlp` says."""
         if self.is_fp8:
             up, down = (self._up_cast, (self.gate_up_proj,)), (self._down_cast, self.down_proj)
-            return fp8.swiglu_mlp(rows_PD, up, down, ledger, layout)
+            return fp8.swiglu_mlp(rows_PD, up, down, ledger, layout, gather)
         gate_PF, up_PF = _product(rows_PD, self.gate_up_proj, layout, ledger).chunk(2, dim=-1)
         hidden_PF = recomputed(ledger, "swiglu", ops.swiglu, gate_PF, up_PF)
         return _product(hidden_PF, self.down_proj, layout, ledger)
@@ -79,7 +85,8 @@ class MoE(nn.Module):
     """Routed experts beside shared ones (DeepSeek-V3 report sec. 2.1.2); no token is dropped.
 
     The phases pass their results on and keep nothing, so that a schedule may run them apart. The gates are applied
-    where the rows are summed, in `combine`. Names are the Hugging Face checkpoint's, the routed experts fused.
+    where the rows are summed, in `combine`; by FP8 experts of which all are here, inside them. Names are the Hugging
+    Face checkpoint's, the routed experts fused.
     exchange: None where all experts are here.
     """
 
@@ -105,10 +112,15 @@ class MoE(nn.Module):
         block = 128 if x_TD.is_cuda or self.experts.is_fp8 else 1
         if self.exchange is not None:
             return self.exchange.dispatch(x_TD, routing, num_experts=self.num_experts, block=block)
+        if self.experts.is_fp8:
+            layout, permutation = ops.place(routing.idx_TK, num_experts=self.num_experts, block=block)
+            return Dispatched(x_TD, layout, permutation, gate_TK=routing.weight_TK)
         return Dispatched(*ops.permute(x_TD, routing, num_experts=self.num_experts, block=block))
 
     def run_experts(self, dispatched: Dispatched, ledger: Ledger | None = None) -> Tensor:
-        rows_PD: Tensor = self.experts(dispatched.rows_PD, dispatched.layout, ledger)
+        gate_TK = dispatched.gate_TK
+        gather = None if gate_TK is None else fp8.Gather(dispatched.permutation, gate_TK)
+        rows_PD: Tensor = self.experts(dispatched.rows_PD, dispatched.layout, ledger, gather)
         return rows_PD
 
     def run_shared(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor | None:
@@ -118,6 +130,8 @@ class MoE(nn.Module):
         """The routed part of the output, (T, D)."""
         if self.exchange is not None:
             return self.exchange.combine(rows_PD, dispatched, routing.weight_TK)
+        if dispatched.gate_TK is not None:
+            return rows_PD
         return ops.unpermute(rows_PD, dispatched.permutation, routing.weight_TK)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:

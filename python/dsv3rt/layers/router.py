@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dsv3rt import ops
 from dsv3rt.config import ModelConfig
 from dsv3rt.ops.types import Routing
+
+
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight^T in FP32. Differentiable."""
+    if x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        return cast(Tensor, _WideProduct.apply(x_TD, weight_ED))
+    return functional.linear(x_TD.float(), weight_ED.float())
+
+
+class _WideProduct(torch.autograd.Function):
+    """BF16 operands, FP32 result, without FP32 copies of the former: their products are exact in FP32 anyway.
+
+    The gradient of the result enters its products as the sum of two BF16 numbers, 16 bits of it, in one product each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        high_TE = dy_TE.bfloat16()
+        both_TX = torch.cat((high_TE, (dy_TE - high_TE).bfloat16()), dim=1)
+        dx_TD = torch.mm(both_TX, torch.cat((weight_ED, weight_ED)))
+        parts_XD = torch.mm(both_TX.t(), x_TD, out_dtype=torch.float32)
+        return dx_TD, parts_XD.view(2, *weight_ED.shape).sum(dim=0).bfloat16()
 
 
 class Router(nn.Module):
@@ -38,7 +70,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x_TD: Tensor) -> Routing:
-        logits_TE = functional.linear(x_TD.float(), self.weight.float())
+        logits_TE = _logits(x_TD, self.weight)
         config = self.config
         return ops.route(
             logits_TE,

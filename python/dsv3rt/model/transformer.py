@@ -160,12 +160,26 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor, step: DecodeStep, caches: list[Tensor]) -> Tensor:
-        """Normed hidden states (B, L, D) of new tokens over the main blocks' latent caches, which it extends."""
+        """Normed hidden states (B, L, D) of new tokens over the main blocks' latent caches, which it extends.
+
+        caches: of all blocks, main ones first; those of MTP blocks may be left out.
+        """
         x_TD = self.embed_tokens(tokens_BL.flatten())
-        for block, cache in zip(self.main_blocks, caches, strict=True):
+        for block, cache in zip(self.main_blocks, caches, strict=False):
             x_TD = block.decode(x_TD, step, cache)
         h_TD: Tensor = self.norm(x_TD)
         return h_TD.unflatten(0, tokens_BL.shape)
+
+    @torch.no_grad()
+    def decode_mtp(self, next_BL: Tensor, hidden_BLD: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
+        """Normed hidden states (B, L, D) of the first MTP block, whose head tells the token after `next_BL`.
+
+        hidden_BLD: of the tokens before next_BL, from `decode` or from an earlier call of this. step: that of those.
+        """
+        block = self.mtp_blocks[0]
+        x_TD = block.merge(self.embed_tokens(next_BL.flatten()), hidden_BLD.flatten(0, 1))
+        h_TD: Tensor = block.shared_head["norm"](block.decode(x_TD, step, cache))
+        return h_TD.unflatten(0, next_BL.shape)
 
     def _check(self, tokens_BT: Tensor, labels_BT: Tensor | None) -> None:
         if tokens_BT.dim() != 2 or not 0 < tokens_BT.shape[1] <= self.config.max_position:

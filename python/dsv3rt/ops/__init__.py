@@ -6,6 +6,7 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 from dsv3rt.ops.attention import mla_decode, mla_prefill
 from dsv3rt.ops.embed import embedding, rope, rope_
 from dsv3rt.ops.ep import EpGroup, ep_combine, ep_dispatch
+from dsv3rt.ops.ep_latency import ep_collect, ep_receive, ep_send, ep_send_back
 from dsv3rt.ops.gemm import (
     fp8_gemm_nt,
     grouped_gemm_nt,
@@ -13,10 +14,10 @@ from dsv3rt.ops.gemm import (
     k_grouped_fp8_gemm_nt,
     m_grouped_fp8_gemm_nt,
 )
-from dsv3rt.ops.latent_cache import dequantize_latents, fp8_token_bytes, quantize_latents
+from dsv3rt.ops.latent_cache import append_latents, dequantize_latents, fp8_token_bytes, quantize_latents
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
-from dsv3rt.ops.moe import balance_loss, permute, route, unpermute, update_bias
+from dsv3rt.ops.moe import balance_loss, permute, place, route, unpermute, update_bias
 from dsv3rt.ops.norm import rms_norm, rms_norm_backward, swiglu
 from dsv3rt.ops.norm_cast import rms_norm_quantize_1x128
 from dsv3rt.ops.optim import adamw_step, grad_norms
@@ -48,13 +49,18 @@ __all__ = [
     "Routing",
     "SwigluGradients",
     "adamw_step",
+    "append_latents",
     "balance_loss",
     "calc_diff",
     "dequantize",
     "dequantize_latents",
     "embedding",
+    "ep_collect",
     "ep_combine",
     "ep_dispatch",
+    "ep_receive",
+    "ep_send",
+    "ep_send_back",
     "fp8_gemm_nt",
     "fp8_token_bytes",
     "grad_norms",
@@ -66,6 +72,7 @@ __all__ = [
     "mla_decode",
     "mla_prefill",
     "permute",
+    "place",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_latents",

@@ -14,7 +14,7 @@ from dsv3rt.ops.cuda.ep import KernelExchange, KernelRoute
 from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.quant import ROW_TILE
 from dsv3rt.ops.reference.ep import ReferenceExchange, ReferenceRoute
-from dsv3rt.ops.types import EpLimits, EpRoute, QuantTensor, Routing, round_up
+from dsv3rt.ops.types import TILE, EpLimits, EpRoute, QuantTensor, Routing, round_up
 
 
 class EpGroup:
@@ -39,9 +39,15 @@ class EpGroup:
     ) -> None:
         self.num_ranks = dist.get_world_size(group)
         self.num_experts = num_experts
+        self.limits = limits
         op = "EpGroup"
         require(num_experts > 0 and num_experts % self.num_ranks == 0, op, "num_experts",
                 f"be a positive multiple of the {self.num_ranks} ranks", num_experts)  # fmt: skip
+        if limits is not None and limits.low_latency:
+            require(0 < limits.max_tokens <= 256, op, "limits.max_tokens", "be in 1..256 with low_latency",
+                    limits.max_tokens)  # fmt: skip
+            require(limits.num_columns % TILE == 0, op, "limits.num_columns",
+                    f"be a multiple of {TILE} with low_latency", limits.num_columns)  # fmt: skip
         self.kernels: KernelExchange | None = None
         if limits is not None and device is not None and device.type == "cuda":
             require(num_experts <= 1024, op, "num_experts", "be at most 1024", num_experts)
@@ -145,7 +151,7 @@ def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Te
     Raises:
         ValueError: shape.
         TypeError: dtype outside the above.
-        ExchangeError: as in `ep_dispatch`.
+        ExchangeError: from kernels at a later call, as in `ep_dispatch`.
     Numerics: fused multiply-adds in FP32 in the order of k; bitwise repeatable, and bitwise the same in both bodies.
     Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.2.2.
     """

@@ -152,24 +152,38 @@ def m_grouped_fp8_gemm_nt(
 
 
 def _k_grouped_on_cpu(
-    x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, counts: Tensor, offsets: Tensor, out: Tensor, num_sms: int
+    x: Tensor,
+    x_scale: Tensor,
+    y: Tensor,
+    y_scale: Tensor,
+    layout: list[Tensor],
+    out: Tensor,
+    accumulate: bool,
+    num_sms: int,
 ) -> None:
-    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(counts, offsets)
-    reference.k_grouped_fp8_gemm_nt(*operands, out)
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(*layout)
+    reference.k_grouped_fp8_gemm_nt(*operands, out if accumulate else out.zero_())
 
 
 def _k_grouped_on_cuda(
-    x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, counts: Tensor, offsets: Tensor, out: Tensor, num_sms: int
+    x: Tensor,
+    x_scale: Tensor,
+    y: Tensor,
+    y_scale: Tensor,
+    layout: list[Tensor],
+    out: Tensor,
+    accumulate: bool,
+    num_sms: int,
 ) -> None:
     from dsv3rt.ops.cuda import gemm as cuda
 
-    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(counts, offsets)
-    cuda.k_grouped_fp8_gemm_nt(*operands, out, num_sms=num_sms)
+    operands = QuantTensor(x, x_scale, ROW_TILE), QuantTensor(y, y_scale, ROW_TILE), GroupLayout(*layout)
+    cuda.k_grouped_fp8_gemm_nt(*operands, out, accumulate=accumulate, num_sms=num_sms)
 
 
 _k_grouped_fp8_gemm_nt = register(
-    "k_grouped_fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor y, Tensor y_scale, Tensor counts, Tensor offsets,"
-    " Tensor(a!) out, int num_sms) -> ()",
+    "k_grouped_fp8_gemm_nt(Tensor x, Tensor x_scale, Tensor y, Tensor y_scale, Tensor[] layout,"
+    " Tensor(a!) out, bool accumulate, int num_sms) -> ()",
     cpu=_k_grouped_on_cpu,
     cuda=_k_grouped_on_cuda,
     fake=_nothing,
@@ -177,7 +191,7 @@ _k_grouped_fp8_gemm_nt = register(
 
 
 def k_grouped_fp8_gemm_nt(
-    x: QuantTensor, y: QuantTensor, layout: GroupLayout, *, accumulate_into: Tensor, num_sms: int = 0
+    x: QuantTensor, y: QuantTensor, layout: GroupLayout, *, accumulate_into: Tensor | None = None, num_sms: int = 0
 ) -> Tensor:
     """Weight gradients of all groups: group g adds x[:, rows of g] @ y[:, rows of g]^T to its slice, in fp32.
 
@@ -186,10 +200,11 @@ def k_grouped_fp8_gemm_nt(
             columns must hold zeros, in y too: the kernel multiplies whole tiles.
         y: data (N, P) e4m3, tile (1, 128) along P.
         layout: of X groups, on the device: nothing is read back.
-        accumulate_into: (X, M, N) fp32, contiguous; the slice of an empty group stays as it is.
+        accumulate_into: (X, M, N) fp32, contiguous; the slice of an empty group stays as it is. None: a new one,
+            where it is zeros.
         num_sms: as in `fp8_gemm_nt`.
     Returns:
-        accumulate_into.
+        accumulate_into, or (X, M, N) fp32.
     Raises:
         ValueError: shape, stride or tile; on CUDA also P % 16 != 0, N % 8 != 0 or more than 512 groups.
         TypeError: dtype outside the above.
@@ -199,12 +214,20 @@ def k_grouped_fp8_gemm_nt(
     op = "k_grouped_fp8_gemm_nt"
     check_quant(op, "x", x, (None, None), (ROW_TILE,))
     check_quant(op, "y", y, (None, x.data.shape[1]), (ROW_TILE,))
-    check_tensor(op, "accumulate_into", accumulate_into, (None, x.data.shape[0], y.data.shape[0]), (torch.float32,))
-    _check_contiguous(op, "accumulate_into", accumulate_into)
-    check_layout(op, layout, accumulate_into.shape[0])
+    num_groups = layout.counts_X.numel() if accumulate_into is None else accumulate_into.shape[0]
+    shape = (num_groups, x.data.shape[0], y.data.shape[0])
+    if accumulate_into is not None:
+        check_tensor(op, "accumulate_into", accumulate_into, (None, *shape[1:]), (torch.float32,))
+        _check_contiguous(op, "accumulate_into", accumulate_into)
+    check_layout(op, layout, num_groups)
     check_same_device(op, x=x.data, y=y.data, accumulate_into=accumulate_into, layout=layout.offsets)
     _check_kernel_limits(op, "y", y, num_sms)
-    _k_grouped_fp8_gemm_nt(x.data, x.scale, y.data, y.scale, layout.counts_X, layout.offsets, accumulate_into, num_sms)
+    accumulates = accumulate_into is not None
+    if accumulate_into is None:
+        make = torch.empty if x.data.shape[1] > 0 else torch.zeros  # without a depth no kernel is launched
+        accumulate_into = make(shape, dtype=torch.float32, device=x.device)
+    operands = (x.data, x.scale, y.data, y.scale, [layout.counts_X, layout.offsets])
+    _k_grouped_fp8_gemm_nt(*operands, accumulate_into, accumulates, num_sms)
     return accumulate_into
 
 

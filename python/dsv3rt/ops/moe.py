@@ -111,6 +111,24 @@ def update_bias(bias_E: Tensor, counts_E: Tensor, *, gamma: float) -> Tensor:
     return reference.update_bias(bias_E, counts_E, gamma)
 
 
+def place(idx_TK: Tensor, *, num_experts: int, block: int = 128) -> tuple[GroupLayout, Permutation]:
+    """Where `permute` puts the rows, by itself.
+
+    Args:
+        idx_TK: int64 chosen experts, in 0..num_experts.
+        num_experts: as in `permute`.
+        block: as in `permute`.
+    Returns:
+        the GroupLayout of the E segments; the Permutation.
+    Raises:
+        ValueError: shape or range.
+        TypeError: dtype outside the above.
+    """
+    op = "place"
+    check_tensor(op, "idx_TK", idx_TK, (None, None), (torch.int64,))
+    return _place(op, "idx_TK", idx_TK, num_experts, block)
+
+
 @overload
 def permute(
     x_TD: Tensor, routing: Routing, *, num_experts: int, block: int = 128
@@ -147,19 +165,24 @@ def permute(
         check_tensor(op, "x_TD", x_TD, (None, None), FLOATS)
     check_tensor(op, "routing.idx_TK", routing.idx_TK, (x_TD.shape[0], None), (torch.int64,))
     check_same_device(op, x_TD=x_TD.data, routing=routing.idx_TK)
-    require(num_experts > 0, op, "num_experts", "be positive", num_experts)
-    require(block > 0, op, "block", "be positive", block)
-    if x_TD.device.type == "cpu" and routing.idx_TK.numel() > 0:  # elsewhere looking would wait for the device
-        low, high = (int(bound) for bound in routing.idx_TK.aminmax())
-        require(low >= 0 and high < num_experts, op, "routing.idx_TK", f"be in 0..{num_experts - 1}", f"{low}..{high}")
-    counts, offsets, row_of_TK = rows.place(routing.idx_TK, num_experts, block)
-    layout = GroupLayout(counts, offsets)
-    permutation = Permutation(row_of_TK, rows.num_rows_of(row_of_TK.numel(), num_experts, block), layout)
+    layout, permutation = _place(op, "routing.idx_TK", routing.idx_TK, num_experts, block)
+    row_of_TK, counts, offsets = permutation.row_of_TK, layout.counts_X, layout.offsets
     if isinstance(x_TD, QuantTensor):
         parts = rows.permute_rows(x_TD.data, x_TD.scale, row_of_TK, counts, offsets, permutation.num_rows)
         return QuantTensor(parts[0], parts[1], x_TD.tile), layout, permutation
     rows_PD = cast(Tensor, rows.Permute.apply(x_TD, row_of_TK, counts, offsets, permutation.num_rows))
     return rows_PD, layout, permutation
+
+
+def _place(op: str, argument: str, idx_TK: Tensor, num_experts: int, block: int) -> tuple[GroupLayout, Permutation]:
+    require(num_experts > 0, op, "num_experts", "be positive", num_experts)
+    require(block > 0, op, "block", "be positive", block)
+    if idx_TK.device.type == "cpu" and idx_TK.numel() > 0:  # elsewhere looking would wait for the device
+        low, high = (int(bound) for bound in idx_TK.aminmax())
+        require(low >= 0 and high < num_experts, op, argument, f"be in 0..{num_experts - 1}", f"{low}..{high}")
+    counts, offsets, row_of_TK = rows.place(idx_TK, num_experts, block)
+    layout = GroupLayout(counts, offsets)
+    return layout, Permutation(row_of_TK, rows.num_rows_of(row_of_TK.numel(), num_experts, block), layout)
 
 
 def unpermute(rows_PD: Tensor, permutation: Permutation, weight_TK: Tensor | None) -> Tensor:

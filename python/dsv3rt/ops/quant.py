@@ -8,7 +8,16 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from dsv3rt.ops.checks import check_dtype, check_optional_layout, check_quant, check_shape, dtype_name, require
+from dsv3rt.ops.checks import (
+    check_dtype,
+    check_optional_layout,
+    check_quant,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    dtype_name,
+    require,
+)
 from dsv3rt.ops.reference import quant as reference
 from dsv3rt.ops.registry import register
 from dsv3rt.ops.types import TILE, GroupLayout, QuantTensor
@@ -28,28 +37,45 @@ def flatten(quants: Sequence[QuantTensor]) -> list[Tensor]:
 
 
 def _1x128_on_cpu(
-    x: Tensor, pow2_scales: bool, with_transpose: bool, counts: Tensor | None = None, offsets: Tensor | None = None
+    x: Tensor,
+    pow2_scales: bool,
+    with_transpose: bool,
+    counts: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> list[Tensor]:
-    return flatten(reference.quantize_1x128(x, pow2_scales, with_transpose, layout_of(counts, offsets)))
+    return flatten(reference.quantize_1x128(x, pow2_scales, with_transpose, layout_of(counts, offsets), rows))
 
 
 def _1x128_on_cuda(
-    x: Tensor, pow2_scales: bool, with_transpose: bool, counts: Tensor | None = None, offsets: Tensor | None = None
+    x: Tensor,
+    pow2_scales: bool,
+    with_transpose: bool,
+    counts: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> list[Tensor]:
     from dsv3rt.ops.cuda import quant as cuda
 
-    return cuda.quantize_1x128(x, (counts, offsets), pow2_scales=pow2_scales, with_transpose=with_transpose)
+    return cuda.quantize_1x128(x, (counts, offsets), rows, pow2_scales=pow2_scales, with_transpose=with_transpose)
 
 
 def _1x128_fake(
-    x: Tensor, pow2_scales: bool, with_transpose: bool, counts: Tensor | None = None, offsets: Tensor | None = None
+    x: Tensor,
+    pow2_scales: bool,
+    with_transpose: bool,
+    counts: Tensor | None = None,
+    offsets: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> list[Tensor]:
-    return reference.empty_1x128(x, (x.shape[0], x.shape[1]), by_rows=True, by_columns=with_transpose)
+    return reference.empty_1x128(
+        x, ((x if rows is None else rows).shape[0], x.shape[1]), by_rows=True, by_columns=with_transpose
+    )
 
 
 _quantize_1x128 = register(
-    "quantize_1x128(Tensor x, bool pow2_scales, bool with_transpose, Tensor? counts=None, Tensor? offsets=None)"
-    " -> Tensor[]",
+    "quantize_1x128(Tensor x, bool pow2_scales, bool with_transpose, Tensor? counts=None, Tensor? offsets=None,"
+    " Tensor? rows=None) -> Tensor[]",
     cpu=_1x128_on_cpu,
     cuda=_1x128_on_cuda,
     fake=_1x128_fake,
@@ -61,21 +87,34 @@ def quantize_1x128(
     x_TD: Tensor,
     *,
     layout: GroupLayout | None = None,
+    rows_P: Tensor | None = None,
     pow2_scales: bool = False,
     with_transpose: Literal[False] = False,
 ) -> QuantTensor: ...
 @overload
 def quantize_1x128(
-    x_TD: Tensor, *, layout: GroupLayout | None = None, pow2_scales: bool = False, with_transpose: Literal[True]
+    x_TD: Tensor,
+    *,
+    layout: GroupLayout | None = None,
+    rows_P: Tensor | None = None,
+    pow2_scales: bool = False,
+    with_transpose: Literal[True],
 ) -> tuple[QuantTensor, QuantTensor]: ...
 def quantize_1x128(
-    x_TD: Tensor, *, layout: GroupLayout | None = None, pow2_scales: bool = False, with_transpose: bool = False
+    x_TD: Tensor,
+    *,
+    layout: GroupLayout | None = None,
+    rows_P: Tensor | None = None,
+    pow2_scales: bool = False,
+    with_transpose: bool = False,
 ) -> QuantTensor | tuple[QuantTensor, QuantTensor]:
     """x_TD ~ data * scale with one scale per 1x128 tile; optionally x^T in the 128x1 tiles of x as well.
 
     Args:
         x_TD: bf16 or fp32, rows contiguous, D % 16 == 0. No gradient flows through.
         layout: rows outside the counts of its groups are not read and count as zeros; on the device, not read back.
+        rows_P: int32, with a layout: what is quantised is x_TD[rows_P] (T is P below), which is never written out; each
+            in 0 .. T where the layout has data, anything elsewhere.
         pow2_scales: round every scale up to a power of two.
         with_transpose: also quantise down the columns, for the weight gradient.
     Returns:
@@ -84,8 +123,9 @@ def quantize_1x128(
         tile (1, 128), where Tp = round_up(T, 128) and data columns T..Tp are zero. With a layout, padding is zero in
         both; what belongs to rows past the last group is zero on the CPU and unspecified on CUDA.
     Raises:
-        ValueError: shape or stride. On CUDA offsets must be multiples of 128, which is not checked.
-        TypeError: dtype outside the above.
+        ValueError: shape or stride; rows_P without a layout or, on CUDA, P % 128 != 0. On CUDA offsets must be
+            multiples of 128, which is not checked.
+        TypeError: dtype outside the above; on CUDA fp32 with rows_P.
         BackendUnavailableError: CUDA tensor, no extension.
     Numerics: scale = max(amax, 2^-100) / 448, data = e4m3(x * (1 / scale)), IEEE FP32; a NaN or infinity makes its tile
         dequantise to NaN. Kernel and reference agree bitwise.
@@ -97,9 +137,20 @@ def quantize_1x128(
     require(x_TD.shape[1] % 16 == 0, op, "x_TD", "have D % 16 == 0", f"D = {x_TD.shape[1]}")
     require(x_TD.shape[1] == 0 or x_TD.stride(1) == 1, op, "x_TD", "have contiguous rows", f"stride {x_TD.stride()}")
     counts, offsets = check_optional_layout(op, layout, x_TD=x_TD)
-    parts = _quantize_1x128(x_TD.detach(), pow2_scales, with_transpose, counts, offsets)
+    if rows_P is not None:
+        _check_gather(op, x_TD, rows_P, layout)
+    parts = _quantize_1x128(x_TD.detach(), pow2_scales, with_transpose, counts, offsets, rows_P)
     q = QuantTensor(parts[0], parts[1], ROW_TILE)
     return (q, QuantTensor(parts[2], parts[3], ROW_TILE)) if with_transpose else q
+
+
+def _check_gather(op: str, x_TD: Tensor, rows_P: Tensor, layout: GroupLayout | None) -> None:
+    check_tensor(op, "rows_P", rows_P, (None,), (torch.int32,))
+    require(layout is not None, op, "layout", "be given with rows_P", None)
+    check_same_device(op, x_TD=x_TD, rows_P=rows_P)
+    if x_TD.is_cuda:
+        check_dtype(op, "x_TD", x_TD, (torch.bfloat16,))
+        require(rows_P.shape[0] % TILE == 0, op, "rows_P", "have P % 128 == 0 on CUDA", f"P = {rows_P.shape[0]}")
 
 
 def _128x128_on_cpu(w: Tensor, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:

@@ -116,6 +116,7 @@ class EpLimits:
     """What the window of an expert exchange is sized for: the most tokens of any rank, their choices and their width.
 
     num_sms: how many SMs a dispatch or a combine uses. timeout_s: after which a wait for a peer is an error.
+    low_latency: with room for the form of that name, `ep_send` and what follows it.
     """
 
     max_tokens: int
@@ -123,6 +124,7 @@ class EpLimits:
     num_columns: int
     num_sms: int = 16
     timeout_s: float = 100.0
+    low_latency: bool = False
 
 
 @dataclass(frozen=True)

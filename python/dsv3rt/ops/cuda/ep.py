@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from dsv3rt.errors import ExchangeError
 from dsv3rt.ops.cuda.extension import load
-from dsv3rt.ops.types import EpLimits, EpRoute, GroupLayout, QuantTensor, empty_row_scales
+from dsv3rt.ops.types import TILE, EpLimits, EpRoute, GroupLayout, QuantTensor, empty_row_scales
 
-_PHASES = ("stage", "pull", "push", "reduce")
+_PHASES = ("stage", "pull", "push", "reduce", "send", "receive", "send back", "collect")
 _FAULTS = ("none", "timeout", "overflow", "peer overflow", "bad expert")
 
 
@@ -25,6 +25,13 @@ class KernelRoute(EpRoute):
     origin_P: Tensor
     rows_needed: Tensor
     block: int
+
+
+@dataclass(frozen=True)
+class KernelMaskedRoute(EpRoute):
+    """origin_P: as in `KernelRoute`, written where there is a row."""
+
+    origin_P: Tensor
 
 
 class KernelExchange:
@@ -49,6 +56,7 @@ class KernelExchange:
             id=ids[0],
             device=device.index if device.index is not None else torch.cuda.current_device(),
             timeout_us=int(limits.timeout_s * 1e6),
+            low_latency=limits.low_latency,
         )
         dist.barrier(group=group)  # every window is cleared before anyone writes into it
 
@@ -80,7 +88,7 @@ class KernelExchange:
         return rows, route
 
     def combine(self, rows_PD: Tensor, route: EpRoute, weight_TK: Tensor | None) -> Tensor:
-        self.check()
+        """Raises nothing: a rank whose rows did not fit tells its peers so here, and must not leave them waiting."""
         return cast(Tensor, _Combine.apply(rows_PD, weight_TK, self, route))
 
     # What follows is not differentiable.
@@ -111,6 +119,32 @@ class KernelExchange:
     def sum_rows(self, rows_PD: Tensor, route: KernelRoute, weight_TK: Tensor | None) -> Tensor:
         y_TD = rows_PD.new_empty(route.shape_TK[0], rows_PD.shape[1])
         self._comm.combine(rows_PD, self._route(route), y_TD, weight=weight_TK, num_sms=self.limits.num_sms)
+        return y_TD
+
+    # The low-latency form.
+
+    def send(self, x_TD: Tensor, idx_TK: Tensor) -> None:
+        self.check()
+        self._comm.send(x_TD.contiguous(), idx_TK.contiguous(), num_sms=self.limits.num_sms)
+
+    def receive(self, shape_TK: tuple[int, int], capacity: int, device: torch.device) -> tuple[QuantTensor, EpRoute]:
+        num_rows, D = self._num_local * capacity, self.limits.num_columns
+        counts_X = torch.empty(self._num_local, dtype=torch.int32, device=device)
+        origin_P = torch.empty(num_rows, dtype=torch.int32, device=device)
+        data = torch.empty(num_rows, D, dtype=torch.uint8, device=device)
+        scale = empty_row_scales(num_rows, D // TILE, device)
+        self._comm.receive(counts_X, origin_P, data, scale, num_sms=self.limits.num_sms)
+        rows = QuantTensor(data.view(torch.float8_e4m3fn), scale, (1, TILE))
+        return rows, KernelMaskedRoute(GroupLayout.of_capacity(counts_X, capacity), shape_TK, origin_P)
+
+    def send_back(self, rows_PD: Tensor, route: KernelMaskedRoute) -> None:
+        rows_PD = rows_PD.contiguous()
+        self._comm.send_back(rows_PD, route.layout.counts_X, route.origin_P, num_sms=self.limits.num_sms)
+
+    def collect(self, shape_TK: tuple[int, int], weight_TK: Tensor | None, device: torch.device) -> Tensor:
+        y_TD = torch.empty(shape_TK[0], self.limits.num_columns, dtype=torch.bfloat16, device=device)
+        weight_TK = None if weight_TK is None else weight_TK.contiguous()
+        self._comm.collect(y_TD, weight=weight_TK, num_sms=self.limits.num_sms)
         return y_TD
 
     def _pull(self, x: Tensor | QuantTensor, route: KernelRoute, **given: Tensor) -> Tensor | QuantTensor:

@@ -24,10 +24,13 @@ def m_grouped_fp8_gemm_nt(x: QuantTensor, w: QuantTensor, layout: GroupLayout, o
     extension.m_grouped_fp8_gemm_nt(*_bytes(x), *_bytes(w), out, layout.counts_X, layout.offsets, num_sms=num_sms)
 
 
-def k_grouped_fp8_gemm_nt(x: QuantTensor, y: QuantTensor, layout: GroupLayout, out: Tensor, *, num_sms: int) -> None:
-    """Adds every group's product to its slice of the FP32 `out`."""
-    extension = load()
-    extension.k_grouped_fp8_gemm_nt(*_bytes(x), *_bytes(y), out, layout.counts_X, layout.offsets, num_sms=num_sms)
+def k_grouped_fp8_gemm_nt(
+    x: QuantTensor, y: QuantTensor, layout: GroupLayout, out: Tensor, *, accumulate: bool, num_sms: int
+) -> None:
+    """Writes every group's product to its slice of the FP32 `out`, or adds it."""
+    load().k_grouped_fp8_gemm_nt(
+        *_bytes(x), *_bytes(y), out, layout.counts_X, layout.offsets, accumulate=accumulate, num_sms=num_sms
+    )
 
 
 def _bytes(q: QuantTensor) -> tuple[Tensor, Tensor]:

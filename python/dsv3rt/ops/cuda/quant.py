@@ -15,9 +15,12 @@ from dsv3rt.ops.types import TILE
 Groups = tuple[Tensor | None, Tensor | None]  # counts and offsets of a GroupLayout
 
 
-def quantize_1x128(x_TD: Tensor, groups: Groups, *, pow2_scales: bool, with_transpose: bool) -> list[Tensor]:
+def quantize_1x128(
+    x_TD: Tensor, groups: Groups, rows_P: Tensor | None, *, pow2_scales: bool, with_transpose: bool
+) -> list[Tensor]:
     """[data, scale] or [data, scale, data_t, scale_t]."""
-    results = empty_1x128(x_TD, (x_TD.shape[0], x_TD.shape[1]), by_rows=True, by_columns=with_transpose)
+    num_rows = (x_TD if rows_P is None else rows_P).shape[0]
+    results = empty_1x128(x_TD, (num_rows, x_TD.shape[1]), by_rows=True, by_columns=with_transpose)
     data, scale, *transposed = as_bytes(results)
     data_t, scale_t = transposed or (None, None)
     load().quantize_1x128(
@@ -28,6 +31,7 @@ def quantize_1x128(x_TD: Tensor, groups: Groups, *, pow2_scales: bool, with_tran
         scale_t=scale_t,
         counts=groups[0],
         offsets=groups[1],
+        rows=rows_P,
         pow2_scales=pow2_scales,
     )
     return results

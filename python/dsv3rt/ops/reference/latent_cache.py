@@ -1,4 +1,4 @@
-"""Reference of the FP8 latent cache: bytes of a token are its latent in E4M3, a scale a tile, and rope keys in BF16."""
+"""Reference of the latent cache. An FP8 token is its latent in E4M3, a scale a tile, and rope keys in BF16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsv3rt.ops.reference.embed import rope
+from dsv3rt.ops.reference.norm import rms_norm
 from dsv3rt.ops.reference.quant import quantize_1x128
 from dsv3rt.ops.types import TILE, ceil_div
 
@@ -25,3 +27,15 @@ def dequantize_latents(packed: Tensor, latent_dim: int) -> Tensor:
     latent = pad(data.contiguous().view(torch.float8_e4m3fn).float(), (0, tiles * TILE - latent_dim))
     latent = latent.unflatten(-1, (tiles, TILE)) * scale.contiguous().view(torch.float32).unsqueeze(-1)
     return torch.cat([latent.flatten(-2)[..., :latent_dim], rope.contiguous().view(torch.bfloat16).float()], dim=-1)
+
+
+def append_latents(
+    cache: Tensor, rows: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, eps: float
+) -> None:
+    latent, rope_keys = rows.split([weight.shape[0], rows.shape[1] - weight.shape[0]], dim=1)
+    normed, _ = rms_norm(latent, weight, eps)
+    new = torch.cat([normed, rope(rope_keys, cos, sin, False)], dim=1)
+    if cache.dtype == torch.uint8:
+        new = quantize_latents(new, weight.shape[0])
+    kept = slots >= 0
+    cache.view(-1, cache.shape[2])[slots[kept]] = new[kept]

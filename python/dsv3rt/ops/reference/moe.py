@@ -31,7 +31,7 @@ def route(logits_TE: Tensor, bias_E: Tensor, rule: RouteRule) -> Routing:
     if rule.renormalize:
         # The addend keeps a token whose scores all underflow to zero from giving NaN.
         weight_TK = weight_TK / (weight_TK.sum(dim=1, keepdim=True) + 1e-20)
-    counts_E = torch.bincount(idx_TK.flatten(), minlength=logits_TE.shape[1])
+    counts_E = count_choices(idx_TK.flatten(), logits_TE.shape[1])
     return Routing(idx_TK, weight_TK * rule.scale, scores_TE, counts_E)
 
 
@@ -86,10 +86,15 @@ def update_bias(bias_E: Tensor, counts_E: Tensor, gamma: float) -> Tensor:
     return bias_E + gamma * torch.sign(counts_E.sum() - counts_E * counts_E.shape[0]).to(bias_E.dtype)
 
 
+def count_choices(choices: Tensor, num_experts: int) -> Tensor:
+    """(E,) int64. torch.bincount would wait for the device, which a captured step must not."""
+    return choices.new_zeros(num_experts).scatter_add_(0, choices, torch.ones_like(choices))
+
+
 def place(idx_TK: Tensor, num_experts: int, block: int) -> tuple[GroupLayout, Permutation]:
     """Rows by prefix sums: expert segments in order, (token, k) order inside, each segment padded to `block`."""
     choices = idx_TK.flatten()
-    counts = torch.bincount(choices, minlength=num_experts)
+    counts = count_choices(choices, num_experts)
     padded = (counts + block - 1) // block * block
     offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=choices.device)
     offsets[1:] = padded.cumsum(0)

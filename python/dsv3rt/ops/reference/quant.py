@@ -14,10 +14,17 @@ AMAX_FLOOR = 2.0**-100
 
 
 def quantize_1x128(
-    x_TD: Tensor, pow2_scales: bool, with_transpose: bool, layout: GroupLayout | None = None
+    x_TD: Tensor,
+    pow2_scales: bool,
+    with_transpose: bool,
+    layout: GroupLayout | None = None,
+    rows_P: Tensor | None = None,
 ) -> tuple[QuantTensor, ...]:
     """By rows and, if asked for, by columns. Rows outside the layout's counts are taken as zeros."""
     x = x_TD.float()
+    if rows_P is not None:
+        T, D = x.shape
+        x = x[rows_P.clamp(0, T - 1)] if T > 0 else x.new_zeros(rows_P.shape[0], D)
     valid_T = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     if layout is not None:
         valid_T = rows_with_data(layout, x.shape[0])

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "hopper/arithmetic.cuh"
-#include "quant/params.h"
 
 namespace dsv3rt {
 
