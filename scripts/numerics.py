@@ -1,0 +1,242 @@
+"""Train one model in FP8 and in BF16 on the same data from the same seed, and set their losses side by side.
+
+    python scripts/numerics.py train fp8 --seconds 100 --keep benchmarks/results/h100/numerics
+    python scripts/numerics.py train bf16 --seconds 100 --keep benchmarks/results/h100/numerics
+    python scripts/numerics.py report benchmarks/results/h100/numerics
+
+The same command goes on from its checkpoint in runs/numerics-fp8 (or -bf16) until the run is done. `report` writes
+docs/numerics.md and its figure from what was kept, as far as both runs have come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for benchmarks.provenance
+
+from benchmarks import provenance  # noqa: E402
+from dsv3rt.config import TrainConfig  # noqa: E402
+from dsv3rt.errors import StoppedBySignalError  # noqa: E402
+from dsv3rt.model.flops import parameter_counts, train_flops_per_token  # noqa: E402
+from dsv3rt.train import config_file  # noqa: E402
+from dsv3rt.train.metrics import Row, read_rows  # noqa: E402
+from dsv3rt.train.plot import smooth  # noqa: E402
+from dsv3rt.train.trainer import Trainer  # noqa: E402
+
+PRECISIONS = ("bf16", "fp8")
+COLORS = {"bf16": "#4c72b0", "fp8": "#dd8452"}
+LIMIT = 0.0025  # what the V3 report (sec. 3.3) says that FP8 stays below
+INK = "#333333"
+
+
+def train(options: argparse.Namespace, started: float) -> None:
+    """One piece of a run: up to its last step, or `seconds` after `started`."""
+    overrides = [tuple(text.split("=", 1)) for text in options.set]
+    run_dir = Path(options.runs, f"numerics-{options.precision}")
+    overrides += [("train.precision", options.precision), ("train.run_dir", str(run_dir))]
+    if options.steps:
+        overrides.append(("train.steps", str(options.steps)))
+    trainer = Trainer(config_file.load(ROOT / "configs" / "numerics.toml", overrides))
+    if options.seconds:
+        threading.Thread(target=stop_at, args=(started + options.seconds,), daemon=True).start()
+    try:
+        trainer.fit()
+    except StoppedBySignalError as stopped:
+        print(f"numerics: {stopped}")
+    if options.keep:
+        keep(trainer, options.precision, options.keep)
+
+
+def stop_at(deadline: float) -> None:
+    """Ask the trainer to stop at the end of its step, as SIGTERM does, but not before it listens."""
+    time.sleep(max(0.0, deadline - time.monotonic()))
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def keep(trainer: Trainer, precision: str, folder: Path) -> None:
+    """The metrics, the configuration and where they come from; no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(trainer.run.metrics, folder / f"{precision}.jsonl")
+    shutil.copyfile(trainer.run.config, folder / f"{precision}.toml")
+    origin = {"commit": provenance.commit(), **provenance.machine()}
+    (folder / f"{precision}.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the table says of one run."""
+    fifth = rows[-max(1, len(rows) // 5) :]
+    validation = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    return {
+        "loss": mean(row["loss"] for row in fifth),
+        "mtp_loss": mean(row["mtp_loss"] for row in fifth),
+        "val_loss": validation[-1] if validation else None,
+        "grad_norm": median(row["grad_norm"] for row in fifth),
+        "max_expert_load": mean(row["max_expert_load"] for row in fifth),
+        "skipped": rows[-1]["skipped_steps"],
+        "spikes": sum(bool(row.get("spike")) for row in rows),
+        "step_ms": 1e3 * median(row["tokens"] / row["step"] / row["tokens_per_s"] for row in rows),
+        "memory_gb": max(row["memory_bytes"] for row in rows) / 1e9,
+    }
+
+
+def compare(runs: dict[str, list[Row]]) -> dict[str, float]:
+    """Of the last fifth of paired runs: how the mean losses differ, the standard error of the steps' ratios, and the
+    furthest that the smooth curves part."""
+    losses = {name: [row["loss"] for row in rows] for name, rows in runs.items()}
+    fifth = max(2, len(losses["fp8"]) // 5)
+    ratios = [fp8 / bf16 - 1 for fp8, bf16 in zip(losses["fp8"], losses["bf16"], strict=True)]
+    curves = [smooth(losses[name])[-fifth:] for name in ("fp8", "bf16")]
+    return {
+        "steps": fifth,
+        "of_means": mean(losses["fp8"][-fifth:]) / mean(losses["bf16"][-fifth:]) - 1,
+        "error": stdev(ratios[-fifth:]) / fifth**0.5,
+        "furthest": max((fp8 / bf16 - 1 for fp8, bf16 in zip(*curves, strict=True)), key=abs),
+    }
+
+
+def draw(runs: dict[str, list[Row]], path: Path) -> None:
+    """Losses above, their relative difference below, both smoothed over a hundredth of the run."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    steps = [row["step"] for row in runs["fp8"]]
+    curves = {name: smooth([row["loss"] for row in rows]) for name, rows in runs.items()}
+    for name, curve in curves.items():
+        above.plot(steps, curve, color=COLORS[name], linewidth=1.4, label=name.upper())
+    difference = [100 * (fp8 / bf16 - 1) for fp8, bf16 in zip(curves["fp8"], curves["bf16"], strict=True)]
+    below.plot(steps, difference, color=INK, linewidth=1.0)
+    below.axhspan(-100 * LIMIT, 100 * LIMIT, color="#dddddd", label=f"within {LIMIT:.2%}")
+    below.axvline(steps[-(len(steps) // 5)], color="#999999", linewidth=0.8, linestyle="--", label="last fifth")
+    above.set_ylabel("cross-entropy (nats a byte)", color=INK)
+    below.set_ylabel("FP8 against BF16 (%)", color=INK)
+    below.set_xlabel("step", color=INK)
+    for axes in (above, below):
+        axes.tick_params(colors=INK)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, labelcolor=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def report(folder: Path, docs: Path) -> None:
+    """docs/numerics.md and docs/img/numerics.png; an error where the runs can't be compared."""
+    runs = paired({name: read_rows(folder / f"{name}.jsonl") for name in PRECISIONS})
+    short = [name for name, rows in runs.items() if len(rows) < 10]
+    if short:
+        raise SystemExit(f"numerics: {folder} must hold at least 10 steps of each run, got fewer of {short[0]}")
+    configs = {name: config_file.load(folder / f"{name}.toml") for name in PRECISIONS}
+    flat = {name: config_file.flat(config) for name, config in configs.items()}
+    apart = [key for key, value in flat["fp8"].items() if value != flat["bf16"].get(key)]
+    if set(apart) - {"train.precision", "train.run_dir"}:
+        raise SystemExit(f"numerics: the runs must differ in precision alone, got other {', '.join(apart)}")
+    origins = {name: json.loads((folder / f"{name}.json").read_text()) for name in PRECISIONS}
+    draw(runs, docs / "img" / "numerics.png")
+    (docs / "numerics.md").write_text(page(configs["fp8"], runs, origins))
+    apart = compare(runs)
+    print(f"numerics: {apart['of_means']:+.3%} over the last {apart['steps']:.0f} steps")
+
+
+def paired(runs: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows of the steps that have a loss in every run; one that was skipped has none."""
+    losses = [{row["step"] for row in rows if row["loss"] is not None} for rows in runs.values()]
+    common = set.intersection(*losses)
+    return {name: [row for row in rows if row["step"] in common] for name, rows in runs.items()}
+
+
+def page(config: TrainConfig, runs: dict[str, list[Row]], origins: dict[str, dict[str, str]]) -> str:
+    model, run = config.model, config.train
+    counts = parameter_counts(model)
+    last, total = runs["fp8"][-1]["step"], runs["fp8"][-1]["tokens"]
+    tokens = total // last
+    flops = tokens * train_flops_per_token(model, run.seq_len, with_mtp=True)
+    made = "; ".join(f"{name.upper()}: {o['device']}, commit {o['commit']}" for name, o in origins.items())
+    apart = compare(runs)
+    verdict = "inside" if abs(apart["of_means"]) < LIMIT else "outside"
+    return f"""# FP8 beside BF16
+
+Written by `scripts/numerics.py report`; don't edit. Both runs have the same initial weights, data and order of data
+(seed {run.seed}), and differ in `train.precision` alone ([precision.md](precision.md) says what that changes).
+
+The model (`configs/numerics.toml`): {counts.main:,} parameters and {counts.mtp:,} for MTP, {counts.activated:,} active
+a token; {model.num_layers} layers of width {model.dim}, {model.num_dense_layers} dense, MLA with {model.num_heads} \
+heads, {model.num_experts} experts of which a token
+chooses {model.top_k}, and a shared one. The data: the sources of Python's standard library, byte by byte, {tokens:,} \
+tokens a step,
+{total:,} in {last} steps, {flops / 1e12:.2f} TFLOP a step.
+
+![Losses and their difference](img/numerics.png)
+
+Over the last fifth ({apart["steps"]:.0f} steps) the mean loss in FP8 differs from that in BF16 by \
+**{apart["of_means"]:+.3%}** (standard error
+of its steps' ratios {apart["error"]:.3%}), {verdict} the {LIMIT:.2%} of the DeepSeek-V3 report (sec. 3.3); the \
+smoothed curves part by
+{apart["furthest"]:+.3%} at most.
+
+{table(runs)}
+
+{made}.
+
+So small a step is no measure of FP8's speed; the slice in [performance.md](performance.md) is.
+
+Not studied: one seed, one size, a few million tokens; no ablation of promotion, tile shape or scales.
+"""
+
+
+def table(runs: dict[str, list[Row]]) -> str:
+    found = {name: figures_of(rows) for name, rows in runs.items()}
+    lines = ["| | BF16 | FP8 |", "|---|---|---|"]
+    for key, (what, form) in {
+        "loss": ("loss, mean of the last fifth", "{:.4f}"),
+        "mtp_loss": ("MTP loss, mean of the last fifth", "{:.4f}"),
+        "val_loss": ("validation loss, the last", "{:.4f}"),
+        "grad_norm": ("gradient norm, median of the last fifth", "{:.3f}"),
+        "max_expert_load": ("fullest expert over the mean, last fifth", "{:.2f}"),
+        "skipped": ("skipped steps", "{}"),
+        "spikes": ("spikes", "{}"),
+        "step_ms": ("ms a step, median", "{:.1f}"),
+        "memory_gb": ("peak memory, GB", "{:.2f}"),
+    }.items():
+        cells = ["none" if found[name][key] is None else form.format(found[name][key]) for name in PRECISIONS]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    piece = commands.add_parser("train", help="train in one precision, or go on with it")
+    piece.add_argument("precision", choices=PRECISIONS)
+    piece.add_argument("--steps", type=int, help="end there; the schedules stay those of configs/numerics.toml")
+    piece.add_argument("--seconds", type=float, help="stop so long after the start, with a checkpoint")
+    piece.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run directories are")
+    piece.add_argument("--keep", type=Path, help="folder for metrics, configuration and origin")
+    piece.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as train's --section.key")
+    written = commands.add_parser("report", help="write docs/numerics.md and its figure from what was kept")
+    written.add_argument("folder", type=Path)
+    written.add_argument("--docs", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    if options.command == "train":
+        train(options, started)
+    else:
+        report(options.folder, options.docs)
+
+
+if __name__ == "__main__":
+    main()

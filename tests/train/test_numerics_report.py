@@ -1,0 +1,61 @@
+"""What scripts/numerics.py says of two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3rt.train import config_file
+from scripts import numerics
+
+
+def rows_of(losses: list[float | None]) -> list[dict[str, Any]]:
+    same = {"mtp_loss": 2.0, "grad_norm": 1.0, "max_expert_load": 1.5, "skipped_steps": 0, "memory_bytes": 10**9}
+    rows = [{"step": 0, "tokens": 0, "loss": None, "val_loss": 5.0, **same}]
+    for step, loss in enumerate(losses, 1):
+        rows.append({"step": step, "tokens": 100 * step, "loss": loss, "tokens_per_s": 1000.0, **same})
+    return rows
+
+
+def write_run(folder: Path, name: str, losses: list[float | None], *overrides: tuple[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(losses)))
+    config = config_file.load(numerics.ROOT / "configs" / "numerics.toml", [("train.precision", name), *overrides])
+    (folder / f"{name}.toml").write_text(config_file.to_toml(config))
+    (folder / f"{name}.json").write_text('{"device": "a device", "commit": "0123"}')
+
+
+def test_report_compares_the_last_fifth(tmp_path: Path) -> None:
+    bf16: list[float | None] = [5.0 - 0.01 * step for step in range(100)]
+    fp8 = [loss * (1.5 if step < 80 else 1.001) for step, loss in enumerate(bf16) if loss is not None]
+    write_run(tmp_path, "bf16", bf16)
+    write_run(tmp_path, "fp8", [*fp8, 9.0])  # a longer run counts as far as the other goes
+    numerics.report(tmp_path, tmp_path / "docs")
+    text = (tmp_path / "docs" / "numerics.md").read_text()
+    assert "the last fifth (20 steps)" in text
+    assert "**+0.100%**" in text
+    assert "inside the 0.25%" in text
+    assert (tmp_path / "docs" / "img" / "numerics.png").stat().st_size > 10_000
+
+
+def test_report_leaves_out_skipped_steps() -> None:
+    runs = numerics.paired({"fp8": rows_of([3.0, None, 2.0]), "bf16": rows_of([3.0, 2.5, 2.0])})
+    assert [row["step"] for row in runs["bf16"]] == [row["step"] for row in runs["fp8"]] == [1, 3]
+
+
+def test_report_rejects_runs_that_differ_otherwise(tmp_path: Path) -> None:
+    write_run(tmp_path, "bf16", [3.0] * 20)
+    write_run(tmp_path, "fp8", [3.0] * 20, ("train.seed", "1"))
+    with pytest.raises(SystemExit, match=r"precision alone, got other train\.seed"):
+        numerics.report(tmp_path, tmp_path / "docs")
+
+
+def test_study_is_as_large_as_it_says() -> None:
+    from dsv3rt.model.flops import parameter_counts
+
+    config = config_file.load(numerics.ROOT / "configs" / "numerics.toml")
+    assert parameter_counts(config.model).main >= 200e6
+    assert config.train.steps >= 1000
