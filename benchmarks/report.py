@@ -30,6 +30,7 @@ PEERS = {
     "torch_eager": "the same chain of torch ops",
     "torch_compile": "that chain under torch.compile",
     "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",
+    "alone": "the same products without an average beside them",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
     "transformers": "Hugging Face transformers in BF16, eager",
     "transformers_compile": "Hugging Face transformers in BF16 under `torch.compile`",
