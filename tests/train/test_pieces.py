@@ -63,3 +63,17 @@ def test_average_follows_the_weights() -> None:
     # 1 -> (3 * 1 + 5) / 4 = 2 -> (3 * 2 + 9) / 4
     assert torch.equal(average.tensors()["w"], torch.tensor([3.75, 4.75]))
     assert average.tensors()["w"] is average.tensors()["w"]
+
+
+def test_average_goes_through_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3rt.train.average.PIECE", 4)
+    masters = {"a": torch.randn(3, 5), "none": torch.empty(0, 2), "one": torch.randn(()), "b": torch.randn(8)}
+    average = Average(masters, decay=0.5)
+    before = {name: value.clone() for name, value in average.tensors().items()}
+    for master in masters.values():
+        master += 1.0
+    average.update()
+    for name, value in average.tensors().items():
+        assert value.shape == masters[name].shape
+        # A sum and a product, each rounded, on either side.
+        torch.testing.assert_close(value, (before[name] + masters[name]) / 2, rtol=2**-22, atol=2**-22)

@@ -1,0 +1,45 @@
+"""The average of the weights, brought from the GPU while it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3rt.train.average import PIECE, Average
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [5, 0, PIECE, 2 * PIECE + 3, 1]
+LONG = 200_000_000  # cycles: 0.1 s or more
+
+
+def test_average_is_that_of_the_cpu_and_waits_for_nothing() -> None:
+    """Of masters that work still queued has yet to write."""
+    masters = {str(index): torch.randn(size, device="cuda").add_(1.0) for index, size in enumerate(SIZES)}
+    copies = {name: master.cpu() for name, master in masters.items()}
+    average, expected = Average(masters, decay=0.9), Average(copies, decay=0.9)
+    for _ in range(3):
+        average.wait()
+        torch.cuda._sleep(LONG)
+        for master in masters.values():
+            master.add_(1.0)
+        average.update()
+        assert not torch.cuda.current_stream().query()
+        expected.wait()
+        for copy in copies.values():
+            copy.add_(1.0)
+        expected.update()
+    for name, value in average.tensors().items():
+        assert value.device.type == "cpu"
+        assert torch.equal(value, expected.tensors()[name]), name
+
+
+def test_average_is_there_before_work_queued_after_it() -> None:
+    master = torch.full((1000,), 4.0, device="cuda")
+    average = Average({"w": master}, decay=0.5)
+    master.fill_(8.0)
+    average.update()
+    torch.cuda._sleep(LONG)
+    average.wait()
+    assert not torch.cuda.current_stream().query()
+    assert torch.equal(average.tensors()["w"], torch.full((1000,), 6.0))
