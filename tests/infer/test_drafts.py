@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt import Transformer, presets
-from dsv3rt.infer.generate import Generation, GenerateOptions, generate
+from dsv3rt.infer.generate import GenerateOptions, Generation, generate
 from dsv3rt.infer.sampling import Drafts, Sampler, draft, verify
 
 V = 32
