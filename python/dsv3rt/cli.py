@@ -279,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="dsv3rt",
-        description="DeepSeek-V3 as a system: tokenize, train, generate, convert checkpoints, look after the installation.",
+        description="DeepSeek-V3 as a system: tokenize, train, generate, convert checkpoints, check the installation.",
     )
     parser.add_argument("--version", action="version", version=f"dsv3rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)

@@ -42,8 +42,8 @@ def guarded(num_pages: int, dtype: torch.dtype) -> Tensor:
 def test_append_latents_matches_reference(dtype: torch.dtype, num_tokens: int) -> None:
     """Two sums of 512 squares differ by 2^-15 at most, so normed numbers are at most one BF16 apart, 2^-7, and rarely.
 
-    In FP8 each is within 2^-4 of a number, so both within 2^-3, or within 2^-10 of the scale for the least ones. Scales,
-    up to 2^-7.8 of the largest, may be a power of two apart where that one is at a border: 3 * 2^-17.8 of it.
+    In FP8 each is within 2^-4 of a number, so both within 2^-3, or within 2^-10 of the scale for the least ones.
+    Scales, up to 2^-7.8 of the largest, may be a power of two apart where that one is at a border: 3 * 2^-17.8 of it.
     """
     torch.manual_seed(num_tokens)
     for size in (1e-4, 1.0, 300.0):
