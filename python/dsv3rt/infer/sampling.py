@@ -39,7 +39,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Drafts:
-    """tokens_BK, and the distributions (B, K, V) that they were drawn from: None where they are largest logits."""
+    """tokens_BK, and the distributions (B, K, V) they were drawn from: None where they are largest logits, or none."""
 
     tokens_BK: Tensor
     probability_BKV: Tensor | None
