@@ -1,4 +1,5 @@
-"""The command line: `dsv3rt tokenize`, `train CONFIG.toml [--section.key value ...]`, `convert`, `plan`, `doctor`."""
+"""The command line: `dsv3rt tokenize`, `train CONFIG.toml [--section.key value ...]`, `generate`, `convert`, `plan`,
+`doctor`."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from dsv3rt.env import launch
 from dsv3rt.errors import BackendUnavailableError, PeerError, StoppedBySignalError
 
 if TYPE_CHECKING:
+    from dsv3rt.model.transformer import Transformer
+    from dsv3rt.train.tokenizer import Tokenizer
     from dsv3rt.train.trainer import Trainer
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
-_WITH_OPTIONS = (["convert"], ["plan"], ["tokenize"])
+_WITH_OPTIONS = (["convert"], ["generate"], ["plan"], ["tokenize"])
 _SAMPLE_TEMPERATURE, _SAMPLE_TOP_P = 0.8, 0.9
 
 
@@ -79,6 +82,8 @@ def _run(argv: list[str]) -> int:
         return _doctor()
     if options.command == "convert":
         return _convert(options)
+    if options.command == "generate":
+        return _generate(options)
     if options.command == "tokenize":
         return _tokenize(options)
     return _train(options.config, overrides)
@@ -119,6 +124,63 @@ def _print_completions(trainer: Trainer) -> None:
     for prompt, tokens in zip(run.sample_prompts, completions, strict=True):
         text = tokenizer.decode([token for token in tokens if token != tokenizer.eos])
         print(f"\n--- completion of {prompt!r}\n{prompt}{text.rstrip()}")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from torch import OutOfMemoryError
+
+    from dsv3rt.infer.generate import GenerateOptions, Generation
+    from dsv3rt.infer.text import print_text
+
+    try:
+        model, tokenizer = _open_model(options)
+        prompts = [prompt.encode() for prompt in options.prompt]
+        tokens = [one.tolist() or [tokenizer.eos] for one in tokenizer.encode(prompts)]
+        settings = GenerateOptions(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            eos=tokenizer.eos,
+            num_drafts=options.drafts,
+            fp8_cache=options.fp8_cache,
+        )
+        summary = print_text(Generation(model, tokens, settings), options.prompt, tokenizer.decode)
+    except OutOfMemoryError as error:
+        raise ValueError(f"out of GPU memory; give fewer prompts or --max-new-tokens ({error})") from None
+    print(summary, file=sys.stderr)
+    return 0
+
+
+def _open_model(options: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
+    """The model of a run or of a Hugging Face checkpoint, and what turns text into its tokens."""
+    from pathlib import Path
+
+    import torch
+
+    from dsv3rt import hf
+    from dsv3rt.train import trained
+    from dsv3rt.train.tokenizer import open_tokenizer
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: must be 'cpu' or 'auto' here, got 'cuda': torch sees no CUDA device")
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" or (options.dtype == "auto" and on_gpu) else torch.float32
+    path, name = Path(options.checkpoint), options.tokenizer
+    if (path / "checkpoints").is_dir():
+        model, of_run = trained.load(path, dtype=dtype, device=device)
+        name = name or of_run
+    else:
+        model = hf.load(path, dtype=dtype, device=device)
+        name = name or str(path / "tokenizer.json")
+    tokenizer = open_tokenizer(name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"--tokenizer: must have at most the {model.config.vocab_size} tokens of the model, "
+            f"got '{name}' with {tokenizer.vocab_size}"
+        )
+    return model, tokenizer
 
 
 def _doctor() -> int:
@@ -217,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="dsv3rt",
-        description="The DeepSeek-V3 system: tokenize, train, convert checkpoints, and look after the installation.",
+        description="DeepSeek-V3 as a system: tokenize, train, generate, convert checkpoints, check the installation.",
     )
     parser.add_argument("--version", action="version", version=f"dsv3rt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -243,10 +305,35 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--format", required=True, choices=("bf16", "fp8"), help="of the linear layers of the blocks")
     convert.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
     convert.add_argument("--pow2-scales", action="store_true", help="with fp8: every scale a power of two (ue8m0)")
+    _add_generate(commands)
     _add_tokenize(commands)
     _add_plan(commands)
     commands.add_parser("doctor", help="say what this installation can do, and what it lacks")
     return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="let a model continue text",
+        description="Continue each --prompt and print the text as it comes. docs/generation.md says more.",
+        usage="dsv3rt generate --checkpoint DIR --prompt TEXT [--prompt TEXT ...] [options]",
+        allow_abbrev=False,
+    )
+    add = generate.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a Hugging Face checkpoint, or the folder of a run")
+    add("--prompt", required=True, action="append", metavar="TEXT", help="'': the start of a document")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each prompt (default: 128)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that reach P (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws")
+    add("--drafts", type=int, default=0, metavar="N", help="tokens that the MTP block guesses a step, 0 to 3")
+    add("--fp8-cache", action="store_true", help="keep latents in FP8")
+    add(
+        "--tokenizer", metavar="NAME", help="as data.tokenizer (default: the run's, or the checkpoint's tokenizer.json)"
+    )
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="default: bfloat16 on a GPU")
 
 
 def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -292,7 +292,7 @@ def test_mla_decode_rejects_bad_arguments() -> None:
         ops.mla_decode(q, cache, table, length, scale=SCALE, latent_dim=512)
     with pytest.raises(ValueError, match=r"^mla_decode: cache must have shape \(\*, 64, 12\), got \(1, 32, 12\)$"):
         ops.mla_decode(q, cache[:, :32], table, length, scale=SCALE, latent_dim=C)
-    with pytest.raises(TypeError, match=r"^mla_decode: cache must be float32, got bfloat16$"):
+    with pytest.raises(TypeError, match=r"^mla_decode: cache must be float32 or uint8, got bfloat16$"):
         ops.mla_decode(q, cache.bfloat16(), table, length, scale=SCALE, latent_dim=C)
     with pytest.raises(ValueError, match=r"^mla_decode: lengths must be at most the 64 tokens of block_table, got 65$"):
         ops.mla_decode(q, cache, table, length + 62, scale=SCALE, latent_dim=C)

@@ -56,6 +56,11 @@ def _check(model: Transformer, prompts: list[list[int]], options: GenerateOption
     config, most = model.config, model.config.max_position - options.max_new_tokens
     if options.num_drafts > 0 and config.mtp_depth == 0:
         raise ValueError(f"generate: num_drafts must be 0 for a model without MTP blocks, got {options.num_drafts}")
+    if prompts and most < 1:
+        raise ValueError(
+            f"generate: max_new_tokens must leave room for a prompt in max_position ({config.max_position}), "
+            f"got {options.max_new_tokens}"
+        )
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= most:
             raise ValueError(
@@ -75,7 +80,8 @@ class Generation:
     def __init__(self, model: Transformer, prompts: list[list[int]], options: GenerateOptions) -> None:
         _check(model, prompts, options)
         self.num_drafted = self.num_accepted = 0
-        self._model, self._prompts, self._options = model, prompts, options
+        self.options = options
+        self._model, self._prompts = model, prompts
         weight = model.embed_tokens.weight
         self._device = weight.device
         generator = torch.Generator(weight.device).manual_seed(options.seed)
@@ -98,9 +104,13 @@ class Generation:
         """Share of drafted tokens that stood; 0 before any."""
         return self.num_accepted / max(self.num_drafted, 1)
 
+    def has_ended(self, row: int) -> bool:
+        """Whether the prompt's last token has come."""
+        return self._sequences[row] is None
+
     @torch.no_grad()
     def __iter__(self) -> Iterator[NewTokens]:
-        if not self._prompts or self._options.max_new_tokens == 0:
+        if not self._prompts or self.options.max_new_tokens == 0:
             return
         h_BD = self._prefill()
         last_B = self._sampler.sample(self._model.head(h_BD))
@@ -147,26 +157,26 @@ class Generation:
             tokens_1L = tokens_1T[:, chunk]
             step = self._cache.append([sequence], tokens_1L.shape[1])
             h_1LD = self._runner.prefill(tokens_1L, step)
-            if self._options.num_drafts > 0:
+            if self.options.num_drafts > 0:
                 self._runner.prefill_mtp(following_1T[:, chunk], h_1LD, step)
         return h_1LD[0, -1]
 
     def _first_drafts(self, last_B: Tensor, h_BD: Tensor) -> Drafts:
         """The MTP block has yet to read the token after the prompt's last, in that one's place."""
-        if self._options.num_drafts == 0:
+        if self.options.num_drafts == 0:
             return Drafts(last_B[:, None][:, :0], None)
         step = self._cache.rewrite(self._sequences, 1)
         return self._next_drafts(last_B[:, None], h_BD[:, None], step, torch.zeros_like(last_B))
 
     def _next_drafts(self, next_BL: Tensor, h_BLD: Tensor, step: DecodeStep, place_B: Tensor) -> Drafts:
         """What may follow next_BL at `place_B`; step and h_BLD are of the tokens before next_BL."""
-        if self._options.num_drafts == 0:
+        if self.options.num_drafts == 0:
             return Drafts(next_BL[:, :0], None)
         rows = torch.arange(len(place_B), device=self._device)
         h_BD = self._runner.step_mtp(next_BL, h_BLD, step)[rows, place_B]
         parts = [draft(self._model.head(h_BD), self._sampler)]
         lengths = [None if sequence is None else self._cache.length(sequence) for sequence in self._sequences]
-        while len(parts) < self._options.num_drafts:
+        while len(parts) < self.options.num_drafts:
             step = self._cache.append(self._sequences, 1)
             h_BD = self._runner.step_mtp(parts[-1].tokens_BK, h_BD[:, None], step)[:, 0]
             parts.append(draft(self._model.head(h_BD), self._sampler))
@@ -177,14 +187,14 @@ class Generation:
 
     def _count(self, accepted: list[int]) -> None:
         going = [count for count, sequence in zip(accepted, self._sequences, strict=True) if sequence is not None]
-        self.num_drafted += len(going) * self._options.num_drafts
+        self.num_drafted += len(going) * self.options.num_drafts
         self.num_accepted += sum(going)
 
     def _forget(self, accepted: list[int]) -> None:
         """Drafts that fell leave the cache."""
         for sequence, count in zip(self._sequences, accepted, strict=True):
             if sequence is not None:
-                fallen = self._options.num_drafts - count
+                fallen = self.options.num_drafts - count
                 self._cache.truncate(sequence, self._cache.length(sequence) - fallen)
 
     def _take(self, rows: list[list[int]]) -> NewTokens:
@@ -195,9 +205,9 @@ class Generation:
             if sequence is None:
                 continue
             tokens = tokens[: self._left[row]]
-            ended = self._options.eos in tokens
+            ended = self.options.eos in tokens
             if ended:
-                tokens = tokens[: tokens.index(self._options.eos) + 1]  # type: ignore[arg-type]
+                tokens = tokens[: tokens.index(self.options.eos) + 1]  # type: ignore[arg-type]
             self._left[row] -= len(tokens)
             if ended or self._left[row] == 0:
                 self._cache.free(sequence)
