@@ -11,18 +11,26 @@ from torch import Tensor
 
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
-from dsv3rt.ops import expert_rows
+from dsv3rt.ops import balance, expert_rows
 from dsv3rt.ops.reference import moe as reference
-from dsv3rt.ops.types import Permutation, Routing
+from dsv3rt.ops.types import QuantTensor, Routing
 
 Versus = Callable[..., dict[str, Any]]
 EXPERTS, GROUPS, KEPT, TOP_K, DIM = 256, 8, 4, 8, 7168
 TOKENS = [4096, 16384]
+CASES = [(tokens, peer) for tokens in TOKENS for peer in ("copy", "torch_eager")]
+COMPILED = [*CASES, (TOKENS[0], "torch_compile")]  # takes long, and minutes where the chain waits for the host
 RULE = reference.RouteRule(TOP_K, GROUPS, KEPT, 2.5, True)
+ALPHA = 1e-4
 
 
-def chain(name: str, run: Callable[[], object]) -> Peer:
-    return Peer(name, torch.compile(run) if name == "torch_compile" else run)
+def peer_of(name: str, copy_peer: Peer, chain: Callable[[], object]) -> Peer:
+    if name == "copy":
+        return copy_peer
+    if name == "torch_compile":
+        torch._dynamo.reset()
+        chain = torch.compile(chain, dynamic=False)
+    return Peer(name, chain)
 
 
 def routed(tokens: int) -> tuple[Tensor, Routing]:
@@ -31,94 +39,126 @@ def routed(tokens: int) -> tuple[Tensor, Routing]:
     return logits, ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("peer", ["torch_eager", "torch_compile"])
-def test_bench_route(versus: Versus, tokens: int, peer: str) -> None:
+class Placed:
+    """Routed tokens, their rows and where they lie."""
+
+    def __init__(self, tokens: int) -> None:
+        _, self.routing = routed(tokens)
+        self.x = torch.randn((tokens, DIM), device="cuda").bfloat16()
+        self.rows, layout, self.permutation = ops.permute(self.x, self.routing, num_experts=EXPERTS)
+        self.row_of, self.num_rows = self.permutation.row_of_TK, self.permutation.num_rows
+        self.counts, self.offsets = layout.counts_X, layout.offsets
+        self.num_padded = int(layout.offsets[-1])  # rows up to the last segment's end
+
+
+@pytest.mark.parametrize(("tokens", "peer"), COMPILED)
+def test_bench_route(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     logits, _ = routed(tokens)
     bias = torch.zeros(EXPERTS, device="cuda")
-    case = Case("route", f"{tokens}x{EXPERTS}", "us", 1)
+    moved = tokens * (2 * 4 * EXPERTS + 12 * TOP_K)  # logits and scores; choices with their weights
     versus(
-        case,
+        Case("route", f"{tokens}x{EXPERTS}", "gbps", moved),
         lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
-        chain(peer, lambda: reference.route(logits, bias, RULE)),
+        peer_of(peer, copy_peer, lambda: reference.route(logits, bias, RULE)),
     )
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_bench_permute(versus: Versus, copy_peer: Peer, tokens: int) -> None:
-    """Placement included. Every token is read once and written K times, padding too."""
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
+def test_bench_route_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     _, routing = routed(tokens)
-    x = torch.randn((tokens, DIM), device="cuda").bfloat16()
-    _, layout, _ = ops.permute(x, routing, num_experts=EXPERTS)
-    moved = 2 * DIM * (tokens + int(layout.offsets[-1]))
+    arguments = (torch.rand_like(routing.weight_TK), None, routing.scores_TE, routing.idx_TK, True, 2.5, True)
+    moved = tokens * (2 * 4 * EXPERTS + 12 * TOP_K)
     versus(
-        Case("permute", f"{tokens}x{DIM}", "gbps", moved),
-        lambda: ops.permute(x, routing, num_experts=EXPERTS),
-        copy_peer,
+        Case("route, backward", f"{tokens}x{EXPERTS}", "gbps", moved),
+        lambda: torch.ops.dsv3rt.route_backward(*arguments),
+        peer_of(peer, copy_peer, lambda: expert_rows._route_backward_on_cpu(*arguments)),
     )
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_bench_permute_fp8(versus: Versus, copy_peer: Peer, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
+def test_bench_balance_loss(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
+    """Sequences of 4096 tokens."""
     _, routing = routed(tokens)
-    q = ops.quantize_1x128(torch.randn((tokens, DIM), device="cuda").bfloat16())
-    _, layout, _ = ops.permute(q, routing, num_experts=EXPERTS)
-    moved = (DIM + DIM // 32) * (tokens + int(layout.offsets[-1]))
+    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
+    arguments = (routing.scores_TE, routing.idx_TK, ends, ALPHA)
     versus(
-        Case("permute of FP8", f"{tokens}x{DIM}", "gbps", moved),
-        lambda: ops.permute(q, routing, num_experts=EXPERTS),
-        copy_peer,
+        Case("balance_loss", f"{tokens}x{EXPERTS}", "gbps", tokens * (4 * EXPERTS + 8 * TOP_K)),
+        lambda: balance._balance_loss(*arguments),
+        peer_of(peer, copy_peer, lambda: reference.balance_loss(*arguments)),
     )
 
 
-def gathered(tokens: int) -> tuple[Tensor, Routing, Permutation]:
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
+def test_bench_balance_loss_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     _, routing = routed(tokens)
-    x = torch.randn((tokens, DIM), device="cuda").bfloat16()
-    rows, _, permutation = ops.permute(x, routing, num_experts=EXPERTS)
-    return rows, routing, permutation
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_bench_unpermute(versus: Versus, copy_peer: Peer, tokens: int) -> None:
-    rows, routing, permutation = gathered(tokens)
+    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
+    _, slope = balance._balance_loss(routing.scores_TE, routing.idx_TK, ends, ALPHA)
+    arguments = (torch.ones((), device="cuda"), routing.scores_TE, slope, ends)
     versus(
-        Case("unpermute", f"{tokens}x{DIM}", "gbps", 2 * DIM * tokens * (TOP_K + 1)),
-        lambda: ops.unpermute(rows, permutation, routing.weight_TK),
-        copy_peer,
+        Case("balance_loss, backward", f"{tokens}x{EXPERTS}", "gbps", 2 * 4 * tokens * EXPERTS),
+        lambda: balance._balance_loss_backward(*arguments),
+        peer_of(peer, copy_peer, lambda: reference.balance_loss_backward(*arguments)),
     )
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int) -> None:
-    """Rows are read for the gradient of the weights, and as many written, padding too."""
-    rows, routing, permutation = gathered(tokens)
-    assert permutation.layout is not None
-    counts, offsets = permutation.layout.counts_X, permutation.layout.offsets
-    dy = torch.randn((tokens, DIM), device="cuda").bfloat16()
-    moved = 2 * DIM * (tokens + tokens * TOP_K + int(offsets[-1]))
-    versus(
-        Case("unpermute, backward", f"{tokens}x{DIM}", "gbps", moved),
-        lambda: expert_rows._unpermute_backward(
-            dy, rows, routing.weight_TK, permutation.row_of_TK, counts, offsets, permutation.num_rows
-        ),
-        copy_peer,
-    )
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
+def test_bench_permute(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
+    """Placement included. Every token is read once and written K times; so is the padding of segments."""
+    placed = Placed(tokens)
+    x, routing = placed.x, placed.routing
 
-
-@pytest.mark.parametrize("peer", ["torch_eager", "torch_compile"])
-def test_bench_permute_and_back(versus: Versus, peer: str) -> None:
-    """Both ways, beside the same in torch."""
-    tokens = TOKENS[0]
-    _, routing = routed(tokens)
-    x = torch.randn((tokens, DIM), device="cuda").bfloat16()
-
-    def ours() -> Tensor:
-        rows, _, permutation = ops.permute(x, routing, num_experts=EXPERTS)
-        return ops.unpermute(rows, permutation, routing.weight_TK)
-
-    def theirs() -> Tensor:
+    def chain() -> Tensor:
         _, permutation = reference.place(routing.idx_TK, EXPERTS, 128)
-        rows = reference.scatter(x, permutation.row_of_TK, x.new_zeros(permutation.num_rows, DIM))
-        return reference.gather_sum(rows, permutation.row_of_TK, routing.weight_TK)
+        return reference.scatter(x, permutation.row_of_TK, x.new_zeros(permutation.num_rows, DIM))
 
-    versus(Case("permute and unpermute", f"{tokens}x{DIM}", "us", 1), ours, chain(peer, theirs))
+    versus(
+        Case("permute", f"{tokens}x{DIM}", "gbps", 2 * DIM * (tokens + placed.num_padded)),
+        lambda: ops.permute(x, routing, num_experts=EXPERTS),
+        peer_of(peer, copy_peer, chain),
+    )
+
+
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
+def test_bench_permute_fp8(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
+    placed = Placed(tokens)
+    q, routing = ops.quantize_1x128(placed.x), placed.routing
+
+    def chain() -> QuantTensor:
+        _, permutation = reference.place(routing.idx_TK, EXPERTS, 128)
+        return reference.permute_quant(q, permutation.row_of_TK, permutation.num_rows)
+
+    versus(
+        Case("permute of FP8", f"{tokens}x{DIM}", "gbps", (DIM + DIM // 32) * (tokens + placed.num_padded)),
+        lambda: ops.permute(q, routing, num_experts=EXPERTS),
+        peer_of(peer, copy_peer, chain),
+    )
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["unpermute", "permute-backward"])
+@pytest.mark.parametrize(("tokens", "peer"), COMPILED)
+def test_bench_unpermute(versus: Versus, copy_peer: Peer, tokens: int, peer: str, weighted: bool) -> None:
+    """Without weights it is the backward pass of permute."""
+    placed = Placed(tokens)
+    arguments = (placed.rows, placed.routing.weight_TK if weighted else None, placed.row_of)
+    versus(
+        Case(
+            "unpermute" if weighted else "permute, backward", f"{tokens}x{DIM}", "gbps", 2 * DIM * tokens * (TOP_K + 1)
+        ),
+        lambda: torch.ops.dsv3rt.unpermute(*arguments),
+        peer_of(peer, copy_peer, lambda: reference.gather_sum(arguments[0], arguments[2], arguments[1])),
+    )
+
+
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
+def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
+    """Rows are read for the gradient of the weights, and as many written, padding too."""
+    placed = Placed(tokens)
+    dy, rows, weight, row_of, num_rows = (
+        torch.randn_like(placed.x), placed.rows, placed.routing.weight_TK, placed.row_of, placed.num_rows,
+    )  # fmt: skip
+    arguments = (dy, rows, weight, row_of, placed.counts, placed.offsets, num_rows)
+    versus(
+        Case("unpermute, backward", f"{tokens}x{DIM}", "gbps", 2 * DIM * (tokens * (TOP_K + 1) + placed.num_padded)),
+        lambda: torch.ops.dsv3rt.unpermute_backward(*arguments),
+        peer_of(peer, copy_peer, lambda: reference.unpermute_backward(dy, rows, weight, row_of, num_rows)),
+    )

@@ -3,7 +3,7 @@ replace. The list of the optimizer is one layer's share of a rank: attention, a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,14 +22,15 @@ Versus = Callable[..., dict[str, Any]]
 
 VOCAB, DIM = 129280, 7168
 LOGITS = (Matrix(TOKENS, VOCAB), Matrix(4 * TOKENS, VOCAB))
-SHAPES = [
+SHAPES: list[tuple[int, ...]] = [
     (2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (256, 7168), *[(4096, 7168), (7168, 2048)] * 9,
     *[(7168,)] * 3, (1536,), (512,),
 ]  # fmt: skip
 ELEMENTS = sum(torch.Size(shape).numel() for shape in SHAPES)
 LIST = f"{len(SHAPES)}tensors_{ELEMENTS / 1e6:.0f}M"
+LARGEST = [(7168, 16384)]
 HYPER = AdamWHyper(lr=2.2e-4)
-PEERS = ["torch_eager", "torch_compile"]
+PEERS = ["torch_eager", "torch_compile"]  # compiling is slow: each function for one shape alone
 
 
 def peer_of(name: str, run: Run) -> Peer:
@@ -39,9 +40,11 @@ def peer_of(name: str, run: Run) -> Peer:
 # AdamW: FP32 gradients, a BF16 copy of the weights.
 
 
-def make_slots(moment: torch.dtype, seed: int | None = None) -> list[AdamWSlot]:
+def make_slots(
+    moment: torch.dtype, seed: int | None = None, shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> list[AdamWSlot]:
     slots = []
-    for shape in SHAPES:
+    for shape in shapes:
         moments = [torch.zeros(shape, dtype=moment, device="cuda") for _ in range(2)]
         grad, param = torch.randn(shape, device="cuda") * 1e-3, torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         slots.append(AdamWSlot(torch.randn(shape, device="cuda"), grad, moments[0], moments[1], param, seed))
@@ -79,9 +82,10 @@ def test_bench_adamw_step(versus: Versus, copy_peer: Peer, moment: torch.dtype, 
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_bench_adamw_step_beside_torch(versus: Versus, peer: str) -> None:
-    slots, scale = make_slots(torch.bfloat16), torch.ones((), device="cuda")
+    shapes, name = (SHAPES, LIST) if peer == "torch_eager" else (LARGEST, str(Matrix(*LARGEST[0])))
+    slots, scale = make_slots(torch.bfloat16, shapes=shapes), torch.ones((), device="cuda")
     ours = lambda: ops.adamw_step(slots, hyper=HYPER, step=2, grad_scale=scale)  # noqa: E731
-    versus(Case("adamw_step, bfloat16 moments", LIST, "us"), ours, peer_of(peer, adamw_by_torch(slots, scale)))
+    versus(Case("adamw_step, bfloat16 moments", name, "us"), ours, peer_of(peer, adamw_by_torch(slots, scale)))
 
 
 def test_bench_adamw_step_beside_fused_adamw(versus: Versus) -> None:
@@ -91,7 +95,7 @@ def test_bench_adamw_step_beside_fused_adamw(versus: Versus) -> None:
     for master, slot in zip(masters, slots, strict=True):
         master.grad = slot.grad
     optimizer = torch.optim.AdamW(masters, lr=HYPER.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    params = [slot.param for slot in slots]
+    params = [slot.param for slot in slots if slot.param is not None]
 
     def theirs() -> None:
         optimizer.step()
@@ -113,11 +117,10 @@ def test_bench_grad_norms(versus: Versus, copy_peer: Peer) -> None:
     versus(Case("grad_norms", LIST, "gbps", 4 * ELEMENTS), lambda: ops.grad_norms(grads), copy_peer)
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_bench_grad_norm_beside_torch(versus: Versus, peer: str) -> None:
+def test_bench_grad_norm_beside_torch(versus: Versus) -> None:
     grads = [torch.randn(shape, device="cuda") for shape in SHAPES]
     ours = lambda: torch.linalg.vector_norm(ops.grad_norms(grads))  # noqa: E731
-    versus(Case("norm of all gradients", LIST, "us"), ours, peer_of(peer, lambda: total_norm(grads)))
+    versus(Case("norm of all gradients", LIST, "us"), ours, Peer("torch_eager", lambda: total_norm(grads)))
 
 
 # The loss: what lies between the products, then all of it.
@@ -151,6 +154,9 @@ def test_bench_softmax_loss_beside_torch(versus: Versus, shape: Matrix, peer: st
     versus(Case("softmax_loss with gradients", str(shape), "us"), ours, Peer(peer, theirs))
 
 
+HEADS = [(TOKENS, "torch_eager"), (4 * TOKENS, "torch_eager"), (TOKENS, "torch_compile")]
+
+
 def head(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     h = torch.randn((tokens, DIM), device="cuda").bfloat16().requires_grad_()
     w = (torch.randn((VOCAB, DIM), device="cuda") / DIM**0.5).bfloat16().requires_grad_()
@@ -161,8 +167,7 @@ def plain_loss(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy((h @ w.t()).float(), labels)
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+@pytest.mark.parametrize(("tokens", "peer"), HEADS)
 def test_bench_linear_cross_entropy(versus: Versus, tokens: int, peer: str) -> None:
     h, w, labels = head(tokens)
     plain = torch.compile(plain_loss) if peer == "torch_compile" else plain_loss
@@ -171,12 +176,11 @@ def test_bench_linear_cross_entropy(versus: Versus, tokens: int, peer: str) -> N
         case,
         lambda: torch.autograd.grad(ops.linear_cross_entropy(h, w, labels), (h, w)),
         Peer(peer, lambda: torch.autograd.grad(plain(h, w, labels), (h, w))),
-        reps=15,
+        reps=9,
     )
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+@pytest.mark.parametrize(("tokens", "peer"), HEADS)
 def test_bench_memory_of_linear_cross_entropy(
     request: pytest.FixtureRequest, benchmark: Any, tokens: int, peer: str
 ) -> None:
@@ -193,7 +197,7 @@ def test_bench_memory_of_linear_cross_entropy(
         return (torch.cuda.max_memory_allocated() - before - 2 * w.numel()) / 1e6
 
     ours, theirs = peak_mb(ops.linear_cross_entropy), peak_mb(plain)
-    samples = sample_cuda(lambda: torch.autograd.grad(ops.linear_cross_entropy(h, w, labels), (h, w)), reps=3)
+    samples = sample_cuda(lambda: torch.autograd.grad(ops.linear_cross_entropy(h, w, labels), (h, w)), warmup=1, reps=3)
     figures = {"metric": "mb", "value": round(ours, 1), "peer": peer, "peer_value": round(theirs, 1)}
     names = {"op": "linear_cross_entropy, peak memory", "shape": f"{tokens}x{VOCAB}x{DIM}"}
     record(request, benchmark, samples, {**names, **figures, "ratio": round(theirs / ours, 4)})

@@ -27,7 +27,7 @@ PYBIND11_MODULE(_C, module) {
         "quantize_1x128", "quantize_128x128", "swiglu_quantize_1x128", "swiglu_backward_quantize_1x128", "fp8_gemm_nt",
         "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt", "mla_prefill", "mla_prefill_backward", "rms_norm",
         "rms_norm_backward", "rms_norm_quantize_1x128", "rope", "embedding_backward", "softmax_loss", "adamw_step",
-        "grad_norms", "route", "permute", "unpermute", "mla_decode", "append_latents");
+        "grad_norms", "route", "balance_loss", "permute", "unpermute", "mla_decode", "append_latents");
     return result;
   });
   dsv3rt::bind_comm(module);

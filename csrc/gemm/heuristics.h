@@ -25,7 +25,8 @@ constexpr int kPairedRowGroup = 16;
 constexpr bool pairs_rows(TileShape tile) { return tile.n == 128; }
 
 // Which kernels are compiled. FP32 tiles and double partial sums take room: they stop at 128x128, or at 192x128 for
-// weight gradients, which are added or start a sum. Large tiles always come in clusters. Neighbours along m may belong to two groups of rows.
+// weight gradients, which are added or start a sum. Large tiles always come in clusters. Neighbours along m may belong
+// to two groups of rows.
 constexpr bool is_compiled(TileShape tile, Share share, ScaleB scale_b, GemmOutput output, Grouping grouping) {
   if (share == Share::kB && grouping == Grouping::kRows) return false;
   if (share == Share::kDepth) {

@@ -73,6 +73,9 @@ void bound_route(const TensorView& logits, const TensorView& bias, const TensorV
   arguments.at_most("the number of experts", experts, kMaxExperts);
   arguments.at_most("top_k", top_k, kMaxTopK);
   arguments.at_most("num_groups", num_groups, kMaxExpertGroups);
+  if (experts % num_groups != 0) {
+    ArgCheck("route", "bias", bias).fail("must hold groups of one size", std::to_string(experts));
+  }
   RouteParams params{};
   params.logits = arguments.matrix("logits", logits, {DataType::kFloat32, DataType::kBFloat16}, tokens, experts);
   params.bias = static_cast<const float*>(arguments.vector("bias", bias, DataType::kFloat32, experts));
@@ -121,6 +124,73 @@ void bound_route_backward(const TensorView& weight_grad, const MaybeView& scores
   params.logits_bf16 = logits_grad.dtype == DataType::kBFloat16;
   params.device = scores.device.index;
   throw_on_error(kOp, route_backward(params, stream_for(kOp, scores, stream)));
+}
+
+void bound_balance_loss(const TensorView& scores, const TensorView& idx, const TensorView& cu_seqlens,
+                        const TensorView& loss, const TensorView& slope, const TensorView& sequence_loss,
+                        const TensorView& share_parts, const TensorView& load_parts, float alpha, py::handle stream) {
+  constexpr char kOp[] = "balance_loss";
+  const Arguments arguments(kOp, scores);
+  ArgCheck(kOp, "scores", scores).shape({kAny, kAny});
+  ArgCheck(kOp, "idx", idx).shape({kAny, kAny});
+  ArgCheck(kOp, "slope", slope).shape({kAny, kAny});
+  ArgCheck(kOp, "share_parts", share_parts).shape({kAny, kAny, kAny});
+  const int64_t tokens = scores.shape[0], experts = scores.shape[1], top_k = idx.shape[1];
+  const int64_t sequences = slope.shape[0], parts = share_parts.shape[1];
+  arguments.at_most("the number of experts", experts, kMaxExperts);
+  arguments.at_most("top_k", top_k, kMaxTopK);
+  if (parts < 1) throw py::value_error("balance_loss: share_parts must have a part a sequence, got none");
+  const auto floats = {DataType::kFloat32};
+  const auto check_parts = [&](const char* name, const TensorView& view, DataType dtype) {
+    ArgCheck(kOp, name, view)
+        .on_device_of(scores, "scores")
+        .dtype({dtype})
+        .shape({sequences, parts, experts})
+        .strides({parts * experts, experts, 1});
+    return view.data;
+  };
+  BalanceParams params{};
+  params.scores = static_cast<const float*>(arguments.matrix("scores", scores, floats, tokens, experts));
+  params.idx = static_cast<const int64_t*>(arguments.matrix("idx", idx, {DataType::kInt64}, tokens, top_k));
+  params.cu_seqlens =
+      static_cast<const int32_t*>(arguments.vector("cu_seqlens", cu_seqlens, DataType::kInt32, sequences + 1));
+  params.share_parts = static_cast<float*>(check_parts("share_parts", share_parts, DataType::kFloat32));
+  params.load_parts = static_cast<int32_t*>(check_parts("load_parts", load_parts, DataType::kInt32));
+  params.sequence_loss =
+      static_cast<float*>(arguments.vector("sequence_loss", sequence_loss, DataType::kFloat32, sequences));
+  params.slope = static_cast<float*>(arguments.matrix("slope", slope, floats, sequences, experts));
+  params.loss = static_cast<float*>(arguments.vector("loss", loss, DataType::kFloat32, 1));
+  params.num_tokens = tokens;
+  params.num_sequences = static_cast<int>(sequences);
+  params.num_parts = static_cast<int>(parts);
+  params.num_experts = static_cast<int>(experts);
+  params.top_k = static_cast<int>(top_k);
+  params.alpha = alpha;
+  params.device = scores.device.index;
+  throw_on_error(kOp, balance_loss(params, stream_for(kOp, scores, stream)));
+}
+
+void bound_balance_loss_backward(const TensorView& grad, const TensorView& scores, const TensorView& slope,
+                                 const TensorView& cu_seqlens, const TensorView& scores_grad, py::handle stream) {
+  constexpr char kOp[] = "balance_loss_backward";
+  const Arguments arguments(kOp, scores);
+  ArgCheck(kOp, "scores", scores).shape({kAny, kAny});
+  ArgCheck(kOp, "slope", slope).shape({kAny, kAny});
+  const int64_t tokens = scores.shape[0], experts = scores.shape[1], sequences = slope.shape[0];
+  arguments.at_most("the number of experts", experts, kMaxExperts);
+  const auto floats = {DataType::kFloat32};
+  BalanceBackwardParams params{};
+  params.grad = static_cast<const float*>(arguments.vector("grad", grad, DataType::kFloat32, 1));
+  params.scores = static_cast<const float*>(arguments.matrix("scores", scores, floats, tokens, experts));
+  params.slope = static_cast<const float*>(arguments.matrix("slope", slope, floats, sequences, experts));
+  params.cu_seqlens =
+      static_cast<const int32_t*>(arguments.vector("cu_seqlens", cu_seqlens, DataType::kInt32, sequences + 1));
+  params.scores_grad = static_cast<float*>(arguments.matrix("scores_grad", scores_grad, floats, tokens, experts));
+  params.num_tokens = tokens;
+  params.num_sequences = static_cast<int>(sequences);
+  params.num_experts = static_cast<int>(experts);
+  params.device = scores.device.index;
+  throw_on_error(kOp, balance_loss_backward(params, stream_for(kOp, scores, stream)));
 }
 
 void bound_place(const TensorView& idx, const TensorView& row_of, const TensorView& counts, const TensorView& offsets,
@@ -257,6 +327,13 @@ void bind_moe(py::module_& module) {
   module.def("route_backward", &bound_route_backward, py::arg("weight_grad"), py::arg("scores_grad"), py::arg("scores"),
              py::arg("idx"), py::arg("logits_grad"), py::kw_only(), py::arg("scale"), py::arg("renormalize"),
              py::arg("stream") = none, "Writes the gradient of the logits, on a stream.");
+  module.def("balance_loss", &bound_balance_loss, py::arg("scores"), py::arg("idx"), py::arg("cu_seqlens"),
+             py::arg("loss"), py::arg("slope"), py::arg("sequence_loss"), py::arg("share_parts"), py::arg("load_parts"),
+             py::kw_only(), py::arg("alpha"), py::arg("stream") = none,
+             "Writes the loss and its slopes by sequence and expert, on a stream; the last three are scratch.");
+  module.def("balance_loss_backward", &bound_balance_loss_backward, py::arg("grad"), py::arg("scores"),
+             py::arg("slope"), py::arg("cu_seqlens"), py::arg("scores_grad"), py::kw_only(), py::arg("stream") = none,
+             "Writes the gradient of the scores, on a stream.");
   module.def("place", &bound_place, py::arg("idx"), py::arg("row_of"), py::arg("counts"), py::arg("offsets"),
              py::arg("partial"), py::kw_only(), py::arg("block"), py::arg("stream") = none,
              "Writes the row of every choice and the experts' segments, on a stream; partial is scratch.");

@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "common/launch.h"
+#include "moe/balance.cuh"
 #include "moe/place.cuh"
 #include "moe/route.cuh"
 #include "moe/rows.cuh"
@@ -10,26 +12,78 @@ namespace {
 
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
-unsigned route_blocks(int64_t num_tokens) {
-  return static_cast<unsigned>(std::min(ceil_div(num_tokens, int64_t(kRouteWarps)), int64_t(1) << 16));
+unsigned token_blocks(int64_t num_tokens) { return static_cast<unsigned>(ceil_div(num_tokens, int64_t(kTokenWarps))); }
+
+GroupShape group_shape(const RouteParams& params) {
+  const int size = params.num_experts / params.num_groups;
+  int lanes = 1;
+  while (2 * lanes * params.num_groups <= 32) lanes *= 2;
+  return {size, lanes, ceil_div(1u << kGroupShift, static_cast<unsigned>(size))};
+}
+
+// Calls launch(std::integral_constant) with the experts that a lane holds, a power of two.
+template <class Launch>
+void with_experts_a_lane(int num_experts, Launch launch) {
+  if (num_experts <= 32) return launch(std::integral_constant<int, 1>());
+  if (num_experts <= 64) return launch(std::integral_constant<int, 2>());
+  if (num_experts <= 128) return launch(std::integral_constant<int, 4>());
+  if (num_experts <= 256) return launch(std::integral_constant<int, 8>());
+  return launch(std::integral_constant<int, 16>());
 }
 
 }  // namespace
 
 const char* route(const RouteParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
+  if (params.num_tokens > kMaxBlocks) return "logits has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto kernel = params.logits_bf16 ? route_kernel<__nv_bfloat16> : route_kernel<float>;
-    kernel<<<route_blocks(params.num_tokens), kRouteWarps * 32, 0, cuda_stream>>>(params);
+    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+      const auto kernel =
+          params.logits_bf16 ? route_kernel<__nv_bfloat16, per_lane.value> : route_kernel<float, per_lane.value>;
+      const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
+      kernel<<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params, group_shape(params));
+    });
     return nullptr;
   });
 }
 
 const char* route_backward(const RouteBackwardParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
+  if (params.num_tokens > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto kernel = params.logits_bf16 ? route_backward_kernel<__nv_bfloat16> : route_backward_kernel<float>;
-    kernel<<<route_blocks(params.num_tokens), kRouteWarps * 32, 0, cuda_stream>>>(params);
+    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+      const auto kernel = params.logits_bf16 ? route_backward_kernel<__nv_bfloat16, per_lane.value>
+                                             : route_backward_kernel<float, per_lane.value>;
+      kernel<<<token_blocks(params.num_tokens), kTokenWarps * 32, 0, cuda_stream>>>(params);
+    });
+    return nullptr;
+  });
+}
+
+const char* balance_loss(const BalanceParams& params, void* stream) {
+  const int64_t blocks = int64_t(params.num_sequences) * params.num_parts;
+  if (params.num_tokens > kMaxBlocks || blocks > kMaxBlocks) return "scores has 2^31 tokens or more";
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
+    if (blocks > 0) {
+      with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+        const auto grid = static_cast<unsigned>(blocks);
+        balance_parts_kernel<per_lane.value><<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params);
+      });
+      balance_sequences_kernel<<<params.num_sequences, kSequenceThreads, 0, cuda_stream>>>(params);
+    }
+    balance_total_kernel<<<1, 32, 0, cuda_stream>>>(params);
+    return nullptr;
+  });
+}
+
+const char* balance_loss_backward(const BalanceBackwardParams& params, void* stream) {
+  if (params.num_tokens == 0) return nullptr;
+  if (params.num_tokens > kMaxBlocks) return "scores has 2^31 tokens or more";
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
+    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+      const unsigned grid = token_blocks(params.num_tokens);
+      balance_backward_kernel<per_lane.value><<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params);
+    });
     return nullptr;
   });
 }
@@ -59,7 +113,9 @@ const char* unpermute(const UnpermuteParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
   if (params.num_tokens > kMaxBlocks) return "y has 2^31 rows or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto kernel = params.top_k == 8 ? unpermute_kernel<8> : unpermute_kernel<0>;
+    const auto kernel = params.top_k == 8   ? unpermute_kernel<8>
+                        : params.top_k == 6 ? unpermute_kernel<6>
+                                            : unpermute_kernel<0>;
     kernel<<<static_cast<unsigned>(params.num_tokens), kRowThreads, 0, cuda_stream>>>(params);
     return nullptr;
   });
@@ -69,7 +125,11 @@ const char* unpermute_backward(const UnpermuteBackwardParams& params, void* stre
   const int64_t blocks = params.num_tokens + int64_t(params.num_experts) * kPaddingBlocks;
   if (blocks > kMaxBlocks) return "y has 2^31 rows or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    unpermute_backward_kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
+    const auto kernel = params.weight_grad == nullptr ? unpermute_backward_kernel<0, false>
+                        : params.top_k == 8           ? unpermute_backward_kernel<8, true>
+                        : params.top_k == 6           ? unpermute_backward_kernel<6, true>
+                                                      : unpermute_backward_kernel<0, true>;
+    kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
     return nullptr;
   });
 }

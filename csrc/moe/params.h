@@ -8,6 +8,7 @@ namespace dsv3rt {
 constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertGroups = 32;
 constexpr int kMaxTopK = 16;
+constexpr float kSumFloor = 1e-20f;  // added to sums of scores: zero by it is zero where all scores underflow
 constexpr int kPlaceChoices = 1024;  // choices (token, k) that one block of the placement takes
 
 struct RouteParams {
@@ -40,6 +41,36 @@ struct RouteBackwardParams {
   float scale;
   bool renormalize;
   bool logits_bf16;
+  int device;
+};
+
+struct BalanceParams {
+  const float* scores;       // (T, E)
+  const int64_t* idx;        // (T, K); one outside of 0 .. E counts nowhere, one given twice counts once
+  const int32_t* cu_seqlens; // (B + 1,)
+  float* share_parts;        // (B, parts, E): scratch, sums of scores divided by their token's sum
+  int32_t* load_parts;       // (B, parts, E): scratch, choices
+  float* sequence_loss;      // (B,): scratch
+  float* slope;              // (B, E): derivative of the loss by a token's divided scores
+  float* loss;               // one number
+  int64_t num_tokens;        // up to 2^31
+  int num_sequences;         // B
+  int num_parts;             // of a sequence
+  int num_experts;
+  int top_k;
+  float alpha;
+  int device;
+};
+
+struct BalanceBackwardParams {
+  const float* grad;          // one number
+  const float* scores;        // (T, E)
+  const float* slope;         // (B, E), as `balance_loss` wrote it
+  const int32_t* cu_seqlens;  // (B + 1,)
+  float* scores_grad;         // (T, E); zeros for a token of no sequence
+  int64_t num_tokens;
+  int num_sequences;
+  int num_experts;
   int device;
 };
 
@@ -104,6 +135,8 @@ struct UnpermuteBackwardParams {
 // Each returns null, or what went wrong.
 const char* route(const RouteParams& params, void* stream);
 const char* route_backward(const RouteBackwardParams& params, void* stream);
+const char* balance_loss(const BalanceParams& params, void* stream);
+const char* balance_loss_backward(const BalanceBackwardParams& params, void* stream);
 const char* place(const PlaceParams& params, void* stream);
 const char* permute(const PermuteParams& params, void* stream);
 const char* unpermute(const UnpermuteParams& params, void* stream);

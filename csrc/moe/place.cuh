@@ -8,6 +8,7 @@
 namespace dsv3rt {
 
 constexpr int kPlaceWarps = kPlaceChoices / 32;
+constexpr int kScanBatch = 16;
 
 __device__ __forceinline__ int expert_of(const PlaceParams& params, int64_t choice) {
   if (choice >= params.num_choices) return -1;
@@ -51,12 +52,18 @@ __global__ void __launch_bounds__(kMaxExperts) scan_choices_kernel(const __grid_
   params.counts[expert] = total;
   params.offsets[expert] = row;
   if (expert == num_experts - 1) params.offsets[num_experts] = ends[expert];
-#pragma unroll 8
-  for (int block = 0; block < num_blocks; ++block) {
-    int32_t& place = params.partial[int64_t(block) * num_experts + expert];
-    const int count = place;
-    place = row;
-    row += count;
+  for (int first = 0; first < num_blocks; first += kScanBatch) {
+    int counts[kScanBatch];  // all loaded before the first is overwritten
+#pragma unroll
+    for (int i = 0; i < kScanBatch; ++i) {
+      const int block = first + i;
+      counts[i] = block < num_blocks ? params.partial[int64_t(block) * num_experts + expert] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kScanBatch; ++i) {
+      if (first + i < num_blocks) params.partial[int64_t(first + i) * num_experts + expert] = row;
+      row += counts[i];
+    }
   }
 }
 

@@ -10,6 +10,7 @@ namespace dsv3rt {
 
 constexpr int kRowThreads = 256;
 constexpr int kPaddingBlocks = 8;  // a segment
+constexpr int kChunksInFlight = 4;
 
 __device__ __forceinline__ bool is_row(int64_t row, int64_t num_rows) { return row >= 0 && row < num_rows; }
 
@@ -25,36 +26,53 @@ __device__ __forceinline__ void clear_padding(void* rows, int row_bytes, int64_t
   }
 }
 
-// The rows of a token's choices, once for the whole block.
-__device__ __forceinline__ void load_choices(int64_t (&choices)[kMaxTopK], const int64_t* row_of, int64_t token,
-                                             int top_k) {
-  if (threadIdx.x < top_k) choices[threadIdx.x] = row_of[token * top_k + threadIdx.x];
-  __syncthreads();
+// The rows of a token's choices, once for the whole block, and whether all of them exist.
+__device__ __forceinline__ bool load_choices(int64_t (&choices)[kMaxTopK], const int64_t* row_of, int64_t token,
+                                             int top_k, int64_t num_rows) {
+  bool exists = true;
+  if (threadIdx.x < top_k) {
+    choices[threadIdx.x] = row_of[token * top_k + threadIdx.x];
+    exists = is_row(choices[threadIdx.x], num_rows);
+  }
+  return __syncthreads_and(exists);
+}
+
+__device__ __forceinline__ void clear_padding_scales(const PermuteParams& params, int index) {
+  const int expert = index / kPaddingBlocks;
+  const int64_t begin = params.offsets[expert] + params.counts[expert];
+  const int64_t end = min(int64_t(params.offsets[expert + 1]), params.num_rows);
+  for (int tile = index % kPaddingBlocks; tile < params.num_tiles; tile += kPaddingBlocks) {
+    for (int64_t row = begin + threadIdx.x; row < end; row += kRowThreads) {
+      params.rows_scale[tile * params.rows_scale_stride + row] = 0.0f;
+    }
+  }
 }
 
 __global__ void __launch_bounds__(kRowThreads) permute_kernel(const __grid_constant__ PermuteParams params) {
   __shared__ int64_t choices[kMaxTopK];
   const int64_t token = blockIdx.x;
   if (token >= params.num_tokens) {
-    const int index = static_cast<int>(token - params.num_tokens), expert = index / kPaddingBlocks;
+    const int index = static_cast<int>(token - params.num_tokens);
     clear_padding(params.rows, params.row_bytes, params.num_rows, params.counts, params.offsets, index);
-    if (params.scale == nullptr) return;
-    const int64_t begin = params.offsets[expert] + params.counts[expert];
-    const int64_t end = min(int64_t(params.offsets[expert + 1]), params.num_rows);
-    for (int tile = index % kPaddingBlocks; tile < params.num_tiles; tile += kPaddingBlocks) {
-      for (int64_t row = begin + threadIdx.x; row < end; row += kRowThreads) {
-        params.rows_scale[tile * params.rows_scale_stride + row] = 0.0f;
-      }
-    }
+    if (params.scale != nullptr) clear_padding_scales(params, index);
     return;
   }
-  load_choices(choices, params.row_of, token, params.top_k);
+  load_choices(choices, params.row_of, token, params.top_k, params.num_rows);
+  const int chunks = params.row_bytes / 16;
   const auto* source = reinterpret_cast<const uint4*>(static_cast<const char*>(params.x) + token * params.row_bytes);
-  for (int chunk = threadIdx.x; chunk < params.row_bytes / 16; chunk += kRowThreads) {
-    const uint4 words = source[chunk];
+  for (int first = threadIdx.x; first < chunks; first += kRowThreads * kChunksInFlight) {
+    uint4 words[kChunksInFlight];
+#pragma unroll
+    for (int i = 0; i < kChunksInFlight; ++i) {
+      if (first + i * kRowThreads < chunks) words[i] = source[first + i * kRowThreads];
+    }
     for (int k = 0; k < params.top_k; ++k) {
       if (!is_row(choices[k], params.num_rows)) continue;
-      reinterpret_cast<uint4*>(static_cast<char*>(params.rows) + choices[k] * params.row_bytes)[chunk] = words;
+      auto* target = reinterpret_cast<uint4*>(static_cast<char*>(params.rows) + choices[k] * params.row_bytes);
+#pragma unroll
+      for (int i = 0; i < kChunksInFlight; ++i) {
+        if (first + i * kRowThreads < chunks) target[first + i * kRowThreads] = words[i];
+      }
     }
   }
   if (params.scale == nullptr) return;
@@ -85,28 +103,21 @@ __device__ __forceinline__ uint4 pack_octet(const float (&values)[8]) {
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// kTopK is 0 where it is not known to the compiler; else all rows of a chunk are loaded before the first is used.
+// kTopK: the choices of a token where the compiler knows them and all exist: the rows' loads then wait for nothing and
+// for no other. 0: any number of choices, one at a time, those that do not exist left out.
 template <int kTopK>
-__global__ void __launch_bounds__(kRowThreads) unpermute_kernel(const __grid_constant__ UnpermuteParams params) {
+__device__ __forceinline__ void sum_rows(const UnpermuteParams& params, int64_t token,
+                                         const int64_t (&choices)[kMaxTopK], const float (&weights)[kMaxTopK]) {
   constexpr int kBatch = kTopK > 0 ? kTopK : 1;
-  __shared__ int64_t choices[kMaxTopK];
-  __shared__ float weights[kMaxTopK];
-  const int64_t token = blockIdx.x;
-  if (threadIdx.x < params.top_k) {
-    weights[threadIdx.x] = params.weight == nullptr ? 1.0f : params.weight[token * params.top_k + threadIdx.x];
-  }
-  load_choices(choices, params.row_of, token, params.top_k);
   const int chunks = params.num_columns / 8;
   const auto* rows = static_cast<const uint4*>(params.rows);
   for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) {
     float sum[8] = {};
-    for (int first = 0; first < params.top_k; first += kBatch) {
+    for (int first = 0; first < (kTopK > 0 ? kTopK : params.top_k); first += kBatch) {
+      if (kTopK == 0 && !is_row(choices[first], params.num_rows)) continue;
       uint4 words[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t row = choices[first + i];
-        words[i] = is_row(row, params.num_rows) ? rows[row * chunks + chunk] : make_uint4(0, 0, 0, 0);
-      }
+      for (int i = 0; i < kBatch; ++i) words[i] = rows[choices[first + i] * chunks + chunk];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         float values[8];
@@ -116,6 +127,21 @@ __global__ void __launch_bounds__(kRowThreads) unpermute_kernel(const __grid_con
       }
     }
     static_cast<uint4*>(params.y)[token * chunks + chunk] = pack_octet(sum);
+  }
+}
+
+template <int kTopK>
+__global__ void __launch_bounds__(kRowThreads) unpermute_kernel(const __grid_constant__ UnpermuteParams params) {
+  __shared__ int64_t choices[kMaxTopK];
+  __shared__ float weights[kMaxTopK];
+  const int64_t token = blockIdx.x;
+  if (threadIdx.x < params.top_k) {
+    weights[threadIdx.x] = params.weight == nullptr ? 1.0f : params.weight[token * params.top_k + threadIdx.x];
+  }
+  if (load_choices(choices, params.row_of, token, params.top_k, params.num_rows)) {
+    sum_rows<kTopK>(params, token, choices, weights);
+  } else {
+    sum_rows<0>(params, token, choices, weights);
   }
 }
 
@@ -138,22 +164,48 @@ __device__ __forceinline__ float sum_over_block(const float (&values)[kMaxTopK],
   return sum;
 }
 
-// What row k of a token gets: weight * grad; and its part of that weight's gradient.
-__device__ __forceinline__ float give_row(const UnpermuteBackwardParams& params, int64_t row, int chunk, float weight,
-                                          const float (&grad)[8]) {
-  const int chunks = params.num_columns / 8;
-  float product[8];
+// What a row gets, weight * grad; and its part of the weight's gradient.
+__device__ __forceinline__ float give_row(uint4* target, const uint4& row, float weight, const float (&grad)[8]) {
+  float product[8], values[8], dot = 0.0f;
+  unpack_octet(values, row);
 #pragma unroll
-  for (int j = 0; j < 8; ++j) product[j] = weight * grad[j];
-  static_cast<uint4*>(params.rows_grad)[row * chunks + chunk] = pack_octet(product);
-  if (params.weight_grad == nullptr) return 0.0f;
-  float values[8], dot = 0;
-  unpack_octet(values, static_cast<const uint4*>(params.rows)[row * chunks + chunk]);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) dot = fmaf(values[j], grad[j], dot);
+  for (int j = 0; j < 8; ++j) {
+    product[j] = weight * grad[j];
+    dot = fmaf(values[j], grad[j], dot);
+  }
+  *target = pack_octet(product);
   return dot;
 }
 
+// kTopK as in sum_rows. kWithRows: rows are read, for the gradient of the weights.
+template <int kTopK, bool kWithRows>
+__device__ __forceinline__ void give_rows(const UnpermuteBackwardParams& params, int64_t token,
+                                          const int64_t (&choices)[kMaxTopK], const float (&weights)[kMaxTopK],
+                                          float (&dots)[kMaxTopK]) {
+  constexpr int kBatch = kTopK > 0 ? kTopK : 1, kMost = kTopK > 0 ? kTopK : kMaxTopK;
+  const int chunks = params.num_columns / 8;
+  const auto* rows = static_cast<const uint4*>(params.rows);
+  auto* targets = static_cast<uint4*>(params.rows_grad);
+  for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) {
+    float grad[8];
+    unpack_octet(grad, static_cast<const uint4*>(params.grad)[token * chunks + chunk]);
+#pragma unroll
+    for (int first = 0; first < kMost; first += kBatch) {
+      if (kTopK == 0 && (first >= params.top_k || !is_row(choices[first], params.num_rows))) continue;
+      uint4 words[kBatch] = {};
+      if (kWithRows) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) words[i] = rows[choices[first + i] * chunks + chunk];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        dots[first + i] += give_row(targets + choices[first + i] * chunks + chunk, words[i], weights[first + i], grad);
+      }
+    }
+  }
+}
+
+template <int kTopK, bool kWithRows>
 __global__ void __launch_bounds__(kRowThreads)
     unpermute_backward_kernel(const __grid_constant__ UnpermuteBackwardParams params) {
   __shared__ int64_t choices[kMaxTopK];
@@ -167,20 +219,13 @@ __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x < params.top_k) {
     weights[threadIdx.x] = params.weight == nullptr ? 1.0f : params.weight[token * params.top_k + threadIdx.x];
   }
-  load_choices(choices, params.row_of, token, params.top_k);
-  const int chunks = params.num_columns / 8;
   float dots[kMaxTopK] = {};
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) {
-    float grad[8];
-    unpack_octet(grad, static_cast<const uint4*>(params.grad)[token * chunks + chunk]);
-#pragma unroll
-    for (int k = 0; k < kMaxTopK; ++k) {
-      if (k < params.top_k && is_row(choices[k], params.num_rows)) {
-        dots[k] += give_row(params, choices[k], chunk, weights[k], grad);
-      }
-    }
+  if (load_choices(choices, params.row_of, token, params.top_k, params.num_rows)) {
+    give_rows<kTopK, kWithRows>(params, token, choices, weights, dots);
+  } else {
+    give_rows<0, kWithRows>(params, token, choices, weights, dots);
   }
-  if (params.weight_grad == nullptr) return;
+  if (!kWithRows) return;
   const float sum = sum_over_block(dots, params.top_k);
   if (threadIdx.x < params.top_k) params.weight_grad[token * params.top_k + threadIdx.x] = sum;
 }

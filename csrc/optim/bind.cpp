@@ -123,12 +123,13 @@ void bound_grad_norms(const Views& grads, const TensorView& norms, const TensorV
   check_list(kOp, "grads", grads, first);
   int64_t blocks = 0;
   for (const TensorView& grad : grads) blocks += ceil_div(grad.num_elements(), int64_t(kNormBlockElements));
-  ArgCheck(kOp, "norms", norms)
+  ArgCheck(kOp, "norms", norms)  // FP64, like the partial sums: pairs of words
       .on_device_of(first, "grads")
-      .dtype({DataType::kFloat32})
-      .shape({static_cast<int64_t>(grads.size())})
-      .strides({1});
-  const ArgCheck check_partial(kOp, "partial", partial);  // FP64, which the kernels address as pairs of words
+      .dtype({DataType::kInt32})
+      .shape({static_cast<int64_t>(grads.size()), 2})
+      .strides({2, 1})
+      .aligned(8);
+  const ArgCheck check_partial(kOp, "partial", partial);
   check_partial.on_device_of(first, "grads").dtype({DataType::kInt32}).shape({kAny, 2}).strides({2, 1}).aligned(8);
   if (partial.shape[0] < blocks) {
     check_partial.fail("must have " + std::to_string(blocks) + " rows", std::to_string(partial.shape[0]));
@@ -138,7 +139,7 @@ void bound_grad_norms(const Views& grads, const TensorView& norms, const TensorV
   launch->type = type_of(grads);
   void* cuda_stream = stream_for(kOp, first, stream);
   for (size_t start = 0; start < grads.size(); start += kMaxNormTensors) {
-    launch->norms = static_cast<float*>(norms.data) + start;
+    launch->norms = static_cast<double*>(norms.data) + start;
     launch->num_tensors = static_cast<int>(std::min<size_t>(kMaxNormTensors, grads.size() - start));
     for (int slot = 0; slot < launch->num_tensors; ++slot) {
       launch->tensors[slot] = {grads[start + slot].data, grads[start + slot].num_elements()};
@@ -154,9 +155,11 @@ void bind_optim(py::module_& module) {
              py::arg("params"), py::kw_only(), py::arg("keys") = Keys(), py::arg("numbers"),
              py::arg("grad_scale") = py::none(), py::arg("stream") = py::none(),
              "One AdamW update of a list of arrays, in place, on a stream; keys round BF16 moments stochastically.");
-  module.def("grad_norms", &bound_grad_norms, py::arg("grads"), py::arg("norms"), py::arg("partial"), py::kw_only(),
-             py::arg("stream") = py::none(),
-             "Writes the 2-norm of each array, on a stream; partial is scratch of a row for each 32768 elements.");
+  module.def(
+      "grad_norms", &bound_grad_norms, py::arg("grads"), py::arg("norms"), py::arg("partial"), py::kw_only(),
+      py::arg("stream") = py::none(),
+      "Writes the 2-norm of each array, on a stream. FP64 travels as rows of two int32: a row a norm, and in partial,\n"
+      "which is scratch, a row for each 32768 elements.");
 }
 
 }  // namespace dsv3rt

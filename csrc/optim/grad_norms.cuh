@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kNormThreads) finish_norms_kernel(const __grid
   const int last = params.first_block[blockIdx.x + 1];
   for (int i = params.first_block[blockIdx.x] + threadIdx.x; i < last; i += kNormThreads) sum += params.partial[i];
   sum = sum_over_block(sum);
-  if (threadIdx.x == 0) params.norms[blockIdx.x] = static_cast<float>(sqrt(sum));
+  if (threadIdx.x == 0) params.norms[blockIdx.x] = sqrt(sum);
 }
 
 }  // namespace dsv3rt

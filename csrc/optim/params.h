@@ -41,7 +41,7 @@ struct NormTensor {
 
 struct GradNormsParams {
   double* partial;  // one for each block of kNormBlockElements, tensor after tensor
-  float* norms;     // of this launch's tensors
+  double* norms;    // of this launch's tensors
   OptimType type;
   int num_tensors;
   NormTensor tensors[kMaxNormTensors];

@@ -186,11 +186,12 @@ void bound_swiglu_backward_quantize_1x128(const TensorView& x, const TensorView&
 
 void bind_quant(py::module_& module) {
   const auto none = py::none();
-  module.def("quantize_1x128", &bound_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"), py::kw_only(),
-             py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("counts") = none, py::arg("offsets") = none,
-             py::arg("rows") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
-             "Writes the quantised x, or its rows as `rows` lists them, into data and scale (and transposed into data_t "
-             "and scale_t), on a stream.");
+  module.def(
+      "quantize_1x128", &bound_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"), py::kw_only(),
+      py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("counts") = none, py::arg("offsets") = none,
+      py::arg("rows") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
+      "Writes the quantised x, or its rows as `rows` lists them, into data and scale (and transposed into data_t "
+      "and scale_t), on a stream.");
   module.def(
       "quantize_128x128", &bound_quantize_128x128, py::arg("w"), py::arg("data"), py::arg("scale"), py::kw_only(),
       py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,

@@ -31,10 +31,10 @@ struct QuantOutput {
   uint32_t scale_mask;   // kPow2ScaleMask or 0
 };
 
+// With `rows`, for BF16 alone, the result's row i is x's row rows[i], read where groups have data.
 struct Quantize1x128Params {
   const void* x;         // (T, D) BF16 or FP32, rows x_stride elements apart, 16-byte aligned
-  const int* rows;       // (P,), P % 32 == 0, 16-byte aligned: result's row i is x's row rows[i], read where groups have
-                         // data; BF16 alone. Null: i itself
+  const int* rows;       // (P,), P % 32 == 0, 16-byte aligned, or null: see below
   int64_t x_stride;
   QuantInput input;
   RowGroups groups;

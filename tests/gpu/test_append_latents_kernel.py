@@ -23,7 +23,7 @@ def draw(num_tokens: int, num_pages: int, size: float = 1.0) -> Inputs:
     weight = (1 + 0.3 * torch.randn(C, device="cuda")).bfloat16()
     angle = torch.rand((num_tokens, 32), device="cuda") * 6
     slots = torch.randperm(num_pages * PAGE, device="cuda")[:num_tokens]
-    slots[::3] = -1
+    slots[2::3] = -1
     return wide[:, 1536:], weight, angle.cos(), angle.sin(), slots
 
 
@@ -42,8 +42,8 @@ def guarded(num_pages: int, dtype: torch.dtype) -> Tensor:
 def test_append_latents_matches_reference(dtype: torch.dtype, num_tokens: int) -> None:
     """Two sums of 512 squares differ by 2^-15 at most, so normed numbers are at most one BF16 apart, 2^-7, and rarely.
 
-    In FP8 each is within 2^-4 of a number, so both within 2^-3, or within 2^-10 of the scale for the least ones. Scales,
-    up to 2^-7.8 of the largest, may be a power of two apart where that one is at a border: 3 * 2^-17.8 of it.
+    In FP8 each is within 2^-4 of a number, so both within 2^-3, or within 2^-10 of the scale for the least ones.
+    Scales, up to 2^-7.8 of the largest, may be a power of two apart where that one is at a border: 3 * 2^-17.8 of it.
     """
     torch.manual_seed(num_tokens)
     for size in (1e-4, 1.0, 300.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ def test_adamw_step_matches_torch(shape: tuple[int, ...]) -> None:
         largest = grad.abs().amax().item() if grad.numel() else 0.0
         torch.testing.assert_close(m, optimizer.state[theirs]["exp_avg"], rtol=3e-7, atol=2**-22 * largest)
         torch.testing.assert_close(v, optimizer.state[theirs]["exp_avg_sq"], rtol=5e-7, atol=0.0)
+
+
+def test_adamw_step_rounds_every_operation_to_nearest() -> None:
+    """Bit for bit what numpy gets, whose FP32 operations, the root among them, are those of IEEE 754."""
+    count, step = 50_001, 7
+    draw = lambda: torch.randn(count) * 10 ** (torch.rand(count) * 12 - 10)  # noqa: E731
+    master, grad, m, v = draw(), draw(), draw(), draw().abs()
+    v[::17] = 1e-42  # subnormal
+    x, g, m32, v32 = (t.numpy().copy() for t in (master, grad, m, v))
+    f = [np.float32(number) for number in reference.numbers_of(HYPER, step)]
+    m32, v32 = m32 * f[0] + g * f[1], v32 * f[2] + g * g * f[3]
+    x = x * f[6] + m32 * f[7] / (np.sqrt(v32) * f[4] + f[5])
+    ops.adamw_step([AdamWSlot(master, grad, m, v)], hyper=HYPER, step=step)
+    for ours, theirs in ((m, m32), (v, v32), (master, x)):
+        assert torch.equal(ours, torch.from_numpy(theirs))
 
 
 def test_adamw_step_rounds_bf16_moments_after_using_them() -> None:
@@ -148,11 +164,19 @@ def test_adamw_step_rounds_stochastically_by_seed_step_and_element() -> None:
 def test_grad_norms_match_fp64() -> None:
     grads = [torch.randn(shape) for shape in [(17, 5), (), (0,), (1000,)]]
     norms = ops.grad_norms(grads)
-    assert norms.dtype == torch.float32
+    assert norms.dtype == torch.float64
     expected = torch.stack([grad.double().square().sum().sqrt() for grad in grads])
-    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms, expected, rtol=1e-12, atol=0)  # 1000 roundings of 2^-53
     bf16 = ops.grad_norms([grads[0].bfloat16()])
     torch.testing.assert_close(bf16, ops.grad_norms([grads[0].bfloat16().float()]), rtol=0, atol=0)
+
+
+def test_grad_norms_of_pieces_make_the_norm_of_the_whole() -> None:
+    """As an FP32 number, to the bit: where a parameter is cut into shards must not change how gradients are clipped."""
+    for cut in range(1, 200):
+        grad = torch.randn(200, 7)
+        whole, *pieces = ops.grad_norms([grad, grad[:cut], grad[cut:]])
+        assert torch.linalg.vector_norm(torch.stack(pieces)).float() == whole.float(), cut
 
 
 def test_grad_norms_rejects_bad_arguments() -> None:

@@ -92,10 +92,32 @@ class PagedLatentCache:
         Raises:
             ValueError: a sequence would exceed max_tokens, or there are not enough pages; nothing has changed then.
         """
-        grown = [sequence for sequence in sequences if sequence is not None]
-        self._check_room(grown, num_tokens)
-        for sequence in grown:
-            self._grow(sequence, num_tokens)
+        for sequence in sequences:
+            if sequence is not None and self._lengths[sequence] + num_tokens > self.max_tokens:
+                raise ValueError(
+                    f"PagedLatentCache.append: sequence {sequence} must stay within {self.max_tokens} tokens, "
+                    f"got {self._lengths[sequence]} + {num_tokens}"
+                )
+        return self._step("append", sequences, num_tokens, added=num_tokens)
+
+    def rewrite(self, sequences: Sequence[int | None], num_tokens: int) -> DecodeStep:
+        """The step that fills the places of the last `num_tokens` tokens again, for a block that has not seen them.
+
+        What other blocks hold there stays. Raises as `append`, and where a sequence has fewer tokens.
+        """
+        for sequence in sequences:
+            if sequence is not None and self._lengths[sequence] < num_tokens:
+                raise ValueError(
+                    f"PagedLatentCache.rewrite: sequence {sequence} must have {num_tokens} tokens, "
+                    f"got {self._lengths[sequence]}"
+                )
+        return self._step("rewrite", sequences, num_tokens, added=0)
+
+    def _step(self, name: str, sequences: Sequence[int | None], num_tokens: int, *, added: int) -> DecodeStep:
+        written = [sequence for sequence in sequences if sequence is not None]
+        self._check_room(name, written, num_tokens, added)
+        for sequence in written:
+            self._grow(sequence, num_tokens, added)
         rows = [self._row(sequence, num_tokens) for sequence in sequences]
         positions, slots, tables, lengths = (list(column) for column in zip(*rows, strict=True))
         positions_T = torch.tensor(positions, device=self._device).flatten()
@@ -121,33 +143,32 @@ class PagedLatentCache:
         self._users[page] = 1
         return page
 
-    def _writes_shared_page(self, sequence: int) -> bool:
-        return self._lengths[sequence] % PAGE != 0 and self._users[self._pages[sequence][-1]] > 1
+    def _shared(self, sequence: int, start: int) -> list[int]:
+        """Where in the sequence's pages those lie that it shares, from the one of token `start`."""
+        pages = self._pages[sequence]
+        return [place for place in range(start // PAGE, len(pages)) if self._users[pages[place]] > 1]
 
-    def _check_room(self, sequences: list[int], num_tokens: int) -> None:
+    def _check_room(self, name: str, sequences: list[int], num_tokens: int, added: int) -> None:
         needed = 0
+        writers: Counter[int] = Counter()
         for sequence in sequences:
-            length = self._lengths[sequence] + num_tokens
-            if length > self.max_tokens:
-                raise ValueError(
-                    f"PagedLatentCache.append: sequence {sequence} must stay within {self.max_tokens} tokens, "
-                    f"got {self._lengths[sequence]} + {num_tokens}"
-                )
-            needed += pages_of(length) - len(self._pages[sequence])
-        writers = Counter(self._pages[sequence][-1] for sequence in sequences if self._writes_shared_page(sequence))
+            pages, length = self._pages[sequence], self._lengths[sequence] + added
+            needed += pages_of(length) - len(pages)
+            writers.update(pages[place] for place in self._shared(sequence, length - num_tokens))
         needed += sum(min(count, self._users[page] - 1) for page, count in writers.items())  # the last one keeps it
         if needed > len(self._free):
-            raise ValueError(f"PagedLatentCache.append: must have {needed} free pages, got {len(self._free)}")
+            raise ValueError(f"PagedLatentCache.{name}: must have {needed} free pages, got {len(self._free)}")
 
-    def _grow(self, sequence: int, num_tokens: int) -> None:
+    def _grow(self, sequence: int, num_tokens: int, added: int) -> None:
+        """Own the pages of the last `num_tokens` tokens, `added` of which are new."""
         pages = self._pages[sequence]
-        if self._writes_shared_page(sequence):
+        self._lengths[sequence] += added
+        for place in self._shared(sequence, self._lengths[sequence] - num_tokens):
             own = self._take()
             for layer in self.layers:
-                layer[own] = layer[pages[-1]]
-            self._release(pages[-1])
-            pages[-1] = own
-        self._lengths[sequence] += num_tokens
+                layer[own] = layer[pages[place]]
+            self._release(pages[place])
+            pages[place] = own
         while len(pages) < pages_of(self._lengths[sequence]):
             pages.append(self._take())
 

@@ -153,12 +153,9 @@ class Generation:
 
     def _first_drafts(self, last_B: Tensor, h_BD: Tensor) -> Drafts:
         """The MTP block has yet to read the token after the prompt's last, in that one's place."""
-        step = DecodeStep(*(torch.empty(0, device=self._device) for _ in range(5)))
-        if self._options.num_drafts > 0:
-            for sequence in self._sequences:
-                if sequence is not None:
-                    self._cache.truncate(sequence, self._cache.length(sequence) - 1)
-            step = self._cache.append(self._sequences, 1)
+        if self._options.num_drafts == 0:
+            return Drafts(last_B[:, None][:, :0], None)
+        step = self._cache.rewrite(self._sequences, 1)
         return self._next_drafts(last_B[:, None], h_BD[:, None], step, torch.zeros_like(last_B))
 
     def _next_drafts(self, next_BL: Tensor, h_BLD: Tensor, step: DecodeStep, place_B: Tensor) -> Drafts:

@@ -39,7 +39,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Drafts:
-    """tokens_BK, and the distributions (B, K, V) that they were drawn from: None where they are largest logits."""
+    """tokens_BK, and the distributions (B, K, V) they were drawn from: None where they are largest logits, or none."""
 
     tokens_BK: Tensor
     probability_BKV: Tensor | None
@@ -67,6 +67,8 @@ def verify(logits_BLV: Tensor, drafts: Drafts, sampler: Sampler) -> tuple[Tensor
     by a draw from what p exceeds q by: the tokens are distributed as draws from p (Leviathan, arXiv 2211.17192).
     """
     tokens_BK = drafts.tokens_BK
+    if tokens_BK.shape[1] == 0:
+        return tokens_BK.new_zeros(len(tokens_BK)), sampler.sample(logits_BLV[:, 0])
     if drafts.probability_BKV is None:
         choice_BL = logits_BLV.argmax(dim=-1)
         accepted_B = _leading(choice_BL[:, :-1] == tokens_BK)

@@ -35,8 +35,8 @@ class Sequences:
 class DecodeStep:
     """What absorbed attention must know of B sequences with L new tokens each (T = B * L rows, sequence-major).
 
-    cos_TR, sin_TR: (T, R / 2) FP32. slots_T: (T,) int64, where each new latent goes: page * 64 + place; negative
-    in rows that are idle.
+    cos_TR, sin_TR: (T, R / 2) FP32. slots_T: (T,) int64, where each new token's latent goes: page * 64 + place;
+    negative in rows that are idle.
     block_table: (B, max_pages) int32. lengths_B: (B,) int32, tokens in the cache, the new ones included.
     """
 

@@ -131,7 +131,7 @@ def _place_on_cuda(idx: Tensor, num_experts: int, block: int) -> tuple[Tensor, T
 
 def _place_fake(idx: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     counts = idx.new_empty(num_experts, dtype=torch.int32)
-    return counts, counts.new_empty(num_experts + 1), torch.empty_like(idx)
+    return counts, counts.new_empty(num_experts + 1), idx.new_empty(idx.shape)
 
 
 place = register(

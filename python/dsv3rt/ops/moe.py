@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops import expert_rows as rows
+from dsv3rt.ops.balance import BalanceByKernel
 from dsv3rt.ops.checks import FLOATS, check_dtype, check_quant, check_same_device, check_tensor, require
 from dsv3rt.ops.quant import ROW_TILE
 from dsv3rt.ops.reference import moe as reference
@@ -71,6 +72,9 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, *, alpha
     Raises:
         ValueError: shape.
         TypeError: dtype outside the above.
+        BackendUnavailableError: what the kernel is for, no extension.
+    Numerics: sums in FP32, in a fixed order; bitwise repeatable. The kernel runs on CUDA for fp32 scores, E up to 512,
+        K up to 16; there a choice out of range counts nowhere.
     Source: DeepSeek-V3 report (arXiv 2412.19437) Eq. 17-20.
     """
     op = "balance_loss"
@@ -79,6 +83,9 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, *, alpha
     check_tensor(op, "cu_seqlens", cu_seqlens, (None,), (torch.int32,))
     require(cu_seqlens.shape[0] > 0, op, "cu_seqlens", "have at least one entry", tuple(cu_seqlens.shape))
     check_same_device(op, scores_TE=scores_TE, idx_TK=idx_TK, cu_seqlens=cu_seqlens)
+    small = scores_TE.shape[1] <= rows.MAX_EXPERTS and 0 < idx_TK.shape[1] <= rows.MAX_TOP_K
+    if scores_TE.is_cuda and small and scores_TE.dtype == torch.float32:
+        return cast(Tensor, BalanceByKernel.apply(scores_TE, idx_TK, cu_seqlens, alpha))
     return reference.balance_loss(scores_TE, idx_TK, cu_seqlens, alpha)
 
 

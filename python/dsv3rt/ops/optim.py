@@ -86,7 +86,7 @@ def _grad_norms_on_cuda(grads: list[Tensor]) -> Tensor:
 
 
 def _grad_norms_fake(grads: list[Tensor]) -> Tensor:
-    return grads[0].new_empty(len(grads), dtype=torch.float32)
+    return grads[0].new_empty(len(grads), dtype=torch.float64)
 
 
 _grad_norms = register(
@@ -100,13 +100,14 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
     Args:
         grads: at least one, all bf16 or all fp32, any shapes.
     Returns:
-        (len(grads),) fp32 on their device, which is not waited for.
+        (len(grads),) fp64 on their device, which is not waited for.
     Raises:
         ValueError: an empty list, or tensors on several devices.
         TypeError: dtype outside the above.
         BackendUnavailableError: CUDA tensors, no extension.
-    Numerics: the kernel adds squares up in fp64 in one order, so results are repeatable and no square overflows; the
-        reference is torch's fp32 norm.
+    Numerics: squares are exact in fp64 and added up in it, so that no square overflows, and a tensor's norm and one put
+        together from its pieces' are the same fp32 number (bar a tie within the fp64 error, 1 in 2^24 or so). The
+        kernel adds in one order: repeatable.
     """
     op = "grad_norms"
     require(len(grads) > 0, op, "grads", "not be empty", "no tensor")

@@ -133,8 +133,11 @@ def join(config: ParallelConfig, started: Launch, device: torch.device) -> Mesh:
         # After a restart torchrun's store may still hold the addresses of processes that are gone.
         store, rank, size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"start-{started.restarts}", store)
+        # With a device NCCL connects every group when it is made, in one order on all ranks. Left to the first message,
+        # two ranks whose first messages belong to different channels wait for each other for ever.
+        bound = device if device.type == "cuda" else None
         timeout = datetime.timedelta(minutes=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     return Mesh(config, started.rank)
 
 

@@ -73,24 +73,23 @@ class AdamW:
         self.gradients.reduce(idle)
 
     def squares(self, names: Sequence[str], device: torch.device) -> Tensor:
-        """(2, len(names)) FP64, to be added up over the ranks: the squared norms of gradients, and shards counted."""
+        """(len(names),) FP64, to be added up over the ranks: the squared norms of the gradient shards held here."""
         shards = {name: slot.sum.shard for name, slot in self._slots.items() if slot.sum.shard is not None}
         held = [name for name in names if name in shards]
-        squares = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+        squares = torch.zeros(len(names), dtype=torch.float64, device=device)
         if held:
             places = torch.tensor([place for place, name in enumerate(names) if name in shards], device=device)
             norms = ops.grad_norms([shards[name] for name in held])
-            squares[0, places] = norms.double().square()
-            squares[1, places] = 1.0
+            squares[places] = norms.square()
         return squares
 
     @staticmethod
     def norm(squares: Tensor) -> Tensor:
         """The global 2-norm, FP32, from the sum of all ranks' `squares`.
 
-        A parameter that one rank keeps whole gives its FP32 norm back to the bit: its square is exact in FP64.
+        All of it is FP64 and only the result is rounded, so it does not depend on how parameters are cut into shards.
         """
-        return torch.linalg.vector_norm(squares[0, squares[1] > 0].sqrt().float())
+        return squares.sum().sqrt().float()
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of the gradient sums, FP32, on their device; for one process."""

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.types import ceil_div, empty_row_scales
+
+TOKENS_OF_PART, MAX_PARTS = 64, 128  # of a sequence, for the balance loss: a block takes a part
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
@@ -46,9 +49,49 @@ def route_backward(
     logits_grad = torch.empty(scores_TE.shape, dtype=dtype, device=scores_TE.device)
     weight_grad, scores_grad = (None if grad is None else grad.contiguous() for grad in grads)
     load().route_backward(
-        weight_grad, scores_grad, scores_TE, idx_TK, logits_grad, scale=scale, renormalize=renormalize
+        weight_grad,
+        scores_grad,
+        scores_TE.contiguous(),
+        idx_TK.contiguous(),
+        logits_grad,
+        scale=scale,
+        renormalize=renormalize,
     )
     return logits_grad
+
+
+def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The loss, and its slope (B, E) by the normalised scores of a sequence's tokens."""
+    T, E = scores_TE.shape
+    num_sequences = cu_seqlens.shape[0] - 1
+    parts = min(max(ceil_div(T, TOKENS_OF_PART * max(num_sequences, 1)), 1), MAX_PARTS)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=scores_TE.device)
+
+    loss, slope_BE = floats(1), floats(num_sequences, E)
+    load_parts = torch.empty((num_sequences, parts, E), dtype=torch.int32, device=scores_TE.device)
+    load().balance_loss(
+        scores_TE.contiguous(),
+        idx_TK.contiguous(),
+        cu_seqlens.contiguous(),
+        loss,
+        slope_BE,
+        floats(num_sequences),
+        floats(num_sequences, parts, E),
+        load_parts,
+        alpha=alpha,
+    )
+    return loss.squeeze(0), slope_BE
+
+
+def balance_loss_backward(grad: Tensor, scores_TE: Tensor, slope_BE: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The gradient of the scores."""
+    scores_grad = torch.empty(scores_TE.shape, dtype=torch.float32, device=scores_TE.device)
+    load().balance_loss_backward(
+        grad.reshape(1), scores_TE.contiguous(), slope_BE.contiguous(), cu_seqlens.contiguous(), scores_grad
+    )
+    return scores_grad
 
 
 def place(idx_TK: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,16 +112,17 @@ def permute(
 ) -> list[Tensor]:
     """[rows] or [rows, their scales]; what lies behind the last segment is not written."""
     rows = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
-    data, target = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (x.contiguous(), rows))
+    data, target = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (_packed(x), rows))
     rows_scale = None if scale is None else empty_row_scales(num_rows, scale.shape[1], x.device)
-    load().permute(data, row_of_TK, *segments, target, scale=scale, rows_scale=rows_scale)
+    load().permute(data, row_of_TK.contiguous(), *segments, target, scale=scale, rows_scale=rows_scale)
     return [rows] if rows_scale is None else [rows, rows_scale]
 
 
 def unpermute(rows_PD: Tensor, weight_TK: Tensor | None, row_of_TK: Tensor) -> Tensor:
     """(T, D)."""
     y_TD = torch.empty((row_of_TK.shape[0], rows_PD.shape[1]), dtype=rows_PD.dtype, device=rows_PD.device)
-    load().unpermute(rows_PD.contiguous(), weight_TK, row_of_TK, y_TD)
+    weight_TK = None if weight_TK is None else weight_TK.contiguous()
+    load().unpermute(_packed(rows_PD), weight_TK, row_of_TK.contiguous(), y_TD)
     return y_TD
 
 
@@ -95,6 +139,14 @@ def unpermute_backward(
     weight_grad = None
     if rows_PD is not None:
         weight_grad = torch.empty(row_of_TK.shape, dtype=torch.float32, device=dy_TD.device)
-        rows_PD = rows_PD.contiguous()
-    load().unpermute_backward(dy_TD.contiguous(), rows_PD, weight_TK, row_of_TK, *segments, rows_grad, weight_grad)
+        rows_PD = _packed(rows_PD)
+    weight_TK = None if weight_TK is None else weight_TK.contiguous()
+    load().unpermute_backward(
+        _packed(dy_TD), rows_PD, weight_TK, row_of_TK.contiguous(), *segments, rows_grad, weight_grad
+    )
     return [rows_grad] if weight_grad is None else [rows_grad, weight_grad]
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous, on 16 bytes."""
+    return aligned(x).contiguous()

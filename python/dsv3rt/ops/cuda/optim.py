@@ -25,10 +25,10 @@ def adamw_step(
 
 
 def grad_norms(grads: list[Tensor]) -> Tensor:
-    """(n,) FP32."""
+    """(n,) FP64, which the extension takes as pairs of words."""
     grads = [grad.contiguous() for grad in grads]
-    norms = grads[0].new_empty(len(grads), dtype=torch.float32)
+    norms = grads[0].new_empty((len(grads), 2), dtype=torch.int32)
     rows = sum(ceil_div(grad.numel(), NORM_BLOCK) for grad in grads)
     partial = grads[0].new_empty((rows, 2), dtype=torch.int32)
     load().grad_norms(grads, norms, partial)
-    return norms
+    return norms.view(torch.float64).squeeze(1)

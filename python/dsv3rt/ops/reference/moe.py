@@ -49,6 +49,13 @@ def _select(biased_TE: Tensor, rule: RouteRule) -> Tensor:
 
 def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
     scores = at_least_fp32(scores_TE)
+    mean_BT, load_BE, num_sequences = _balance_sums(scores, idx_TK, cu_seqlens)
+    share_BE = mean_BT @ (scores / (scores.sum(dim=1, keepdim=True) + 1e-20))
+    return alpha * (load_BE * share_BE).sum() / num_sequences
+
+
+def _balance_sums(scores: Tensor, idx_TK: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) that takes means over sequences, the loads f, and how many sequences have tokens."""
     T, E = scores.shape
     lengths = cu_seqlens.diff()
     token = torch.arange(T, device=scores.device)
@@ -57,8 +64,21 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
     mean_BT = member_BT.to(scores.dtype) / lengths.clamp(min=1)[:, None]
     chosen_TE = torch.zeros_like(scores).scatter_(1, idx_TK, 1.0)
     load_BE = mean_BT @ chosen_TE * (E / idx_TK.shape[1])
-    share_BE = mean_BT @ (scores / (scores.sum(dim=1, keepdim=True) + 1e-20))
-    return alpha * (load_BE * share_BE).sum() / (lengths > 0).sum().clamp(min=1)
+    return mean_BT, load_BE, (lengths > 0).sum().clamp(min=1)
+
+
+def balance_slope(scores: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
+    """(B, E): the derivative of the loss by the sum-normalised scores of each token of a sequence."""
+    _, load_BE, num_sequences = _balance_sums(scores, idx_TK, cu_seqlens)
+    return alpha * load_BE / (num_sequences * cu_seqlens.diff().clamp(min=1)[:, None])
+
+
+def balance_loss_backward(grad: Tensor, scores: Tensor, slope_BE: Tensor, cu_seqlens: Tensor) -> Tensor:
+    token = torch.arange(scores.shape[0], device=scores.device)[:, None]
+    member_TB = (token >= cu_seqlens[:-1]) & (token < cu_seqlens[1:])
+    slope_TE = member_TB.to(scores.dtype) @ slope_BE
+    total = scores.sum(dim=1, keepdim=True) + 1e-20
+    return grad * (slope_TE - (slope_TE * scores).sum(dim=1, keepdim=True) / total) / total
 
 
 def update_bias(bias_E: Tensor, counts_E: Tensor, gamma: float) -> Tensor:

@@ -34,7 +34,7 @@ def adamw_step(
     g = grad.float() if grad_scale is None else grad.float() * grad_scale
     m32 = m.float() * beta1 + g * one_minus_beta1
     v32 = v.float() * beta2 + g * g * one_minus_beta2
-    denominator = v32.sqrt() * inverse_root + eps
+    denominator = _sqrt(v32) * inverse_root + eps
     master.copy_(master * decay + m32 * rate / denominator)
     if key is not None and m.dtype == torch.bfloat16:
         random = rounding_bits(key, m.numel(), m.device).view(m.shape)
@@ -43,6 +43,15 @@ def adamw_step(
     v.copy_(v32)
     if param is not None:
         param.copy_(master)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Rounded to nearest, FP32. Torch's own root on CPUs is a vector library's, which is an ulp off here and there.
+
+    The FP64 root may be off too, by less than 4 of its ulps: a root of FP32 in [1, 2) is 2^-50 or more from the middle
+    between two FP32 numbers, as the middle's square ends in bit 2^-48 and x ends before it.
+    """
+    return x.double().sqrt().float()
 
 
 def rounding_key(seed: int, step: int) -> tuple[int, int]:
@@ -65,7 +74,7 @@ def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
 
 
 def grad_norms(grads: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm([grad.float() for grad in grads]))
+    return torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
 
 
 def _mix(x: _Bits) -> _Bits:
