@@ -56,7 +56,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     except StoppedBySignalError as stopped:
         print(f"numerics: {stopped}")
     if options.keep:
-        keep(trainer, options.precision, options.keep)
+        keep(trainer, options.precision, options.keep, options.commit)
 
 
 def stop_at(deadline: float) -> None:
@@ -67,12 +67,12 @@ def stop_at(deadline: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def keep(trainer: Trainer, precision: str, folder: Path) -> None:
+def keep(trainer: Trainer, precision: str, folder: Path, commit: str | None) -> None:
     """The metrics, the configuration and where they come from; no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(trainer.run.metrics, folder / f"{precision}.jsonl")
     shutil.copyfile(trainer.run.config, folder / f"{precision}.toml")
-    origin = {"commit": provenance.commit(), **provenance.machine()}
+    origin = {"commit": commit or provenance.commit(), **provenance.machine()}
     (folder / f"{precision}.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
@@ -227,6 +227,7 @@ def main() -> None:
     piece.add_argument("--seconds", type=float, help="stop so long after the start, with a checkpoint")
     piece.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run directories are")
     piece.add_argument("--keep", type=Path, help="folder for metrics, configuration and origin")
+    piece.add_argument("--commit", help="of these sources, where they came without git")
     piece.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as train's --section.key")
     written = commands.add_parser("report", help="write docs/numerics.md and its figure from what was kept")
     written.add_argument("folder", type=Path)

@@ -110,6 +110,10 @@ def test_rms_norm_is_differentiable_on_the_kernels() -> None:
     want_dx, want_dweight = ops.rms_norm_backward(dy, x, weight, rstd)
     assert_equal(dx, want_dx)
     assert_equal(dweight, want_dweight.bfloat16())
+    dresidual = random_rows((129, 1536), torch.bfloat16, seed=7, decades=1)
+    both = torch.autograd.grad(ops.rms_norm_beside(x, weight, EPS), (x, weight), (dresidual, dy))
+    for got, want in zip(both, ops.rms_norm_backward(dy, x, weight, rstd, grad_residual_TD=dresidual), strict=True):
+        assert_equal(got, want.bfloat16())
 
 
 def separate(x: Tensor, weight: Tensor, residual: Tensor | None, pow2_scales: bool) -> NormQuant:

@@ -60,6 +60,28 @@ def test_rms_norm_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-3), (x, weight))
 
 
+def test_rms_norm_beside_passes_gradcheck() -> None:
+    """Of both results, and of either alone."""
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm_beside(x, w, 1e-3), (x, weight))
+    assert torch.autograd.gradcheck(lambda x: ops.rms_norm_beside(x, weight.detach(), 1e-3)[0], (x,))
+
+
+def test_rms_norm_beside_rounds_the_sum_of_gradients_once() -> None:
+    x, weight = torch.randn(20, 64).to(torch.bfloat16).requires_grad_(), torch.ones(64)
+    dresidual, dy = torch.randn(20, 64).to(torch.bfloat16), torch.randn(20, 64).to(torch.bfloat16)
+    same, y = ops.rms_norm_beside(x, weight, 1e-6)
+    assert torch.equal(same, x)
+    assert torch.equal(y, ops.rms_norm(x, weight, 1e-6))
+    torch.autograd.backward((same, y), (dresidual, dy))
+    wide = x.detach().double().requires_grad_()
+    rms_oracle(wide, weight, 1e-6).backward(dy.double())
+    assert x.grad is not None
+    assert wide.grad is not None
+    torch.testing.assert_close(x.grad.double(), wide.grad + dresidual.double(), **BF16_ROUNDING)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 3, 8), (6, 8), (0, 2, 4), (1, 2)])
 def test_rope_is_a_complex_rotation(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -55,6 +55,9 @@ class Ledger:
     def defers(self) -> bool:
         return self._weight_grads is not None
 
+    def recomputes(self, what: str) -> bool:
+        return what in self._recompute
+
     def put_off(self, y: Tensor, parameter: nn.Parameter, weight_grad: Callable[[Tensor], Tensor]) -> Tensor:
         """y, which was computed without a graph to `parameter`; backward queues weight_grad(dy) as its gradient."""
         assert self._weight_grads is not None

@@ -20,3 +20,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for the residual stream and its norm; their gradients are added inside the norm's."""
+        return ops.rms_norm_beside(x, self.weight, self.eps)

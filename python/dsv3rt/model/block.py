@@ -63,12 +63,12 @@ class Block(nn.Module):
 
     def attention(self, x_TD: Tensor, sequences: Sequences, ledger: Ledger | None = None) -> Tensor:
         """x_TD plus its attention."""
-        h_TD = recomputed(ledger, "norm", self.input_layernorm, x_TD)
+        x_TD, h_TD = _residual_and_norm(self.input_layernorm, x_TD, ledger)
         y_TD: Tensor = x_TD + self.self_attn(h_TD, sequences, ledger)
         return y_TD
 
     def route(self, x_TD: Tensor, ledger: Ledger | None = None) -> Routed:
-        h_TD = recomputed(ledger, "norm", self.post_attention_layernorm, x_TD)
+        x_TD, h_TD = _residual_and_norm(self.post_attention_layernorm, x_TD, ledger)
         return Routed(x_TD, h_TD, self.mlp.route(h_TD) if isinstance(self.mlp, MoE) else None)
 
     def dispatch(self, routed: Routed) -> Dispatched | None:
@@ -106,3 +106,10 @@ class Block(nn.Module):
         """The block over a latent cache (pages, 64, C + R), which it extends; see MLA.decode."""
         x_TD = x_TD + self.self_attn.decode(self.input_layernorm(x_TD), step, cache)
         return self._feed_forward(x_TD)[0]
+
+
+def _residual_and_norm(norm: RMSNorm, x_TD: Tensor, ledger: Ledger | None) -> tuple[Tensor, Tensor]:
+    """x for the residual stream and its norm, from one op unless the norm alone is to be computed again."""
+    if ledger is not None and ledger.recomputes("norm"):
+        return x_TD, recomputed(ledger, "norm", norm, x_TD)
+    return norm.beside(x_TD)

@@ -18,7 +18,7 @@ from dsv3rt.ops.latent_cache import append_latents, dequantize_latents, fp8_toke
 from dsv3rt.ops.loss import linear_cross_entropy
 from dsv3rt.ops.metrics import calc_diff
 from dsv3rt.ops.moe import balance_loss, permute, place, route, unpermute, update_bias
-from dsv3rt.ops.norm import rms_norm, rms_norm_backward, swiglu
+from dsv3rt.ops.norm import rms_norm, rms_norm_backward, rms_norm_beside, swiglu
 from dsv3rt.ops.norm_cast import rms_norm_quantize_1x128
 from dsv3rt.ops.optim import adamw_step, grad_norms
 from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
@@ -78,6 +78,7 @@ __all__ = [
     "quantize_latents",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_beside",
     "rms_norm_quantize_1x128",
     "rope",
     "rope_",

@@ -67,19 +67,22 @@ _rms_norm_backward = register(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves the reciprocal root of each row beside the inputs."""
+    """x and its norm, so that the gradient of both is one pass. Saves the reciprocal root of each row beside them."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y_TD, rstd_T = cast(tuple[Tensor, Tensor], _rms_norm(x_TD, weight_D, eps))
         ctx.save_for_backward(x_TD, weight_D, rstd_T)
-        return y_TD
+        ctx.set_materialize_grads(False)
+        return x_TD.view_as(x_TD), y_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_residual_TD: Tensor | None, dy_TD: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy_TD is None:
+            return grad_residual_TD, None, None
         x_TD, weight_D, rstd_T = ctx.saved_tensors
-        dx_TD, dweight_D = _rms_norm_backward(dy_TD, x_TD, weight_D, rstd_T, None)
+        dx_TD, dweight_D = _rms_norm_backward(dy_TD, x_TD, weight_D, rstd_T, grad_residual_TD)
         return dx_TD, dweight_D.to(weight_D.dtype), None
 
 
@@ -99,14 +102,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Numerics: both passes are bitwise repeatable. The kernels run on CUDA for bf16 x and bf16 or fp32 weight,
         D % 8 == 0, D from 64 to 16384; rows may be slices of wider ones. Everything else is the reference.
     """
-    op = "rms_norm"
+    return _normed("rms_norm", x, weight, eps)[1]
+
+
+def rms_norm_beside(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x itself, for a residual stream, and rms_norm(x). Differentiable: the gradients of both are added as
+    `rms_norm_backward` does it.
+
+    Args:
+        x: as for `rms_norm`.
+        weight: as for `rms_norm`.
+        eps: positive.
+    Returns:
+        a view of x, not to be changed in place, and the normed rows.
+    Raises:
+        ValueError: shape or eps.
+        TypeError: dtype outside those of `rms_norm`.
+        BackendUnavailableError: what the kernel is for, no extension.
+    Numerics: those of `rms_norm`; the sum of the gradients is rounded once.
+    """
+    return _normed("rms_norm_beside", x, weight, eps)
+
+
+def _normed(op: str, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     check_dtype(op, "x", x, FLOATS)
     require(x.dim() >= 1, op, "x", "have at least one dimension", tuple(x.shape))
     check_tensor(op, "weight", weight, (x.shape[-1],), FLOATS)
     check_same_device(op, x=x, weight=weight)
     require(eps > 0, op, "eps", "be positive", eps)
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return cast(Tensor, _RmsNorm.apply(x_TD, weight, eps)).view(x.shape)
+    same_TD, y_TD = cast(tuple[Tensor, Tensor], _RmsNorm.apply(x_TD, weight, eps))
+    return same_TD.view(x.shape), y_TD.view(x.shape)
 
 
 def rms_norm_backward(
