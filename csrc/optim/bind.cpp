@@ -155,10 +155,11 @@ void bind_optim(py::module_& module) {
              py::arg("params"), py::kw_only(), py::arg("keys") = Keys(), py::arg("numbers"),
              py::arg("grad_scale") = py::none(), py::arg("stream") = py::none(),
              "One AdamW update of a list of arrays, in place, on a stream; keys round BF16 moments stochastically.");
-  module.def("grad_norms", &bound_grad_norms, py::arg("grads"), py::arg("norms"), py::arg("partial"), py::kw_only(),
-             py::arg("stream") = py::none(),
-             "Writes the 2-norm of each array, on a stream. FP64 travels as rows of two int32: a row a norm, and in partial,\n"
-             "which is scratch, a row for each 32768 elements.");
+  module.def(
+      "grad_norms", &bound_grad_norms, py::arg("grads"), py::arg("norms"), py::arg("partial"), py::kw_only(),
+      py::arg("stream") = py::none(),
+      "Writes the 2-norm of each array, on a stream. FP64 travels as rows of two int32: a row a norm, and in partial,\n"
+      "which is scratch, a row for each 32768 elements.");
 }
 
 }  // namespace dsv3rt
