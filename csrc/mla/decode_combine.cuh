@@ -1,8 +1,6 @@
-// Joins the partial results of requests that several blocks attended to. One warp a row. Its blocks may start while the
-// last ones of the attention's kernel still run: lengths have been there before both.
+// Joins the partial results of requests that several blocks attended to. One warp a row.
 #pragma once
 
-#include "hopper/barrier.cuh"
 #include "mla/decode_pieces.cuh"
 #include "mla/store_rows.cuh"
 
@@ -68,7 +66,6 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int length = request_length(params, request);
   const Rooms rooms = sum_rooms(params, request);
   const PartRange parts = parts_of(rooms.before, length, share_of(rooms.total, params.grid.parts));
-  wait_for_prior_grid();
   if (request_row >= rows || (length > 0 && parts.first == parts.last)) return;
 
   const int64_t block_slot = int64_t(request_row / params.grid.block_rows) * params.grid.parts * kPartialsAPart;

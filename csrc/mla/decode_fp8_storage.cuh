@@ -14,17 +14,14 @@ constexpr int kFp8Warps = 8;  // that multiply; one more loads
 constexpr int kFp8Threads = 32 * (kFp8Warps + 1);
 constexpr int kFp8Halves = 2;                   // of the columns of a score, summed by different warps
 constexpr int kScoreStride = kPageTokens + 4;   // of rows, to spread them over the banks
-constexpr int kWeightSlots = 3;                 // pages whose scores are formed, become weights, and are multiplied
 
 using Fp8Ring = RingPosition<kFp8Stages>;
-using WeightRing = RingPosition<kWeightSlots>;
-using Fp8Scores = float[kFp8Rows][kScoreStride];
 
 struct DecodeFp8Storage {
   alignas(128) uint8_t page[kFp8Stages][kFp8PageBytes];
-  Fp8Scores weights[kWeightSlots];      // at first the scores' first half
-  Fp8Scores second_half[2];
-  float rescale[2][kFp8Rows];           // what sums over earlier pages must be multiplied by
+  float scores[kFp8Halves][kFp8Rows][kScoreStride];
+  float weights[kFp8Rows][kScoreStride];
+  float rescale[kFp8Rows];              // what sums over earlier pages must be multiplied by
   float inverse[kFp8Rows];              // of the sum of weights
   float largest[kFp8Halves][kFp8Rows];  // magnitude of the queries
   Barrier page_full[kFp8Stages], page_empty[kFp8Stages];

@@ -11,20 +11,10 @@ const char* encode_rows(CUtensorMap& map, const void* base, int64_t rows) {
                                  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B});
 }
 
-bool has_pages(const MlaDecodeParams& params) { return params.num_pages > 0 && params.max_pages > 0; }
-
-// Behind a kernel of attention its start overlaps that one's end. Without pages there is none, only what came before.
 const char* launch_combine(const MlaDecodeParams& params, cudaStream_t stream) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(ceil_div(params.num_queries * params.num_heads, kCombineRows), params.num_requests);
-  config.blockDim = dim3(kCombineThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = has_pages(params) ? 1 : 0;
-  DSV3RT_CUDA_CHECK(cudaLaunchKernelEx(&config, mla_decode_combine_kernel, params));
+  const dim3 grid(ceil_div(params.num_queries * params.num_heads, kCombineRows), params.num_requests);
+  mla_decode_combine_kernel<<<grid, kCombineThreads, 0, stream>>>(params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }
 
@@ -40,7 +30,7 @@ const char* mla_decode(const MlaDecodeParams& params, void* stream) {
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const int rows = params.num_queries * params.num_heads;
-  if (has_pages(params)) {
+  if (params.num_pages > 0 && params.max_pages > 0) {
     DecodeMaps maps{};
     if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
     if (const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens)) {
@@ -62,7 +52,7 @@ const char* mla_decode_fp8(const MlaDecodeParams& params, void* stream) {
   const DeviceGuard guard(params.device);
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (has_pages(params)) {
+  if (params.num_pages > 0 && params.max_pages > 0) {
     constexpr int kSharedBytes = sizeof(DecodeFp8Storage);
     static_assert(kSharedBytes <= kMaxSharedBytes);
     const auto kernel = sm90_mla_decode_fp8_kernel;

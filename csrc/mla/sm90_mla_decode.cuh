@@ -401,7 +401,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  let_next_grid_start();
   if (warp < 4) {
     release_registers<24>();
     if (threadIdx.x == 0) producer_load_pieces(storage, maps, params);

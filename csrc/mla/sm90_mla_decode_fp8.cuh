@@ -80,19 +80,6 @@ __device__ __forceinline__ void producer_load_fp8_pieces(DecodeFp8Storage& stora
   }
 }
 
-// Where a page lies, and what belongs to it.
-struct Fp8Page {
-  Fp8Ring ring;
-  WeightRing weights;
-  int parity = 0;  // of the page's number, for what there are two of
-
-  __device__ __forceinline__ void advance() {
-    ring.advance();
-    weights.advance();
-    parity ^= 1;
-  }
-};
-
 // What a warp knows throughout. Its lanes hold rows `row` and `row + 8`.
 struct Fp8Consumer {
   DecodeFp8Storage& storage;
@@ -100,11 +87,12 @@ struct Fp8Consumer {
   int warp;
   int row, quad;  // lane / 4, lane % 4
   TwoStage slot;
+  Fp8Ring ring;
 
   __device__ __forceinline__ int tokens() const { return warp % 4 * 16; }  // the first of its 16
   __device__ __forceinline__ int half() const { return warp / 4; }         // of the columns of scores
-  __device__ __forceinline__ const uint8_t* token(const Fp8Page& at, int index) const {
-    return storage.page[at.ring.stage] + index * kFp8TokenBytes;
+  __device__ __forceinline__ const uint8_t* token(int index) const {
+    return storage.page[ring.stage] + index * kFp8TokenBytes;
   }
   __device__ __forceinline__ int num_rows() const { return params.num_queries * params.num_heads; }
   __device__ __forceinline__ int request_row(int block_row) const { return blockIdx.x * kFp8Rows + block_row; }
@@ -177,12 +165,11 @@ __device__ __forceinline__ void load_fp8_queries(const Fp8Consumer& self, const 
 }
 
 // Half a sum of 16 rows x 16 tokens.
-__device__ __forceinline__ void score_tokens(const Fp8Consumer& self, const Fp8Page& at, const Fp8Queries& queries) {
-  Fp8Scores& scores = self.half() == 0 ? self.storage.weights[at.weights.stage] : self.storage.second_half[at.parity];
+__device__ __forceinline__ void score_tokens(const Fp8Consumer& self, const Fp8Queries& queries) {
 #pragma unroll
   for (int eight = 0; eight < 2; ++eight) {
     const int first = self.tokens() + eight * 8;
-    const uint8_t* key = self.token(at, first + self.row);
+    const uint8_t* key = self.token(first + self.row);
     float sums[2][4] = {}, rope[4] = {};  // each of 128 columns, with a scale of its own
 #pragma unroll
     for (int group = 0; group < kFp8Steps / 4; ++group) {
@@ -204,7 +191,7 @@ __device__ __forceinline__ void score_tokens(const Fp8Consumer& self, const Fp8P
     float2 scales[2];  // of a token's two tiles
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scales[i] = *reinterpret_cast<const float2*>(self.token(at, token + i) + kLatentDim + self.half() * 8);
+      scales[i] = *reinterpret_cast<const float2*>(self.token(token + i) + kLatentDim + self.half() * 8);
     }
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
@@ -214,21 +201,19 @@ __device__ __forceinline__ void score_tokens(const Fp8Consumer& self, const Fp8P
         const float latent = fmaf(scales[i].x, sums[0][lower * 2 + i], scales[i].y * sums[1][lower * 2 + i]);
         score[i] = fmaf(latent, queries.inverse[lower], rope[lower * 2 + i]);
       }
-      *reinterpret_cast<float2*>(&scores[self.row + lower * 8][token]) = make_float2(score[0], score[1]);
+      *reinterpret_cast<float2*>(&self.storage.scores[self.half()][self.row + lower * 8][token]) =
+          make_float2(score[0], score[1]);
     }
   }
 }
 
-// Of a warp's two rows; every lane has two of a page's tokens, whose weights take the place of their scores.
+// Of a warp's two rows; every lane has two of a page's tokens.
 struct Fp8Softmax {
   float peak[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0, 0};
 };
 
-__device__ __forceinline__ void weigh_tokens(const Fp8Consumer& self, const Fp8Page& at, const Piece& piece, int page,
-                                             Fp8Softmax& state) {
-  Fp8Scores& weights = self.storage.weights[at.weights.stage];
-  const Fp8Scores& second_half = self.storage.second_half[at.parity];
+__device__ __forceinline__ void weigh_tokens(const Fp8Consumer& self, const Piece& piece, int page, Fp8Softmax& state) {
   const int lane = threadIdx.x % 32;
   const float scale_log2 = self.params.scale_log2;
 #pragma unroll
@@ -238,7 +223,7 @@ __device__ __forceinline__ void weigh_tokens(const Fp8Consumer& self, const Fp8P
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int token = lane + k * 32;
-      score[k] = weights[row][token] + second_half[row][token];
+      score[k] = self.storage.scores[0][row][token] + self.storage.scores[1][row][token];
       if (page >= piece.whole_pages) {
         const int seen = tokens_seen(self.params, piece.length, self.request_row(row));
         if (page * kPageTokens + token >= seen) score[k] = -INFINITY;
@@ -252,11 +237,11 @@ __device__ __forceinline__ void weigh_tokens(const Fp8Consumer& self, const Fp8P
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float weight = exp2_approx(fmaf(score[k], scale_log2, -offset));
-      weights[row][lane + k * 32] = weight;
+      self.storage.weights[row][lane + k * 32] = weight;
       sum += weight;
     }
     state.sum[i] = fmaf(state.sum[i], rescale, sum);
-    if (lane == 0) self.storage.rescale[at.parity][row] = rescale;
+    if (lane == 0) self.storage.rescale[row] = rescale;
   }
 }
 
@@ -267,16 +252,13 @@ struct Fp8Out {
   float scale = kLeastScale;
 };
 
-__device__ __forceinline__ void add_tokens(const Fp8Consumer& self, const Fp8Page& at, Fp8Out& out) {
+__device__ __forceinline__ void add_tokens(const Fp8Consumer& self, Fp8Out& out) {
   const int tile = self.warp / 2, lane = threadIdx.x % 32;
-  const auto scale_of = [&](int token) {
-    return reinterpret_cast<const float*>(self.token(at, token) + kLatentDim)[tile];
-  };
+  const auto scale_of = [&](int token) { return reinterpret_cast<const float*>(self.token(token) + kLatentDim)[tile]; };
   const float largest = fmaxf(out.scale, largest_over_warp(fmaxf(scale_of(lane), scale_of(lane + 32))));
   const float grown = out.scale / largest, factor = kWeightTop / largest;
   out.scale = largest;
-  const float* of_row = &self.storage.rescale[at.parity][self.row];
-  const float rescale[2] = {of_row[0] * grown, of_row[8] * grown};
+  const float rescale[2] = {self.storage.rescale[self.row] * grown, self.storage.rescale[self.row + 8] * grown};
 #pragma unroll
   for (float (&sums)[4] : out.sums) scale_rows(sums, rescale);
 #pragma unroll
@@ -286,14 +268,13 @@ __device__ __forceinline__ void add_tokens(const Fp8Consumer& self, const Fp8Pag
     float scales[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      bytes[i] = *reinterpret_cast<const uint2*>(self.token(at, first + i) + self.warp * 64 + self.row * 8);
+      bytes[i] = *reinterpret_cast<const uint2*>(self.token(first + i) + self.warp * 64 + self.row * 8);
       scales[i] = scale_of(first + i) * factor;
     }
     uint32_t weights[4];
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      const float4 w =
-          *reinterpret_cast<const float4*>(&self.storage.weights[at.weights.stage][self.row + lower * 8][first]);
+      const float4 w = *reinterpret_cast<const float4*>(&self.storage.weights[self.row + lower * 8][first]);
       weights[lower] = pack_half(w.x * scales[0], w.y * scales[1]);
       weights[lower + 2] = pack_half(w.z * scales[2], w.w * scales[3]);
     }
@@ -316,8 +297,8 @@ __device__ __forceinline__ void add_tokens(const Fp8Consumer& self, const Fp8Pag
 }
 
 // Slots past the end hold anything. Their weights are zero, but zero times NaN is not.
-__device__ __forceinline__ void clear_slots(const Fp8Consumer& self, const Fp8Page& at, int first) {
-  auto* chunks = reinterpret_cast<uint4*>(self.storage.page[at.ring.stage]);
+__device__ __forceinline__ void clear_slots(const Fp8Consumer& self, int first) {
+  auto* chunks = reinterpret_cast<uint4*>(self.storage.page[self.ring.stage]);
   for (int i = first * (kFp8TokenBytes / 16) + threadIdx.x; i < kFp8PageBytes / 16; i += 32 * kFp8Warps) {
     chunks[i] = make_uint4(0, 0, 0, 0);
   }
@@ -374,43 +355,10 @@ __device__ __forceinline__ void store_fp8_out(const Fp8Consumer& self, const Pie
   }
 }
 
-__device__ __forceinline__ void start_page(const Fp8Consumer& self, const Fp8Page& at, const Piece& piece, int page,
-                                           const Fp8Queries& queries) {
-  self.storage.page_full[at.ring.stage].wait(at.ring.parity);
-  if (const int end = piece.length - page * kPageTokens; end < kPageTokens) clear_slots(self, at, end);
-  score_tokens(self, at, queries);
-}
-
-__device__ __forceinline__ void finish_page(const Fp8Consumer& self, Fp8Page& at, Fp8Out& out) {
-  add_tokens(self, at, out);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) self.storage.page_empty[at.ring.stage].arrive();
-  at.advance();
-}
-
-// Warps meet once a page. Between two meetings one page's scores become weights, those of the page before meet its
-// values, and the next page's scores are formed.
-__device__ __forceinline__ void attend_fp8_pages(const Fp8Consumer& self, const Piece& piece, const Fp8Queries& queries,
-                                                 Fp8Page& last, Fp8Softmax& state, Fp8Out& out) {
-  Fp8Page next = last;
-  start_page(self, next, piece, piece.first_page, queries);
-#pragma unroll 1
-  for (int page = piece.first_page; page < piece.end_page; ++page) {
-    sync_fp8_warps();
-    weigh_tokens(self, next, piece, page, state);
-    next.advance();
-    if (page != piece.first_page) finish_page(self, last, out);
-    if (page + 1 < piece.end_page) start_page(self, next, piece, page + 1, queries);
-  }
-  sync_fp8_warps();
-  finish_page(self, last, out);
-}
-
 __device__ __forceinline__ void consumer_attend_fp8_pieces(DecodeFp8Storage& storage, const MlaDecodeParams& params,
                                                            int warp) {
   const int lane = threadIdx.x % 32;
   Fp8Consumer self{storage, params, warp, lane / 4, lane % 4};
-  Fp8Page at;
   while (true) {
     storage.piece_full[self.slot.stage()].wait(self.slot.full_parity());
     const Piece& piece = storage.piece[self.slot.stage()];
@@ -419,7 +367,19 @@ __device__ __forceinline__ void consumer_attend_fp8_pieces(DecodeFp8Storage& sto
     load_fp8_queries(self, piece, queries);
     Fp8Softmax state;
     Fp8Out out;
-    attend_fp8_pages(self, piece, queries, at, state, out);
+#pragma unroll 1
+    for (int page = piece.first_page; page < piece.end_page; ++page) {
+      storage.page_full[self.ring.stage].wait(self.ring.parity);
+      if (const int end = piece.length - page * kPageTokens; end < kPageTokens) clear_slots(self, end);
+      score_tokens(self, queries);
+      sync_fp8_warps();
+      weigh_tokens(self, piece, page, state);
+      sync_fp8_warps();
+      add_tokens(self, out);
+      __syncwarp();
+      if (lane == 0) storage.page_empty[self.ring.stage].arrive();
+      self.ring.advance();
+    }
     finish_weights(self, piece, state);
     store_fp8_out(self, piece, out);
     __syncwarp();
@@ -445,7 +405,6 @@ __global__ void __launch_bounds__(kFp8Threads, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  let_next_grid_start();
   if (warp == kFp8Warps) {
     producer_load_fp8_pieces(storage, params);
   } else {
