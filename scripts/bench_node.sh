@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Build, check and measure on all GPUs of this node: expert exchange over NVLink, then the trainer over NCCL.
+# Writes benchmarks/results/<gpu>-x<N>/node.json; docs/performance.md follows with `python -m benchmarks.report`.
+#
+#   scripts/bench_node.sh [LIBNCCL]      LIBNCCL: NCCL 2.30 or newer, where torch brings an older one
+#
+# SYSTEM=1 uses the Python at hand, as `make SYSTEM=1` does. ROUNDS=1000 random rounds of exchange are checked.
+# Stops at the first failure; what was measured before is lost with it, so that no figure stands without its check.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
+[ "$gpus" -ge 2 ] || { echo "bench_node: needs two GPUs or more, found $gpus" >&2; exit 1; }
+make ${SYSTEM:+SYSTEM=$SYSTEM} DSV3RT_CUDA=ON setup
+python=.venv/bin/python
+[ "${SYSTEM:-}" = 1 ] && python=python3
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+ranks() { "$python" tests/gpu/run_ranks.py --ranks "$gpus" ${nccl:+--nccl "$nccl"} --timeout 1800 "$@"; }
+
+nccl=${1:-}
+ranks tests/gpu/check_ep.py --only rounds --rounds "${ROUNDS:-1000}"
+ranks tests/gpu/check_ep.py --only latency --rounds 20
+ranks tests/gpu/check_ep.py --only faults
+for tokens in 4096 8192; do
+  for sms in 16 32; do
+    ranks benchmarks/ep.py --tokens $tokens --num-sms $sms --out "$parts/ep_${tokens}_$sms.json"
+  done
+done
+"$python" - "$parts" "$gpus" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import provenance
+
+parts = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*.json"))]
+whole = {**parts[0], "benchmarks": [entry for part in parts for entry in part["benchmarks"]]}
+whole["machine_info"] = {**whole["machine_info"], "command": f"scripts/bench_node.sh on {sys.argv[2]} GPUs"}
+folder = f"{provenance.folder_of(torch.cuda.get_device_name())}-x{sys.argv[2]}"
+out = provenance.ROOT / "benchmarks" / "results" / folder / "node.json"
+out.parent.mkdir(parents=True, exist_ok=True)
+out.write_text(json.dumps(whole, indent=4) + "\n")
+print(f"bench_node: {len(whole['benchmarks'])} lines in {out}")
+PYTHON
+
+nccl=
+case $gpus in
+  2 | 4 | 8) ranks tests/gpu/check_trainer.py ;;
+  *) echo "bench_node: the trainer is checked on 2, 4 or 8 GPUs, not on $gpus" ;;
+esac
