@@ -11,7 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3rt import ops
+from dsv3rt.config import ModelConfig
 from dsv3rt.errors import ExchangeError
+from dsv3rt.layers.moe import MoE
+from dsv3rt.parallel.eplb import place_globally
+from dsv3rt.parallel.expert import ExpertExchange
 from tests.gpu.ep_cases import (
     ROUTERS,
     Batch,
@@ -92,6 +96,39 @@ def overflow(group: ops.EpGroup, shape: Shape) -> str:
     return "nothing"
 
 
+@torch.no_grad()
+def replicated() -> dict[str, bool]:
+    """A layer whose most loaded experts have replicas on other ranks, against the layer in one process.
+
+    Rows of an expert come in another number on each replica, and a product of another height may add in another order:
+    hence the tolerance, of some roundings of FP32.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(7)
+    config = ModelConfig(
+        dim=32, expert_dim=16, num_experts=2 * size, top_k=2, num_expert_groups=1, num_groups_kept=1, ffn_dim=32
+    )
+    alone, spread = MoE(config), MoE(config)
+    for parameter in alone.parameters():
+        parameter.normal_(std=0.3)
+    alone.gate.e_score_correction_bias.zero_()
+    spread.load_state_dict(alone.state_dict())
+    x_TD = torch.randn(40, config.dim)[: 40 - 8 * (rank == 0)]
+    load_E = torch.bincount(alone.route(x_TD).idx_TK.flatten(), minlength=config.num_experts)
+    dist.all_reduce(load_E)
+    placement = place_globally(load_E.tolist(), 3 * size, size)
+    here = torch.tensor(placement.experts_on(rank))
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(spread.experts, name, torch.nn.Parameter(getattr(alone.experts, name)[here]))
+    spread.exchange = ExpertExchange(dist.group.WORLD, size, placement)
+    (want_TD, _), (got_TD, _) = alone(x_TD), spread(x_TD)
+    replicas = [len(slots) for slots in placement.slots_of_experts()]
+    return {
+        "result of replicas": torch.allclose(got_TD, want_TD, rtol=1e-5, atol=1e-6),
+        "some experts have replicas, some not": min(replicas) == 1 < max(replicas),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -103,6 +140,7 @@ def main() -> None:
     for seed, router in enumerate(ROUTERS):
         batch = draw(shape, seed, router)
         found[router] = findings(group, shape, batch, compute(shape, batch))
+    found["replicated"] = replicated()
     found["overflow"] = overflow(group, shape)
     everyone: list[object] = [None] * size
     dist.all_gather_object(everyone, found)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dsv3rt import ops
+from dsv3rt.parallel.eplb import Placement
+from dsv3rt.parallel.expert import ExpertExchange
 from tests.gpu.ep_cases import ROUTERS
 from tests.parallel.fleet import torchrun
 
@@ -22,7 +24,9 @@ def test_exchange_matches_one_process(tmp_path: Path, size: int) -> None:
     for rank, found in enumerate(json.loads(out.read_text())):
         needed = size * 24 * 4  # tokens of each rank, their choices
         assert found.pop("overflow") == f"expert exchange: rank 0 found {needed} rows for 95: raise capacity"
-        wrong = [(router, name) for router in ROUTERS for name, same in found[router].items() if not same]
+        wrong = [
+            (router, name) for router in (*ROUTERS, "replicated") for name, same in found[router].items() if not same
+        ]
         assert not wrong, f"rank {rank} of {size}"
 
 
@@ -41,3 +45,16 @@ def test_group_rejects_what_it_has_no_room_for(tmp_path: Path) -> None:
             ops.ep_send(x_TD, ops.Routing(idx_TK, x_TD, x_TD, x_TD), plain)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_replicas_are_for_serving() -> None:
+    placement = Placement((0, 1, 1, 0), 2, 2)
+    with pytest.raises(ValueError, match="placement must be on the group's 4 ranks, got 2 GPUs"):
+        ExpertExchange(None, 4, placement)
+    exchange = ExpertExchange(None, 2, placement)
+    x_TD, weight_TK = torch.zeros(1, 8), torch.ones(1, 1)
+    routing = ops.Routing(torch.zeros(1, 1, dtype=torch.int64), weight_TK, weight_TK, weight_TK)
+    with pytest.raises(ValueError, match="placement must be of the layer's 3 experts, got 2"):
+        exchange.dispatch(x_TD, routing, num_experts=3, block=1)
+    with pytest.raises(ValueError, match="replicas must serve without gradients"):
+        exchange.dispatch(x_TD.requires_grad_(), routing, num_experts=2, block=1)

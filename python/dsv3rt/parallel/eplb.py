@@ -11,7 +11,7 @@ between few nodes; the global form ignores groups and nodes. Source: DeepSeek-V3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ class Placement:
     expert_of_slot: tuple[int, ...]
     num_experts: int
     num_gpus: int
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.expert_of_slot)
+
+    def experts_on(self, gpu: int) -> tuple[int, ...]:
+        """The expert in every slot of a GPU, in the order in which dispatch lays out its rows."""
+        width = self.num_slots // self.num_gpus
+        return self.expert_of_slot[gpu * width : (gpu + 1) * width]
 
     def slots_of_experts(self) -> list[list[int]]:
         slots: list[list[int]] = [[] for _ in range(self.num_experts)]
@@ -39,14 +49,22 @@ class Placement:
         return [sum(share[gpu * width : (gpu + 1) * width]) for gpu in range(self.num_gpus)]
 
     def assign(self, idx_TK: Tensor) -> Tensor:
-        """The slot that serves each choice, for a dispatch with slots as experts: token t goes to replica t mod n."""
+        """The slot that serves each choice, for a dispatch with slots as experts: token t goes to replica t mod n.
+
+        After the first call on a device nothing comes from the host any more, so that a CUDA graph can record it.
+        """
+        if idx_TK.device not in self._tables:
+            self._tables[idx_TK.device] = self._table(idx_TK.device)
+        slot_ER, count_E = self._tables[idx_TK.device]
+        token_T1 = torch.arange(idx_TK.shape[0], device=idx_TK.device)[:, None]
+        return slot_ER[idx_TK, token_T1 % count_E[idx_TK]]
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The slots of each expert, over again as often as rows are long, and how many there are."""
         slots = self.slots_of_experts()
         most = max(len(replicas) for replicas in slots)
         table = [[replicas[i % len(replicas)] for i in range(most)] for replicas in slots]
-        slot_ER = torch.tensor(table, device=idx_TK.device)
-        count_E = torch.tensor([len(replicas) for replicas in slots], device=idx_TK.device)
-        token_T1 = torch.arange(idx_TK.shape[0], device=idx_TK.device)[:, None]
-        return slot_ER[idx_TK, token_T1 % count_E[idx_TK]]
+        return torch.tensor(table, device=device), torch.tensor([len(replicas) for replicas in slots], device=device)
 
 
 def place_globally(load_E: Sequence[float], num_slots: int, num_gpus: int) -> Placement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from dsv3rt import ops
 from dsv3rt.layers.moe import Dispatched
 from dsv3rt.ops.types import Permutation, Routing
+from dsv3rt.parallel.eplb import Placement
 
 
 class ExpertExchange:
@@ -20,13 +22,29 @@ class ExpertExchange:
     dtypes, the reference does. The communicator is made at the first dispatch, for the most tokens of any rank then.
     """
 
-    def __init__(self, group: Any, num_ranks: int) -> None:
+    def __init__(self, group: Any, num_ranks: int, placement: Placement | None = None) -> None:
+        """placement: of replicas, for serving; rank i then holds the experts `placement.experts_on(i)`, in this order.
+
+        Raises:
+            ValueError: a placement on another number of GPUs than there are ranks.
+        """
+        if placement is not None and placement.num_gpus != num_ranks:
+            raise ValueError(
+                f"ExpertExchange: placement must be on the group's {num_ranks} ranks, got {placement.num_gpus} GPUs"
+            )
         self._group = group
         self._num_ranks = num_ranks
+        self._placement = placement
         self._experts: ops.EpGroup | None = None
 
     def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
-        """See `layers.moe.Exchange`."""
+        """See `layers.moe.Exchange`.
+
+        Raises:
+            ValueError: gradients, or another number of experts, where experts have replicas.
+        """
+        if self._placement is not None:
+            routing, num_experts = self._to_slots(x_TD, routing, num_experts)
         if self._experts is None:
             self._experts = ops.EpGroup(
                 self._group, num_experts, limits=self._limits(x_TD, routing), device=x_TD.device
@@ -39,6 +57,18 @@ class ExpertExchange:
         assert self._experts is not None
         assert isinstance(dispatched.route, ops.EpRoute)
         return ops.ep_combine(rows_PD, dispatched.route, self._experts, weight_TK=weight_TK)
+
+    def _to_slots(self, x_TD: Tensor, routing: Routing, num_experts: int) -> tuple[Routing, int]:
+        """Replicas' slots in the place of experts."""
+        placement = self._placement
+        assert placement is not None
+        if num_experts != placement.num_experts:
+            raise ValueError(
+                f"ExpertExchange: placement must be of the layer's {num_experts} experts, got {placement.num_experts}"
+            )
+        if torch.is_grad_enabled() and (x_TD.requires_grad or routing.weight_TK.requires_grad):
+            raise ValueError("ExpertExchange: replicas must serve without gradients (torch.no_grad), got a gradient")
+        return dataclasses.replace(routing, idx_TK=placement.assign(routing.idx_TK)), placement.num_slots
 
     def _limits(self, x_TD: Tensor, routing: Routing) -> ops.EpLimits | None:
         """What all ranks agree on; None: some rank has no kernels for these rows."""

@@ -107,6 +107,7 @@ class Mesh:
             group = dist.new_group(list(ranks), group_desc=purpose) if len(ranks) > 1 else None
             if self.rank in ranks:
                 mine[ranks] = group
+                _connect(group, len(ranks))
         return mine
 
     def ranks(self, purpose: str) -> Ranks:
@@ -133,12 +134,21 @@ def join(config: ParallelConfig, started: Launch, device: torch.device) -> Mesh:
         # After a restart torchrun's store may still hold the addresses of processes that are gone.
         store, rank, size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"start-{started.restarts}", store)
-        # With a device NCCL connects every group when it is made, in one order on all ranks. Left to the first message,
-        # two ranks whose first messages belong to different channels wait for each other for ever.
+        # With a device NCCL makes every group's communicator at once, in one order on all ranks.
         bound = device if device.type == "cuda" else None
         timeout = datetime.timedelta(minutes=30)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     return Mesh(config, started.rank)
+
+
+def _connect(group: Any, size: int) -> None:
+    """Exchange one message between any two ranks of a group on GPUs. At the first one both ends set a connection up and
+    wait for each other in it: during a step, where ranks come to their groups in different orders, for ever."""
+    world = dist.group.WORLD
+    device = None if group is None or world is None else world.bound_device_id
+    if device is not None:
+        outgoing = torch.zeros(size, device=device)
+        dist.all_to_all_single(torch.empty_like(outgoing), outgoing, group=group)
 
 
 def leave() -> None:

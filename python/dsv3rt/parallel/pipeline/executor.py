@@ -15,7 +15,7 @@ from dsv3rt.parallel.mesh import Mesh
 from dsv3rt.parallel.pipeline.action import Action, Overlap, Step
 from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule, Stage
 from dsv3rt.parallel.pipeline.lanes import Lanes, Phase, Walk, run_into_each_other
-from dsv3rt.parallel.pipeline.p2p import Inbox, Message, Outbox
+from dsv3rt.parallel.pipeline.p2p import Inbox, Message, Outbox, connect
 from dsv3rt.parallel.pipeline.schedule import Schedule
 from dsv3rt.parallel.placement import Layout
 from dsv3rt.parallel.zero import Gradients
@@ -57,6 +57,10 @@ class Executor:
         }
         self._tables: dict[int, Schedule] = {}
         self._groups = _channels(layout, mesh)
+        if like.is_cuda:
+            for wire, group in self._groups.items():
+                sends = self.is_here(wire[1])
+                connect(group, self._peer(wire[2] if sends else wire[1]), like, sends=sends)
 
     def table(self, num_micro_batches: int) -> Schedule:
         if num_micro_batches not in self._tables:

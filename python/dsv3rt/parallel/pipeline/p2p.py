@@ -21,6 +21,15 @@ class Message:
     shape: tuple[int, ...]
 
 
+def connect(group: Any, peer: int, like: Tensor, *, sends: bool) -> None:
+    """Send a first message through a channel, or receive it. All ranks go through their channels in one order here:
+    NCCL's first message makes both ends wait for each other on the host, which in a step could go round in a circle."""
+    first = like.new_zeros(1)
+    work = dist.isend(first, peer, group=group) if sends else dist.irecv(first, peer, group=group)
+    assert work is not None
+    work.wait()
+
+
 class Inbox:
     """The receiving end of a channel for one step: messages arrive in the order in which they are going to be used."""
 
