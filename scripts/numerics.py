@@ -1,11 +1,14 @@
 """Train one model in FP8 and in BF16 on the same data from the same seed, and set their losses side by side.
 
+What the parts of the FP8 recipe are for, runs without them may say (scripts/numerics_ablations.py).
+
     python scripts/numerics.py train fp8 --seconds 100 --keep benchmarks/results/h100/numerics
     python scripts/numerics.py train bf16 --seconds 100 --keep benchmarks/results/h100/numerics
+    python scripts/numerics.py train block_128x128 --seconds 100 --keep benchmarks/results/h100/numerics
     python scripts/numerics.py report benchmarks/results/h100/numerics
 
-The same command goes on from its checkpoint in runs/numerics-fp8 (or -bf16) until the run is done. `report` writes
-docs/numerics.md and its figure from what was kept, as far as both runs have come.
+The same command goes on from its checkpoint in runs/numerics-fp8 (or another name) until the run is done. `report`
+writes docs/numerics.md and its figure from what was kept, as far as the runs have come: FP8, BF16, and any ablations.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -34,9 +38,17 @@ from dsv3rt.train import config_file  # noqa: E402
 from dsv3rt.train.metrics import Row, read_rows  # noqa: E402
 from dsv3rt.train.plot import smooth  # noqa: E402
 from dsv3rt.train.trainer import Trainer  # noqa: E402
+from scripts.numerics_ablations import ABLATIONS, ablation  # noqa: E402
 
 PRECISIONS = ("bf16", "fp8")
-COLORS = {"bf16": "#4c72b0", "fp8": "#dd8452"}
+COLORS = {
+    "bf16": "#4c72b0",
+    "fp8": "#dd8452",
+    "block_128x128": "#55a868",
+    "per_tensor": "#8172b3",
+    "no_promotion": "#c44e52",
+}
+QUESTIONS = {"block_128x128": "the shape of tiles", "per_tensor": "fine scales", "no_promotion": "promotion"}
 LIMIT = 0.0025  # what the V3 report (sec. 3.3) says that FP8 stays below
 INK = "#333333"
 
@@ -44,19 +56,21 @@ INK = "#333333"
 def train(options: argparse.Namespace, started: float) -> None:
     """One piece of a run: up to its last step, or `seconds` after `started`."""
     overrides = [tuple(text.split("=", 1)) for text in options.set]
-    run_dir = Path(options.runs, f"numerics-{options.precision}")
-    overrides += [("train.precision", options.precision), ("train.run_dir", str(run_dir))]
+    run_dir = Path(options.runs, f"numerics-{options.name}")
+    precision = "fp8" if options.name in ABLATIONS else options.name
+    overrides += [("train.precision", precision), ("train.run_dir", str(run_dir))]
     if options.steps:
         overrides.append(("train.steps", str(options.steps)))
     trainer = Trainer(config_file.load(ROOT / "configs" / "numerics.toml", overrides))
     if options.seconds:
         threading.Thread(target=stop_at, args=(started + options.seconds,), daemon=True).start()
     try:
-        trainer.fit()
-    except StoppedBySignalError as stopped:
+        with ablation(options.name) if options.name in ABLATIONS else nullcontext():
+            trainer.fit()
+    except (StoppedBySignalError, FloatingPointError) as stopped:  # that a recipe diverges is a finding too
         print(f"numerics: {stopped}")
     if options.keep:
-        keep(trainer, options.precision, options.keep, options.commit)
+        keep(trainer, options.name, options.keep, options.commit)
 
 
 def stop_at(deadline: float) -> None:
@@ -67,13 +81,13 @@ def stop_at(deadline: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def keep(trainer: Trainer, precision: str, folder: Path, commit: str | None) -> None:
+def keep(trainer: Trainer, name: str, folder: Path, commit: str | None) -> None:
     """The metrics, the configuration and where they come from; no weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(trainer.run.metrics, folder / f"{precision}.jsonl")
-    shutil.copyfile(trainer.run.config, folder / f"{precision}.toml")
+    shutil.copyfile(trainer.run.metrics, folder / f"{name}.jsonl")
+    shutil.copyfile(trainer.run.config, folder / f"{name}.toml")
     origin = {"commit": commit or provenance.commit(), **provenance.machine()}
-    (folder / f"{precision}.json").write_text(json.dumps(origin, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
@@ -93,63 +107,88 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compare(runs: dict[str, list[Row]]) -> dict[str, float]:
+def compare(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, float]:
     """Of the last fifth of paired runs: how the mean losses differ, the standard error of the steps' ratios, and the
-    furthest that the smooth curves part."""
-    losses = {name: [row["loss"] for row in rows] for name, rows in runs.items()}
-    fifth = max(2, len(losses["fp8"]) // 5)
-    ratios = [fp8 / bf16 - 1 for fp8, bf16 in zip(losses["fp8"], losses["bf16"], strict=True)]
-    curves = [smooth(losses[name])[-fifth:] for name in ("fp8", "bf16")]
+    furthest that the smooth curves part; all relative to `base`."""
+    ours, theirs = [row["loss"] for row in rows], [row["loss"] for row in base]
+    fifth = max(2, len(ours) // 5)
+    ratios = [one / other - 1 for one, other in zip(ours, theirs, strict=True)]
     return {
         "steps": fifth,
-        "of_means": mean(losses["fp8"][-fifth:]) / mean(losses["bf16"][-fifth:]) - 1,
+        "of_means": mean(ours[-fifth:]) / mean(theirs[-fifth:]) - 1,
         "error": stdev(ratios[-fifth:]) / fifth**0.5,
-        "furthest": max((fp8 / bf16 - 1 for fp8, bf16 in zip(*curves, strict=True)), key=abs),
+        "furthest": max((ratio for ratio in ratios_of_curves(rows, base)[-fifth:]), key=abs),
     }
 
 
-def draw(runs: dict[str, list[Row]], path: Path) -> None:
-    """Losses above, their relative difference below, both smoothed over a hundredth of the run."""
+def ratios_of_curves(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
+    """How the smoothed losses of paired runs differ at each step, relative to `base`."""
+    ours, theirs = smooth([row["loss"] for row in rows]), smooth([row["loss"] for row in base])
+    return [one / other - 1 for one, other in zip(ours, theirs, strict=True)]
+
+
+def draw(runs: dict[str, list[Row]], ablated: dict[str, dict[str, list[Row]]], path: Path) -> None:
+    """Losses above, relative differences to BF16 below, all smoothed over a hundredth of the run."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     steps = [row["step"] for row in runs["fp8"]]
-    curves = {name: smooth([row["loss"] for row in rows]) for name, rows in runs.items()}
-    for name, curve in curves.items():
-        above.plot(steps, curve, color=COLORS[name], linewidth=1.4, label=name.upper())
-    difference = [100 * (fp8 / bf16 - 1) for fp8, bf16 in zip(curves["fp8"], curves["bf16"], strict=True)]
-    below.plot(steps, difference, color=INK, linewidth=1.0)
+    for name, rows in runs.items():
+        above.plot(steps, smooth([row["loss"] for row in rows]), color=COLORS[name], linewidth=1.4, label=name.upper())
+    for name, found in {"fp8": runs, **ablated}.items():
+        rows, label = found[name], name if ablated else None
+        difference = [100 * ratio for ratio in ratios_of_curves(rows, found["bf16"])]
+        color = COLORS[name] if ablated else INK
+        below.plot([row["step"] for row in rows], difference, color=color, linewidth=1.0, label=label)
     below.axhspan(-100 * LIMIT, 100 * LIMIT, color="#dddddd", label=f"within {LIMIT:.2%}")
     below.axvline(steps[-(len(steps) // 5)], color="#999999", linewidth=0.8, linestyle="--", label="last fifth")
     above.set_ylabel("cross-entropy (nats a byte)", color=INK)
-    below.set_ylabel("FP8 against BF16 (%)", color=INK)
+    below.set_ylabel("against BF16 (%)" if ablated else "FP8 against BF16 (%)", color=INK)
     below.set_xlabel("step", color=INK)
     for axes in (above, below):
         axes.tick_params(colors=INK)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, labelcolor=INK)
+    above.legend(frameon=False, labelcolor=INK)
+    over = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 6, "fontsize": 8}
+    below.legend(frameon=False, labelcolor=INK, **over)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
 def report(folder: Path, docs: Path) -> None:
     """docs/numerics.md and docs/img/numerics.png; an error where the runs can't be compared."""
-    runs = paired({name: read_rows(folder / f"{name}.jsonl") for name in PRECISIONS})
-    short = [name for name, rows in runs.items() if len(rows) < 10]
-    if short:
-        raise SystemExit(f"numerics: {folder} must hold at least 10 steps of each run, got fewer of {short[0]}")
-    configs = {name: config_file.load(folder / f"{name}.toml") for name in PRECISIONS}
-    flat = {name: config_file.flat(config) for name, config in configs.items()}
-    apart = [key for key, value in flat["fp8"].items() if value != flat["bf16"].get(key)]
-    if set(apart) - {"train.precision", "train.run_dir"}:
-        raise SystemExit(f"numerics: the runs must differ in precision alone, got other {', '.join(apart)}")
-    origins = {name: json.loads((folder / f"{name}.json").read_text()) for name in PRECISIONS}
-    draw(runs, docs / "img" / "numerics.png")
-    (docs / "numerics.md").write_text(page(configs["fp8"], runs, origins))
-    apart = compare(runs)
-    print(f"numerics: {apart['of_means']:+.3%} over the last {apart['steps']:.0f} steps")
+    kept = [*PRECISIONS, *(name for name in ABLATIONS if (folder / f"{name}.jsonl").exists())]
+    whole = {name: read_rows(folder / f"{name}.jsonl") for name in kept}
+    main_pair = {name: whole[name] for name in PRECISIONS}
+    runs = paired(main_pair)
+    ablated = {name: paired({**main_pair, name: whole[name]}) for name in kept if name in ABLATIONS}
+    for name, found in {"bf16": runs, **ablated}.items():
+        if len(found[name]) < 10:
+            raise SystemExit(f"numerics: {folder} must hold 10 steps with a loss that {name} has in common with fp8")
+    configs = {name: config_file.load(folder / f"{name}.toml") for name in kept}
+    for name, config in configs.items():
+        check_same(name, config, configs["fp8"])
+    origins = {name: json.loads((folder / f"{name}.json").read_text()) for name in kept}
+    draw(runs, ablated, docs / "img" / "numerics.png")
+    parts = [page(configs["fp8"], runs, origins), not_studied(set(ABLATIONS) - set(ablated))]
+    if ablated:
+        parts.insert(1, ablations(runs, ablated, whole))
+    (docs / "numerics.md").write_text("\n".join(parts))
+    for name, found in {"fp8": runs, **ablated}.items():
+        apart = compare(found[name], found["bf16"])
+        print(f"numerics: {name} {apart['of_means']:+.3%} over the last {apart['steps']:.0f} steps")
+
+
+def check_same(name: str, config: TrainConfig, fp8: TrainConfig) -> None:
+    """An error where a run was configured otherwise than the FP8 run."""
+    ours, theirs = config_file.flat(config), config_file.flat(fp8)
+    apart = {key for key, value in theirs.items() if value != ours.get(key)} - {"train.run_dir"}
+    if name == "bf16":
+        apart -= {"train.precision"}
+    if apart:
+        raise SystemExit(f"numerics: {name} must have fp8's configuration, got other {', '.join(sorted(apart))}")
 
 
 def paired(runs: dict[str, list[Row]]) -> dict[str, list[Row]]:
@@ -165,8 +204,8 @@ def page(config: TrainConfig, runs: dict[str, list[Row]], origins: dict[str, dic
     last, total = runs["fp8"][-1]["step"], runs["fp8"][-1]["tokens"]
     tokens = total // last
     flops = tokens * train_flops_per_token(model, run.seq_len, with_mtp=True)
-    made = "; ".join(f"{name.upper()}: {o['device']}, commit {o['commit']}" for name, o in origins.items())
-    apart = compare(runs)
+    made = "; ".join(f"{name_of(name)}: {o['device']}, commit {o['commit']}" for name, o in origins.items())
+    apart = compare(runs["fp8"], runs["bf16"])
     verdict = "inside" if abs(apart["of_means"]) < LIMIT else "outside"
     return f"""# FP8 beside BF16
 
@@ -193,8 +232,6 @@ smoothed curves part by
 {made}.
 
 So small a step is no measure of FP8's speed; the slice in [performance.md](performance.md) is.
-
-Not studied: one seed, one size, a few million tokens; no ablation of promotion, tile shape or scales.
 """
 
 
@@ -217,12 +254,63 @@ def table(runs: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def ablations(runs: dict[str, list[Row]], ablated: dict[str, dict[str, list[Row]]], whole: dict[str, list[Row]]) -> str:
+    """The section on runs that leave out a part of the recipe, each as far as it has come beside the other two."""
+    lines = [
+        "| run | steps | loss | against BF16 | against FP8 | gradient norm | skipped steps | spikes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in {"fp8": runs, **ablated}.items():
+        rows = found[name]
+        figures = figures_of(rows)
+        against = [with_error(rows, found[base]) if base != name else "" for base in ("bf16", "fp8")]
+        skipped, spikes = whole[name][-1]["skipped_steps"], sum(bool(row.get("spike")) for row in whole[name])
+        lines.append(
+            f"| {name_of(name)} | {rows[-1]['step']} | {figures['loss']:.4f} | {' | '.join(against)} "
+            f"| {figures['grad_norm']:.3f} | {skipped} | {spikes} |"
+        )
+    what = "\n".join(f"- `{name}`: {ABLATIONS[name]}." for name in ablated)
+    text = f"""## Ablations
+
+Runs as the FP8 run in all else (`scripts/numerics_ablations.py`), each over the last fifth of the steps that it shares
+with both; beside a difference of means the standard error of the steps' ratios.
+
+{what}
+
+{chr(10).join(lines)}
+"""
+    if "no_promotion" in ablated:
+        text += """
+Scales of 1x128 tiles change every 128 addends, so they can't do without promotion; what promotion does is the
+difference of `no_promotion` from `per_tensor`"""
+        if "per_tensor" in ablated:
+            pair = paired({name: whole[name] for name in ("no_promotion", "per_tensor")})
+            text += f": {with_error(pair['no_promotion'], pair['per_tensor'])}"
+        text += ".\n"
+    return text
+
+
+def not_studied(missing: Set[str]) -> str:
+    asked = [question for name, question in QUESTIONS.items() if name in missing]
+    without = f"; no ablation of {', '.join(asked)}" if asked else ""
+    return f"Not studied: one seed, one size, a few million tokens{without}.\n"
+
+
+def with_error(rows: Sequence[Row], base: Sequence[Row]) -> str:
+    apart = compare(rows, base)
+    return f"{apart['of_means']:+.3%} ({apart['error']:.3%})"
+
+
+def name_of(run: str) -> str:
+    return run.upper() if run in PRECISIONS else f"`{run}`"
+
+
 def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    piece = commands.add_parser("train", help="train in one precision, or go on with it")
-    piece.add_argument("precision", choices=PRECISIONS)
+    piece = commands.add_parser("train", help="train in one precision or by one ablation, or go on with it")
+    piece.add_argument("name", choices=(*PRECISIONS, *ABLATIONS))
     piece.add_argument("--steps", type=int, help="end there; the schedules stay those of configs/numerics.toml")
     piece.add_argument("--seconds", type=float, help="stop so long after the start, with a checkpoint")
     piece.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run directories are")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ def rows_of(losses: list[float | None]) -> list[dict[str, Any]]:
 def write_run(folder: Path, name: str, losses: list[float | None], *overrides: tuple[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(losses)))
-    config = config_file.load(numerics.ROOT / "configs" / "numerics.toml", [("train.precision", name), *overrides])
+    precision = name if name in numerics.PRECISIONS else "fp8"
+    config = config_file.load(numerics.ROOT / "configs" / "numerics.toml", [("train.precision", precision), *overrides])
     (folder / f"{name}.toml").write_text(config_file.to_toml(config))
     (folder / f"{name}.json").write_text('{"device": "a device", "commit": "0123"}')
 
@@ -49,7 +51,56 @@ def test_report_leaves_out_skipped_steps() -> None:
 def test_report_rejects_runs_that_differ_otherwise(tmp_path: Path) -> None:
     write_run(tmp_path, "bf16", [3.0] * 20)
     write_run(tmp_path, "fp8", [3.0] * 20, ("train.seed", "1"))
-    with pytest.raises(SystemExit, match=r"precision alone, got other train\.seed"):
+    with pytest.raises(SystemExit, match=r"bf16 must have fp8's configuration, got other train\.seed"):
+        numerics.report(tmp_path, tmp_path / "docs")
+
+
+BF16 = [5.0 - 0.01 * step for step in range(100)]
+
+
+def test_report_says_what_was_not_studied(tmp_path: Path) -> None:
+    for name in numerics.PRECISIONS:
+        write_run(tmp_path, name, BF16)
+    numerics.report(tmp_path, tmp_path / "docs")
+    text = (tmp_path / "docs" / "numerics.md").read_text()
+    assert "no ablation of the shape of tiles, fine scales, promotion." in text
+    assert "## Ablations" not in text
+
+
+def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
+    """One as long as the others, one that was lost after 50 of 100 steps; each over the fifth of its own steps."""
+    write_run(tmp_path, "bf16", BF16)
+    write_run(tmp_path, "fp8", [1.001 * loss for loss in BF16])
+    write_run(tmp_path, "per_tensor", [1.002 * loss for loss in BF16])
+    write_run(tmp_path, "no_promotion", [*(1.003 * loss for loss in BF16[:50]), *[None] * 50])
+    numerics.report(tmp_path, tmp_path / "docs")
+    text = (tmp_path / "docs" / "numerics.md").read_text()
+    assert "**+0.100%**" in text  # FP8 against BF16, over all the steps of these two
+    losses = [factor * mean(part) for factor, part in ((1.001, BF16[80:]), (1.002, BF16[80:]), (1.003, BF16[40:50]))]
+    assert f"| FP8 | 100 | {losses[0]:.4f} | +0.100% (0.000%) |  | 1.000 | 0 | 0 |" in text
+    assert f"| `per_tensor` | 100 | {losses[1]:.4f} | +0.200% (0.000%) | +0.100% (0.000%) | 1.000 | 0 | 0 |" in text
+    assert f"| `no_promotion` | 50 | {losses[2]:.4f} | +0.300% (0.000%) | +0.200% (0.000%) | 1.000 | 0 | 0 |" in text
+    assert "difference of `no_promotion` from `per_tensor`: +0.100% (0.000%)." in text
+    assert "no ablation of the shape of tiles.\n" in text
+
+
+def test_report_counts_skips_and_spikes_of_an_ablation_that_both_lack(tmp_path: Path) -> None:
+    for name in ("bf16", "fp8", "per_tensor"):
+        write_run(tmp_path, name, BF16)
+    path = tmp_path / "per_tensor.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[40] |= {"loss": None, "spike": True}
+    rows[-1] |= {"loss": None, "skipped_steps": 2}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numerics.report(tmp_path, tmp_path / "docs")
+    assert "| 1.000 | 2 | 1 |" in (tmp_path / "docs" / "numerics.md").read_text()
+
+
+def test_report_rejects_an_ablation_configured_otherwise(tmp_path: Path) -> None:
+    for name in numerics.PRECISIONS:
+        write_run(tmp_path, name, BF16)
+    write_run(tmp_path, "per_tensor", BF16, ("train.precision", "bf16"))
+    with pytest.raises(SystemExit, match=r"per_tensor must have fp8's configuration, got other train\.precision"):
         numerics.report(tmp_path, tmp_path / "docs")
 
 
