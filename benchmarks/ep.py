@@ -34,11 +34,11 @@ REPS = 20
 class Bench:
     """One rank's tensors, and the ranks' common clock."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, low_latency: bool = False) -> None:
+        """Ranks must have met."""
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(self.device)
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
         self.args = args
         torch.manual_seed(self.rank)
         self.x_TD = torch.randn(args.tokens, args.columns, dtype=torch.bfloat16, device=self.device)
@@ -46,7 +46,9 @@ class Bench:
         self.idx_TK = scores_TE.argsort(dim=1)[:, : args.top_k].contiguous()
         self.weight_TK = torch.rand(args.tokens, args.top_k, device=self.device)
         self.routing = Routing(self.idx_TK, self.weight_TK, scores_TE, torch.empty(0))
-        limits = ops.EpLimits(args.tokens, args.top_k, args.columns, num_sms=args.num_sms, timeout_s=20.0)
+        limits = ops.EpLimits(
+            args.tokens, args.top_k, args.columns, num_sms=args.num_sms, timeout_s=20.0, low_latency=low_latency
+        )
         self.group = ops.EpGroup(dist.group.WORLD, args.experts, limits=limits, device=self.device)
         mean = args.tokens * args.top_k
         self.capacity = (mean + mean // 8) // 128 * 128 + args.experts // self.size * 128
@@ -131,10 +133,14 @@ class Chain:
         return arrived
 
 
-def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
+def shape_of(bench: Bench, link: str) -> str:
     args = bench.args
-    shape = f"{bench.size} ranks ({link}), {args.tokens}x{args.columns}, top {args.top_k} of {args.experts}, "
-    shape += f"{args.num_sms} SMs a rank"
+    ranks = f"{bench.size} ranks ({link})"
+    return f"{ranks}, {args.tokens}x{args.columns}, top {args.top_k} of {args.experts}, {args.num_sms} SMs a rank"
+
+
+def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
+    args, shape = bench.args, shape_of(bench, link)
     choices = bench.size * args.tokens * args.top_k
     quantised = ops.quantize_1x128(bench.x_TD)
     rows_PD, route = bench.dispatch(bench.x_TD)
@@ -169,19 +175,66 @@ def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
     return [*lines, ({**line, "num_sms": args.num_sms}, ours_s)]
 
 
+def measure_latency(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
+    """The form for decoding, its halves one after the other, as CUDA graphs; beside the chain, which none can hold."""
+    shape = shape_of(bench, link)
+
+    def dispatch() -> tuple[QuantTensor, ops.EpRoute]:
+        return ops.ep_receive(ops.ep_send(bench.x_TD, bench.routing, bench.group))
+
+    arrived, route = dispatch()
+    rows = torch.zeros(arrived.data.shape, dtype=torch.bfloat16, device=bench.device).normal_()
+
+    def combine() -> Tensor:
+        return ops.ep_collect(ops.ep_send_back(rows, route, bench.group), weight_TK=bench.weight_TK)
+
+    combine()
+    chain = Chain(bench)
+    sent, way = chain.dispatch()
+    lines = []
+    for op, ours, theirs in (
+        ("ep_send + ep_receive", dispatch, chain.dispatch),
+        ("ep_send_back + ep_collect", combine, lambda: chain.combine(sent, way)),
+    ):
+        theirs_s, ours_s = bench.seconds(theirs), bench.seconds(captured(ours))
+        line = figures(Case(op, shape, "us"), ours_s, Peer("all_to_all_single", lambda: None), theirs_s)
+        bench.say(json.dumps(line))
+        lines.append(({**line, "num_sms": bench.args.num_sms}, ours_s))
+    return lines
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Its replay, after a first run on the stream of the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"tokens": 4096, "columns": 7168, "experts": 256, "top-k": 8, "num-sms": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--latency-tokens", type=int, default=128, help="of a rank in the low-latency form")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>/ep.json")
     parser.add_argument("--commit", default=None)
     args = parser.parse_args()
     began = time.time()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     bench = Bench(args)
-    one_gpu = torch.cuda.device_count() < bench.size
-    lines = measure(bench, "one GPU" if one_gpu else "a GPU each")
-    assert bench.group.kernels is not None
-    bench.group.kernels.check()
+    link = "one GPU" if torch.cuda.device_count() < bench.size else "a GPU each"
+    lines = measure(bench, link)
+    latency = Bench(argparse.Namespace(**{**vars(args), "tokens": args.latency_tokens}), low_latency=True)
+    lines += measure_latency(latency, link)
+    for one in (bench, latency):
+        assert one.group.kernels is not None
+        one.group.kernels.check()
     if bench.rank == 0:
         commit = args.commit or provenance.commit()
         machine = {**provenance.machine(), "command": "run_ranks.py benchmarks/ep.py " + " ".join(sys.argv[1:])}
