@@ -4,11 +4,13 @@ What the parts of the FP8 recipe are for, runs without them may say (scripts/num
 
     python scripts/numerics.py train fp8 --seconds 100 --keep benchmarks/results/h100/numerics
     python scripts/numerics.py train bf16 --seconds 100 --keep benchmarks/results/h100/numerics
+    python scripts/numerics.py train bf16_again --seconds 100 --keep benchmarks/results/h100/numerics
     python scripts/numerics.py train block_128x128 --seconds 100 --keep benchmarks/results/h100/numerics
     python scripts/numerics.py report benchmarks/results/h100/numerics
 
 The same command goes on from its checkpoint in runs/numerics-fp8 (or another name) until the run is done. `report`
-writes docs/numerics.md and its figure from what was kept, as far as the runs have come: FP8, BF16, and any ablations.
+writes docs/numerics.md and its figure from what was kept, as far as the runs have come: FP8, BF16, and any others.
+`bf16_again` is BF16 from weights moved in their last bits: how far runs part that nothing tells apart.
 """
 
 from __future__ import annotations
@@ -27,22 +29,28 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for benchmarks.provenance
 
 from benchmarks import provenance  # noqa: E402
 from dsv3rt.config import TrainConfig  # noqa: E402
 from dsv3rt.errors import StoppedBySignalError  # noqa: E402
+from dsv3rt.layers.precision import set_precision  # noqa: E402
 from dsv3rt.model.flops import parameter_counts, train_flops_per_token  # noqa: E402
 from dsv3rt.train import config_file  # noqa: E402
+from dsv3rt.train.engine import Engine  # noqa: E402
 from dsv3rt.train.metrics import Row, read_rows  # noqa: E402
 from dsv3rt.train.plot import smooth  # noqa: E402
 from dsv3rt.train.trainer import Trainer  # noqa: E402
 from scripts.numerics_ablations import ABLATIONS, ablation  # noqa: E402
 
 PRECISIONS = ("bf16", "fp8")
+AGAIN = "bf16_again"
 COLORS = {
     "bf16": "#4c72b0",
+    AGAIN: "#64b5cd",
     "fp8": "#dd8452",
     "block_128x128": "#55a868",
     "per_tensor": "#8172b3",
@@ -57,11 +65,13 @@ def train(options: argparse.Namespace, started: float) -> None:
     """One piece of a run: up to its last step, or `seconds` after `started`."""
     overrides = [tuple(text.split("=", 1)) for text in options.set]
     run_dir = Path(options.runs, f"numerics-{options.name}")
-    precision = "fp8" if options.name in ABLATIONS else options.name
+    precision = "bf16" if options.name in ("bf16", AGAIN) else "fp8"
     overrides += [("train.precision", precision), ("train.run_dir", str(run_dir))]
     if options.steps:
         overrides.append(("train.steps", str(options.steps)))
     trainer = Trainer(config_file.load(ROOT / "configs" / "numerics.toml", overrides))
+    if options.name == AGAIN:
+        nudge(trainer.engine)  # a checkpoint's weights take the place of these
     if options.seconds:
         threading.Thread(target=stop_at, args=(started + options.seconds,), daemon=True).start()
     try:
@@ -71,6 +81,22 @@ def train(options: argparse.Namespace, started: float) -> None:
         print(f"numerics: {stopped}")
     if options.keep:
         keep(trainer, options.name, options.keep, options.commit)
+
+
+@torch.no_grad()
+def nudge(engine: Engine) -> None:
+    """Move the weights by as much as the rounding of BF16 does."""
+    for seed, master in enumerate(engine.optimizer.masters().values()):
+        generator = torch.Generator(master.device).manual_seed(seed)
+        noise = torch.randn(master.shape, generator=generator, device=master.device)
+        master.mul_(1 + 2.0**-9 * noise)
+    engine.optimizer.write_parameters()
+
+
+def validation_in_bf16(trainer: Trainer) -> float | None:
+    """The validation loss of the weights as they are, with all products in BF16."""
+    set_precision(trainer.engine.model, "bf16")
+    return trainer.validate()
 
 
 def stop_at(deadline: float) -> None:
@@ -87,17 +113,16 @@ def keep(trainer: Trainer, name: str, folder: Path, commit: str | None) -> None:
     shutil.copyfile(trainer.run.metrics, folder / f"{name}.jsonl")
     shutil.copyfile(trainer.run.config, folder / f"{name}.toml")
     origin = {"commit": commit or provenance.commit(), **provenance.machine()}
+    origin["val_loss_in_bf16"] = validation_in_bf16(trainer)
     (folder / f"{name}.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
     """What the table says of one run."""
     fifth = rows[-max(1, len(rows) // 5) :]
-    validation = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     return {
         "loss": mean(row["loss"] for row in fifth),
         "mtp_loss": mean(row["mtp_loss"] for row in fifth),
-        "val_loss": validation[-1] if validation else None,
         "grad_norm": median(row["grad_norm"] for row in fifth),
         "max_expert_load": mean(row["max_expert_load"] for row in fifth),
         "skipped": rows[-1]["skipped_steps"],
@@ -107,17 +132,18 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def compare(rows: Sequence[Row], base: Sequence[Row]) -> dict[str, float]:
+def compare(rows: Sequence[Row], base: Sequence[Row], loss: str = "loss") -> dict[str, float]:
     """Of the last fifth of paired runs: how the mean losses differ, the standard error of the steps' ratios, and the
     furthest that the smooth curves part; all relative to `base`."""
-    ours, theirs = [row["loss"] for row in rows], [row["loss"] for row in base]
+    ours, theirs = [row[loss] for row in rows], [row[loss] for row in base]
     fifth = max(2, len(ours) // 5)
     ratios = [one / other - 1 for one, other in zip(ours, theirs, strict=True)]
+    curves = smooth(ours)[-fifth:], smooth(theirs)[-fifth:]
     return {
         "steps": fifth,
         "of_means": mean(ours[-fifth:]) / mean(theirs[-fifth:]) - 1,
         "error": stdev(ratios[-fifth:]) / fifth**0.5,
-        "furthest": max((ratio for ratio in ratios_of_curves(rows, base)[-fifth:]), key=abs),
+        "furthest": max((one / other - 1 for one, other in zip(*curves, strict=True)), key=abs),
     }
 
 
@@ -127,7 +153,7 @@ def ratios_of_curves(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
     return [one / other - 1 for one, other in zip(ours, theirs, strict=True)]
 
 
-def draw(runs: dict[str, list[Row]], ablated: dict[str, dict[str, list[Row]]], path: Path) -> None:
+def draw(runs: dict[str, list[Row]], others: dict[str, dict[str, list[Row]]], path: Path) -> None:
     """Losses above, relative differences to BF16 below, all smoothed over a hundredth of the run."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
@@ -136,15 +162,15 @@ def draw(runs: dict[str, list[Row]], ablated: dict[str, dict[str, list[Row]]], p
     steps = [row["step"] for row in runs["fp8"]]
     for name, rows in runs.items():
         above.plot(steps, smooth([row["loss"] for row in rows]), color=COLORS[name], linewidth=1.4, label=name.upper())
-    for name, found in {"fp8": runs, **ablated}.items():
-        rows, label = found[name], name if ablated else None
+    for name, found in {"fp8": runs, **others}.items():
+        rows, label = found[name], name if others else None
         difference = [100 * ratio for ratio in ratios_of_curves(rows, found["bf16"])]
-        color = COLORS[name] if ablated else INK
+        color = COLORS[name] if others else INK
         below.plot([row["step"] for row in rows], difference, color=color, linewidth=1.0, label=label)
     below.axhspan(-100 * LIMIT, 100 * LIMIT, color="#dddddd", label=f"within {LIMIT:.2%}")
     below.axvline(steps[-(len(steps) // 5)], color="#999999", linewidth=0.8, linestyle="--", label="last fifth")
     above.set_ylabel("cross-entropy (nats a byte)", color=INK)
-    below.set_ylabel("against BF16 (%)" if ablated else "FP8 against BF16 (%)", color=INK)
+    below.set_ylabel("against BF16 (%)" if others else "FP8 against BF16 (%)", color=INK)
     below.set_xlabel("step", color=INK)
     for axes in (above, below):
         axes.tick_params(colors=INK)
@@ -159,24 +185,25 @@ def draw(runs: dict[str, list[Row]], ablated: dict[str, dict[str, list[Row]]], p
 
 def report(folder: Path, docs: Path) -> None:
     """docs/numerics.md and docs/img/numerics.png; an error where the runs can't be compared."""
-    kept = [*PRECISIONS, *(name for name in ABLATIONS if (folder / f"{name}.jsonl").exists())]
+    kept = [*PRECISIONS, *(name for name in (AGAIN, *ABLATIONS) if (folder / f"{name}.jsonl").exists())]
     whole = {name: read_rows(folder / f"{name}.jsonl") for name in kept}
     main_pair = {name: whole[name] for name in PRECISIONS}
     runs = paired(main_pair)
-    ablated = {name: paired({**main_pair, name: whole[name]}) for name in kept if name in ABLATIONS}
-    for name, found in {"bf16": runs, **ablated}.items():
+    others = {name: paired({**main_pair, name: whole[name]}) for name in kept if name not in PRECISIONS}
+    for name, found in {"bf16": runs, **others}.items():
         if len(found[name]) < 10:
             raise SystemExit(f"numerics: {folder} must hold 10 steps with a loss that {name} has in common with fp8")
     configs = {name: config_file.load(folder / f"{name}.toml") for name in kept}
     for name, config in configs.items():
         check_same(name, config, configs["fp8"])
     origins = {name: json.loads((folder / f"{name}.json").read_text()) for name in kept}
-    draw(runs, ablated, docs / "img" / "numerics.png")
-    parts = [page(configs["fp8"], runs, origins), not_studied(set(ABLATIONS) - set(ablated))]
+    draw(runs, others, docs / "img" / "numerics.png")
+    ablated = {name: found for name, found in others.items() if name in ABLATIONS}
+    parts = [page(configs["fp8"], runs, others.get(AGAIN), whole, origins), not_studied(set(ABLATIONS) - set(ablated))]
     if ablated:
-        parts.insert(1, ablations(runs, ablated, whole))
+        parts.insert(1, ablations(runs, ablated, whole, origins))
     (docs / "numerics.md").write_text("\n".join(parts))
-    for name, found in {"fp8": runs, **ablated}.items():
+    for name, found in {"fp8": runs, **others}.items():
         apart = compare(found[name], found["bf16"])
         print(f"numerics: {name} {apart['of_means']:+.3%} over the last {apart['steps']:.0f} steps")
 
@@ -185,7 +212,7 @@ def check_same(name: str, config: TrainConfig, fp8: TrainConfig) -> None:
     """An error where a run was configured otherwise than the FP8 run."""
     ours, theirs = config_file.flat(config), config_file.flat(fp8)
     apart = {key for key, value in theirs.items() if value != ours.get(key)} - {"train.run_dir"}
-    if name == "bf16":
+    if name in ("bf16", AGAIN):
         apart -= {"train.precision"}
     if apart:
         raise SystemExit(f"numerics: {name} must have fp8's configuration, got other {', '.join(sorted(apart))}")
@@ -198,14 +225,21 @@ def paired(runs: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return {name: [row for row in rows if row["step"] in common] for name, rows in runs.items()}
 
 
-def page(config: TrainConfig, runs: dict[str, list[Row]], origins: dict[str, dict[str, str]]) -> str:
+def page(
+    config: TrainConfig,
+    runs: dict[str, list[Row]],
+    again: dict[str, list[Row]] | None,
+    whole: dict[str, list[Row]],
+    origins: dict[str, dict[str, Any]],
+) -> str:
     model, run = config.model, config.train
     counts = parameter_counts(model)
     last, total = runs["fp8"][-1]["step"], runs["fp8"][-1]["tokens"]
     tokens = total // last
     flops = tokens * train_flops_per_token(model, run.seq_len, with_mtp=True)
     made = "; ".join(f"{name_of(name)}: {o['device']}, commit {o['commit']}" for name, o in origins.items())
-    apart = compare(runs["fp8"], runs["bf16"])
+    pair = runs["fp8"], runs["bf16"]
+    apart = compare(*pair)
     verdict = "inside" if abs(apart["of_means"]) < LIMIT else "outside"
     return f"""# FP8 beside BF16
 
@@ -225,9 +259,9 @@ Over the last fifth ({apart["steps"]:.0f} steps) the mean loss in FP8 differs fr
 **{apart["of_means"]:+.3%}** (standard error
 of its steps' ratios {apart["error"]:.3%}), {verdict} the {LIMIT:.2%} of the DeepSeek-V3 report (sec. 3.3); the \
 smoothed curves part by
-{apart["furthest"]:+.3%} at most.
-
-{table(runs)}
+{apart["furthest"]:+.3%} at most. The MTP loss differs by {with_error(*pair, "mtp_loss")}.
+{floor(again)}
+{table(runs, whole, origins)}
 
 {made}.
 
@@ -235,13 +269,29 @@ So small a step is no measure of FP8's speed; the slice in [performance.md](perf
 """
 
 
-def table(runs: dict[str, list[Row]]) -> str:
-    found = {name: figures_of(rows) for name, rows in runs.items()}
+def floor(again: dict[str, list[Row]] | None) -> str:
+    """How far BF16 is from itself."""
+    if again is None:
+        return ""
+    pair = again[AGAIN], again["bf16"]
+    return f"""
+BF16 once more, from initial weights moved in their last bits (`{AGAIN}`), differs from BF16 by
+{with_error(*pair)} in the loss and by {with_error(*pair, "mtp_loss")} in the MTP loss: so far apart are runs
+between which there is nothing to choose.
+"""
+
+
+def table(runs: dict[str, list[Row]], whole: dict[str, list[Row]], origins: dict[str, dict[str, Any]]) -> str:
+    found = {
+        name: {**figures_of(rows), "val": last_validation(whole[name]), "val_bf16": of_bf16(origins[name])}
+        for name, rows in runs.items()
+    }
     lines = ["| | BF16 | FP8 |", "|---|---|---|"]
     for key, (what, form) in {
         "loss": ("loss, mean of the last fifth", "{:.4f}"),
         "mtp_loss": ("MTP loss, mean of the last fifth", "{:.4f}"),
-        "val_loss": ("validation loss, the last", "{:.4f}"),
+        "val": ("validation loss, the last", "{:.4f}"),
+        "val_bf16": ("the same with all products in BF16", "{:.4f}"),
         "grad_norm": ("gradient norm, median of the last fifth", "{:.3f}"),
         "max_expert_load": ("fullest expert over the mean, last fifth", "{:.2f}"),
         "skipped": ("skipped steps", "{}"),
@@ -249,31 +299,39 @@ def table(runs: dict[str, list[Row]]) -> str:
         "step_ms": ("ms a step, median", "{:.1f}"),
         "memory_gb": ("peak memory, GB", "{:.2f}"),
     }.items():
-        cells = ["none" if found[name][key] is None else form.format(found[name][key]) for name in PRECISIONS]
+        cells = [form.format(found[name][key]) for name in PRECISIONS]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ablations(runs: dict[str, list[Row]], ablated: dict[str, dict[str, list[Row]]], whole: dict[str, list[Row]]) -> str:
+def ablations(
+    runs: dict[str, list[Row]],
+    ablated: dict[str, dict[str, list[Row]]],
+    whole: dict[str, list[Row]],
+    origins: dict[str, dict[str, Any]],
+) -> str:
     """The section on runs that leave out a part of the recipe, each as far as it has come beside the other two."""
     lines = [
-        "| run | steps | loss | against BF16 | against FP8 | gradient norm | skipped steps | spikes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | steps | loss | against BF16 | against FP8 | validation | in BF16 | gradient norm | skipped | spikes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in {"fp8": runs, **ablated}.items():
         rows = found[name]
         figures = figures_of(rows)
         against = [with_error(rows, found[base]) if base != name else "" for base in ("bf16", "fp8")]
         skipped, spikes = whole[name][-1]["skipped_steps"], sum(bool(row.get("spike")) for row in whole[name])
+        validation = " | ".join(f"{loss:.4f}" for loss in (last_validation(whole[name]), of_bf16(origins[name])))
         lines.append(
-            f"| {name_of(name)} | {rows[-1]['step']} | {figures['loss']:.4f} | {' | '.join(against)} "
+            f"| {name_of(name)} | {rows[-1]['step']} | {figures['loss']:.4f} | {' | '.join(against)} | {validation} "
             f"| {figures['grad_norm']:.3f} | {skipped} | {spikes} |"
         )
     what = "\n".join(f"- `{name}`: {ABLATIONS[name]}." for name in ablated)
     text = f"""## Ablations
 
 Runs as the FP8 run in all else (`scripts/numerics_ablations.py`), each over the last fifth of the steps that it shares
-with both; beside a difference of means the standard error of the steps' ratios.
+with both; beside a difference of means the standard error of the steps' ratios. "Validation" is the last loss on
+validation data, "in BF16" that of the last weights with all products in BF16. A scale that tokens share is computed
+from later tokens too: a model can learn to see them, and then does better than its weights do in BF16, where it can't.
 
 {what}
 
@@ -290,14 +348,22 @@ difference of `no_promotion` from `per_tensor`"""
     return text
 
 
+def last_validation(rows: Sequence[Row]) -> float:
+    return [row["val_loss"] for row in rows if row.get("val_loss") is not None][-1]
+
+
+def of_bf16(origin: dict[str, Any]) -> float:
+    return float(origin["val_loss_in_bf16"])
+
+
 def not_studied(missing: Set[str]) -> str:
     asked = [question for name, question in QUESTIONS.items() if name in missing]
     without = f"; no ablation of {', '.join(asked)}" if asked else ""
     return f"Not studied: one seed, one size, a few million tokens{without}.\n"
 
 
-def with_error(rows: Sequence[Row], base: Sequence[Row]) -> str:
-    apart = compare(rows, base)
+def with_error(rows: Sequence[Row], base: Sequence[Row], loss: str = "loss") -> str:
+    apart = compare(rows, base, loss)
     return f"{apart['of_means']:+.3%} ({apart['error']:.3%})"
 
 
@@ -309,8 +375,8 @@ def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    piece = commands.add_parser("train", help="train in one precision or by one ablation, or go on with it")
-    piece.add_argument("name", choices=(*PRECISIONS, *ABLATIONS))
+    piece = commands.add_parser("train", help="make one of the runs, or go on with it")
+    piece.add_argument("name", choices=(*PRECISIONS, AGAIN, *ABLATIONS))
     piece.add_argument("--steps", type=int, help="end there; the schedules stay those of configs/numerics.toml")
     piece.add_argument("--seconds", type=float, help="stop so long after the start, with a checkpoint")
     piece.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run directories are")

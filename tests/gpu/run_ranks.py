@@ -31,6 +31,7 @@ SHARED_GPU = {
     "NCCL_MAX_CTAS": "2",
     "NCCL_MAX_NCHANNELS": "2",
     "NCCL_MAX_P2P_NCHANNELS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "8",  # the service has no more queues than that for eight
 }
 
 
@@ -41,7 +42,11 @@ def num_gpus() -> int:
 
 @contextmanager
 def multi_process_service() -> Iterator[dict[str, str]]:
-    """The variables under which processes find the service, which runs as long as the context does."""
+    """The variables under which processes find the service, which runs as long as the context does, or longer where it
+    runs already."""
+    if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        yield {}
+        return
     control = shutil.which("nvidia-cuda-mps-control")
     if control is None:
         print("run_ranks: no nvidia-cuda-mps-control; the ranks take turns", flush=True)

@@ -24,10 +24,10 @@ def rows_of(losses: list[float | None]) -> list[dict[str, Any]]:
 def write_run(folder: Path, name: str, losses: list[float | None], *overrides: tuple[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(losses)))
-    precision = name if name in numerics.PRECISIONS else "fp8"
+    precision = "bf16" if name in ("bf16", numerics.AGAIN) else "fp8"
     config = config_file.load(numerics.ROOT / "configs" / "numerics.toml", [("train.precision", precision), *overrides])
     (folder / f"{name}.toml").write_text(config_file.to_toml(config))
-    (folder / f"{name}.json").write_text('{"device": "a device", "commit": "0123"}')
+    (folder / f"{name}.json").write_text('{"device": "a device", "commit": "0123", "val_loss_in_bf16": 4.5}')
 
 
 def test_report_compares_the_last_fifth(tmp_path: Path) -> None:
@@ -77,11 +77,22 @@ def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
     text = (tmp_path / "docs" / "numerics.md").read_text()
     assert "**+0.100%**" in text  # FP8 against BF16, over all the steps of these two
     losses = [factor * mean(part) for factor, part in ((1.001, BF16[80:]), (1.002, BF16[80:]), (1.003, BF16[40:50]))]
-    assert f"| FP8 | 100 | {losses[0]:.4f} | +0.100% (0.000%) |  | 1.000 | 0 | 0 |" in text
-    assert f"| `per_tensor` | 100 | {losses[1]:.4f} | +0.200% (0.000%) | +0.100% (0.000%) | 1.000 | 0 | 0 |" in text
-    assert f"| `no_promotion` | 50 | {losses[2]:.4f} | +0.300% (0.000%) | +0.200% (0.000%) | 1.000 | 0 | 0 |" in text
+    assert f"| FP8 | 100 | {losses[0]:.4f} | +0.100% (0.000%) |  | 5.0000 | 4.5000 | 1.000 | 0 | 0 |" in text
+    rest = "5.0000 | 4.5000 | 1.000 | 0 | 0 |"
+    assert f"| `per_tensor` | 100 | {losses[1]:.4f} | +0.200% (0.000%) | +0.100% (0.000%) | {rest}" in text
+    assert f"| `no_promotion` | 50 | {losses[2]:.4f} | +0.300% (0.000%) | +0.200% (0.000%) | {rest}" in text
     assert "difference of `no_promotion` from `per_tensor`: +0.100% (0.000%)." in text
     assert "no ablation of the shape of tiles.\n" in text
+
+
+def test_report_says_how_far_bf16_is_from_itself(tmp_path: Path) -> None:
+    write_run(tmp_path, "bf16", BF16)
+    write_run(tmp_path, "fp8", [1.001 * loss for loss in BF16])
+    write_run(tmp_path, numerics.AGAIN, [1.004 * loss for loss in BF16])
+    numerics.report(tmp_path, tmp_path / "docs")
+    text = (tmp_path / "docs" / "numerics.md").read_text()
+    assert "differs from BF16 by\n+0.400% (0.000%) in the loss and by +0.000% (0.000%) in the MTP loss" in text
+    assert "## Ablations" not in text
 
 
 def test_report_counts_skips_and_spikes_of_an_ablation_that_both_lack(tmp_path: Path) -> None:

@@ -198,8 +198,12 @@ class Trainer:
             say(f"ranks  pp {parallel.pp} ({parallel.schedule}) x dp {parallel.dp}, experts over {parallel.ep}")
         say(f"data   {self._data.description}")
 
+    def validate(self) -> float | None:
+        """The mean loss over `train.eval_sequences` of the validation data; all ranks call this together."""
+        return self.engine.evaluate(self._data.validation, self.config.train.eval_sequences)
+
     def _val_loss(self) -> Row:
-        loss = self.engine.evaluate(self._data.validation, self.config.train.eval_sequences)
+        loss = self.validate()
         return {} if loss is None else {"val_loss": loss}
 
     def _first_row(self, state: RunState) -> Row:
