@@ -32,6 +32,7 @@ PEERS = {
     "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",
     "mla_decode_bf16": "our own kernel over the BF16 cache of the same tokens",
     "alone": "the same products without an average beside them",
+    "without_it": "the same step without this saving; everything else as in the recipe",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
     "transformers": "Hugging Face transformers in BF16, eager",
     "transformers_compile": "Hugging Face transformers in BF16 under `torch.compile`",

@@ -1,0 +1,97 @@
+"""What each saving of the recipe brings: peak memory of a training step with it and without it, all else the same.
+
+The step is the trainer's own: two micro-batches of 4096 tokens through two MoE layers at V3's widths, ZeRO, AdamW.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.conftest import record
+from benchmarks.slice_models import Slice
+from dsv3rt.config import OptimConfig, RunConfig, Segment, TrainConfig
+from dsv3rt.train.checkpoint import RunState
+from dsv3rt.train.data import Samples
+from dsv3rt.train.engine import Engine
+
+SHAPE = Slice()
+RECIPE = TrainConfig(
+    model=SHAPE.config,
+    train=RunConfig(
+        seq_len=SHAPE.tokens,
+        batch_size=(Segment(value=2),),
+        device="cuda",
+        dtype="bfloat16",
+        precision="fp8",
+        recompute=("norm", "mla_up"),
+    ),
+    optim=OptimConfig(moment_dtype="bfloat16", ema_decay=0.999),
+)
+
+
+def changed(section: str, **values: Any) -> TrainConfig:
+    return replace(RECIPE, **{section: replace(getattr(RECIPE, section), **values)})
+
+
+KINDS = ("weights", "masters", "moments", "gradients", "rest")
+
+# Each saving, and the recipe without it.
+SAVINGS = {
+    "products in FP8": changed("train", precision="bf16"),
+    "moments in BF16": changed("optim", moment_dtype="float32"),
+    "norms computed again": changed("train", recompute=("mla_up",)),
+    "up-projections of MLA computed again": changed("train", recompute=("norm",)),
+    "average in host memory against none": changed("optim", ema_decay=0.0),
+}
+
+
+@cache
+def measure(config: TrainConfig) -> dict[str, float]:
+    """Megabytes by kind, the peak, and seconds of a step; `rest` is what a peak has beside the kinds: activations."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    stream = np.random.RandomState(0).randint(0, config.model.vocab_size, 50 * config.train.seq_len)
+    engine = Engine(config, Samples(stream, config.train.seq_len, 0))
+    state = RunState()
+    for _ in range(2):
+        _, state = engine.step(state)
+    torch.cuda.reset_peak_memory_stats()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    engine.step(state)
+    end.record()
+    torch.cuda.synchronize()
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    kept = {name: tensor for name, tensor in engine.optimizer.tensors().items() if tensor.is_cuda}
+    moments = sum(tensor.nbytes for name, tensor in kept.items() if name.startswith("exp_avg"))
+    masters = sum(tensor.nbytes for name, tensor in kept.items() if not name.startswith("exp_avg"))
+    gradients = sum(4 * parameter.numel() for parameter in engine.model.parameters())
+    found = {
+        "weights": held - masters - moments, "masters": masters, "moments": moments, "gradients": gradients,
+        "rest": peak - held - gradients, "peak": peak,
+    }  # fmt: skip
+    return {**{name: size / 1e6 for name, size in found.items()}, "seconds": start.elapsed_time(end) * 1e-3}
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_bench_step_memory(request: pytest.FixtureRequest, benchmark: Any, saving: str) -> None:
+    ours, without = measure(RECIPE), measure(SAVINGS[saving])
+    line = {
+        "op": f"step memory, {saving}", "shape": f"{SHAPE}_2micro_batches", "metric": "mb",
+        "value": round(ours["peak"], 1), "peer": "without_it", "peer_value": round(without["peak"], 1),
+        "ratio": round(without["peak"] / ours["peak"], 4),
+    }  # fmt: skip
+    for prefix, found in (("", ours), ("peer_", without)):
+        line |= {
+            f"{prefix}{name}_mb": round(size, 1) for name, size in found.items() if name not in ("peak", "seconds")
+        }
+        line[f"{prefix}us"] = round(found["seconds"] * 1e6)
+    record(request, benchmark, [ours["seconds"]], line)
