@@ -105,6 +105,10 @@ const char* permute(const PermuteParams& params, void* stream) {
   if (blocks > kMaxBlocks) return "x has 2^31 rows or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
     permute_kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
+    const auto scale_blocks = static_cast<unsigned>(ceil_div(params.num_rows, int64_t(kScaleRows)));
+    if (params.scale != nullptr && scale_blocks > 0) {
+      permute_scales_kernel<<<scale_blocks, kRowThreads, 0, cuda_stream>>>(params);
+    }
     return nullptr;
   });
 }

@@ -113,9 +113,24 @@ def permute(
     """[rows] or [rows, their scales]; what lies behind the last segment is not written."""
     rows = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=x.device)
     data, target = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (_packed(x), rows))
-    rows_scale = None if scale is None else empty_row_scales(num_rows, scale.shape[1], x.device)
-    load().permute(data, row_of_TK.contiguous(), *segments, target, scale=scale, rows_scale=rows_scale)
-    return [rows] if rows_scale is None else [rows, rows_scale]
+    row_of_TK = row_of_TK.contiguous()
+    if scale is None:
+        load().permute(data, row_of_TK, *segments, target)
+        return [rows]
+    rows_scale = empty_row_scales(num_rows, scale.shape[1], x.device)
+    packed_scale = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
+    token_of_row = torch.empty(num_rows, dtype=torch.int32, device=x.device)
+    load().permute(
+        data,
+        row_of_TK,
+        *segments,
+        target,
+        scale=scale,
+        rows_scale=rows_scale,
+        packed_scale=packed_scale,
+        token_of_row=token_of_row,
+    )
+    return [rows, rows_scale]
 
 
 def unpermute(rows_PD: Tensor, weight_TK: Tensor | None, row_of_TK: Tensor) -> Tensor:
