@@ -331,7 +331,7 @@ def ablations(
 Runs as the FP8 run in all else (`scripts/numerics_ablations.py`), each over the last fifth of the steps that it shares
 with both; beside a difference of means the standard error of the steps' ratios. "Validation" is the last loss on
 validation data, "in BF16" that of the last weights with all products in BF16. A scale that tokens share is computed
-from later tokens too: a model can learn to see them, and then does better than its weights do in BF16, where it can't.
+from later tokens too; where a model has learned to read them from it, its weights do worse in BF16, where they can't.
 
 {what}
 
@@ -359,7 +359,7 @@ def of_bf16(origin: dict[str, Any]) -> float:
 def not_studied(missing: Set[str]) -> str:
     asked = [question for name, question in QUESTIONS.items() if name in missing]
     without = f"; no ablation of {', '.join(asked)}" if asked else ""
-    return f"Not studied: one seed, one size, a few million tokens{without}.\n"
+    return f"One seed, one size, a few million tokens{without}. What came before: [notes](notes/numerics.md).\n"
 
 
 def with_error(rows: Sequence[Row], base: Sequence[Row], loss: str = "loss") -> str:

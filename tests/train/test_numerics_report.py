@@ -82,7 +82,7 @@ def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
     assert f"| `per_tensor` | 100 | {losses[1]:.4f} | +0.200% (0.000%) | +0.100% (0.000%) | {rest}" in text
     assert f"| `no_promotion` | 50 | {losses[2]:.4f} | +0.300% (0.000%) | +0.200% (0.000%) | {rest}" in text
     assert "difference of `no_promotion` from `per_tensor`: +0.100% (0.000%)." in text
-    assert "no ablation of the shape of tiles.\n" in text
+    assert "no ablation of the shape of tiles. What came before" in text
 
 
 def test_report_says_how_far_bf16_is_from_itself(tmp_path: Path) -> None:
