@@ -15,6 +15,7 @@ from dsv3rt import ops
 from dsv3rt.config import ModelConfig, OptimConfig, ParallelConfig
 from dsv3rt.layers.moe import Dispatched
 from dsv3rt.layers.precision import Precision, set_precision
+from dsv3rt.layers.weights import casts_of, release_copies
 from dsv3rt.model.flops import train_flops_per_token
 from dsv3rt.model.transformer import Transformer
 from dsv3rt.ops.types import Routing
@@ -88,12 +89,17 @@ class EvenShare:
 
 
 def ours(shape: Slice, precision: Precision) -> Subject:
-    """This package; gradients are dropped after each step, or used up by its optimizer."""
+    """This package; gradients are dropped after each step, or used up by its optimizer. Weights in FP8 have no copy in
+    BF16, as in training, where the optimizer keeps their numbers; without one nobody does."""
     before = torch.cuda.memory_allocated()
     model = _build(shape)
     set_precision(model, precision)
     tokens_BT, labels_BT = shape.batch()
-    optimizer = AdamW(model.named_parameters(), OptimConfig()) if shape.with_optimizer else None
+    optimizer = None
+    if shape.with_optimizer:
+        optimizer = AdamW(model.named_parameters(), OptimConfig(), casts=casts_of(model))
+    else:
+        release_copies(model)
     steps = 0
 
     def step() -> None:

@@ -7,7 +7,7 @@ sec. 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,53 +18,26 @@ from torch.autograd.function import once_differentiable
 from dsv3rt import ops
 from dsv3rt.layers import main_grad
 from dsv3rt.layers.ledger import Ledger
+from dsv3rt.layers.weights import Pair, Stack
 from dsv3rt.ops.types import GroupLayout, Permutation, QuantTensor
 
-Pair = tuple[QuantTensor, QuantTensor]
 
-
-class WeightCast:
-    """Weights on top of each other, cast in 128x128 blocks in both orientations, again only after they have changed.
-
-    What counts as a change is torch's version counter of a parameter, and another parameter in its place. Who writes
-    weights behind torch's back (through `.data`, or a kernel) calls `torch.autograd.graph.increment_version`.
-    """
-
-    def __init__(self) -> None:
-        self._weights: tuple[nn.Parameter, ...] = ()
-        self._versions: tuple[int, ...] = ()
-        self._pair: Pair | None = None
-
-    @torch.no_grad()
-    def of(self, *weights: nn.Parameter) -> Pair:
-        """(w, w^T): (F, D) and (D, F), with a leading X for experts; several weights are stacked along F."""
-        versions = tuple(weight._version for weight in weights)
-        same = len(weights) == len(self._weights) and all(a is b for a, b in zip(weights, self._weights, strict=True))
-        if self._pair is None or not same or versions != self._versions:
-            self._pair = None  # the old cast's memory is free for the new one
-            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self._pair = ops.quantize_128x128(stacked, with_transpose=True)
-            self._weights, self._versions = weights, versions
-        return self._pair
-
-
-def linear(
-    x_TD: Tensor, cast_weight: WeightCast, weights: Sequence[nn.Parameter], ledger: Ledger | None, *, keep_input: bool
-) -> Tensor:
+def linear(x_TD: Tensor, stack: Stack, ledger: Ledger | None, *, keep_input: bool) -> Tensor:
     """x @ w^T for weights stacked along their rows, (T, D) -> (T, F) in x's dtype.
 
     keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For
         the output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
     """
+    cast_weight, weights = stack
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _LinearJob(cast_weight.of(*weights), tuple(weights) if trains else (), ledger, keep_input)
+    job = _LinearJob(cast_weight.of(*weights), weights if trains else (), ledger, keep_input)
     return cast(Tensor, _Linear.apply(x_TD, job, *weights))
 
 
 def swiglu_mlp(
     x_TD: Tensor,
-    up: tuple[WeightCast, Sequence[nn.Parameter]],
-    down: tuple[WeightCast, nn.Parameter],
+    up: Stack,
+    down: Stack,
     ledger: Ledger | None,
     layout: GroupLayout | None = None,
     gather: Gather | None = None,
@@ -79,9 +52,9 @@ def swiglu_mlp(
     gather: x are tokens, of which the experts' rows are made, and so is the result, (T, D): no row is written in more
         than FP8. The gates multiply the output of SwiGLU, so that no result of an expert is kept for their gradient.
     """
-    weights = (*up[1], down[1])
+    weights = (*up[1], *down[1])
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _MlpJob(up[0].of(*up[1]), down[0].of(down[1]), weights if trains else (), ledger, layout, gather)
+    job = _MlpJob(up[0].of(*up[1]), down[0].of(*down[1]), weights if trains else (), ledger, layout, gather)
     return cast(Tensor, _SwigluMlp.apply(x_TD, None if gather is None else gather.gate_TK, job, *weights))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.moe import Experts
+from dsv3rt.layers.weights import require_copies
 from dsv3rt.ops.types import TILE
 
 Precision = Literal["bf16", "fp8"]
@@ -30,8 +31,9 @@ def set_precision(model: nn.Module, precision: Precision, keep: Sequence[str] = 
     Returns the names of the modules in FP8.
 
     Raises:
-        ValueError: a module whose widths FP8 can't have.
+        ValueError: a module whose widths FP8 can't have; weights whose copies in the model's dtype were released.
     """
+    require_copies("precision", model)
     chosen = []
     for name, module in model.named_modules():
         if not isinstance(module, Linear | Experts):
