@@ -9,6 +9,7 @@ whoever multiplies in the model's dtype asks `readable` first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from dsv3rt import ops
 from dsv3rt.ops.types import TILE, QuantTensor, ceil_div
 
 Pair = tuple[QuantTensor, QuantTensor]
+Cast = tuple[QuantTensor, QuantTensor | None]  # w and, where it is kept, w^T
 
 
 def is_released(weight: Tensor) -> bool:
@@ -81,6 +83,28 @@ class WeightCast:
         self._pair = None  # the old cast's memory is free for the new one
         stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._pair = ops.quantize_128x128(stacked, with_transpose=True)
+        self.written()
+
+    def part(self, weight: nn.Parameter) -> Cast | None:
+        """What of the last cast is `weight`'s, to be written in place (`written` must follow); None where several
+        weights share a block."""
+        assert self._pair is not None
+        if len(self.weights) == 1:
+            return self._pair
+        firsts = [0, *accumulate(one.shape[0] for one in self.weights)]
+        if any(first % TILE for first in firsts[:-1]):
+            return None
+        index = next(i for i, one in enumerate(self.weights) if one is weight)
+        rows = slice(firsts[index], firsts[index + 1])
+        blocks = slice(rows.start // TILE, ceil_div(rows.stop, TILE))
+        q, q_t = self._pair
+        return (
+            QuantTensor(q.data[rows], q.scale[blocks], q.tile),
+            QuantTensor(q_t.data[:, rows], q_t.scale[:, blocks], q_t.tile),
+        )
+
+    def written(self) -> None:
+        """The cast is that of the weights as they are now."""
         self._versions = _versions(self.weights)
 
 
@@ -165,6 +189,18 @@ class Copies:
             if pending.isdisjoint(map(id, cast.weights)):
                 cast.renew()
                 self._release(cast)
+
+    def part(self, weight: nn.Parameter) -> Cast | None:
+        """Where an optimizer may write the new cast of a weight by itself, if there is such a place; `written` must
+        follow."""
+        cast = self._cast_of.get(id(weight))
+        return None if cast is None else cast.part(weight)
+
+    def written(self, weights: Iterable[nn.Parameter]) -> None:
+        """The casts of these are up to date, their copies, if there are any, not."""
+        for cast in self._casts(weights):
+            cast.written()
+            self._release(cast)
 
     def release(self) -> None:
         for weight_id, cast in self._cast_of.items():

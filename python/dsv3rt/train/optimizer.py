@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsv3rt import ops
 from dsv3rt.config import OptimConfig
-from dsv3rt.layers.weights import Copies, WeightCast, allocate
+from dsv3rt.layers.weights import Cast, Copies, WeightCast, allocate
 from dsv3rt.ops.types import AdamWHyper, AdamWSlot
 from dsv3rt.parallel.zero import Gradients, Sum
 
@@ -35,10 +35,16 @@ class _Slot:
     def is_rounded(self) -> bool:
         return self.sum.parameter.dtype != torch.float32
 
-    def tensors(self) -> AdamWSlot:
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank keeps all rows, and no other any."""
+        return len(self.sum.share.ranks) == 1
+
+    def tensors(self, cast: Cast | None = None) -> AdamWSlot:
+        """cast: where the new numbers go instead of the parameter's rows."""
         assert self.sum.shard is not None
-        param = self.rows if self.is_rounded else None
-        return AdamWSlot(self.master, self.sum.shard, self.exp_avg, self.exp_avg_sq, param)
+        param = self.rows if self.is_rounded and cast is None else None
+        return AdamWSlot(self.master, self.sum.shard, self.exp_avg, self.exp_avg_sq, param, cast=cast)
 
 
 def _round(slots: Iterable[_Slot]) -> None:
@@ -54,8 +60,9 @@ class AdamW:
     From construction on, every backward adds its gradients to FP32 sums (and leaves `parameter.grad` None) until `step`
     uses them up. Parameters without a gradient are left alone. Between the last backward and `step`, `reduce`.
 
-    Weights that multiply in FP8 have no copy in the model's dtype but for a while inside `step`, a bucket at a time,
-    and between `restore_weights` and `release_weights`. FP32 parameters are their own masters and stay.
+    Weights that multiply in FP8 have no copy in the model's dtype but between `restore_weights` and `release_weights`,
+    and, where ranks share them, for a while inside `step`, a bucket at a time; a rank that keeps a whole weight writes
+    the cast itself. FP32 parameters are their own masters and stay.
     """
 
     def __init__(
@@ -117,16 +124,26 @@ class AdamW:
         """Update number `step` (from 1), gradients clipped to the configured norm; the sums are dropped."""
         scale = (self._config.clip_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
 
-        def update(slots: list[_Slot]) -> None:
-            _round([slot for slot in slots if slot.sum.shard is None])
+        def update(slots: Sequence[_Slot], casts: Sequence[Cast | None]) -> None:
             for decays in (True, False):
-                used = [slot for slot in slots if slot.sum.shard is not None and slot.decays == decays]
-                tensors = [slot.tensors() for slot in used]
-                ops.adamw_step(tensors, hyper=self._hyper(lr, decays), step=step, grad_scale=scale)
-                for slot in used:
-                    slot.sum.shard = None
+                used = [slot.tensors(cast) for slot, cast in zip(slots, casts, strict=True) if slot.decays == decays]
+                ops.adamw_step(used, hyper=self._hyper(lr, decays), step=step, grad_scale=scale)
+            for slot in slots:
+                slot.sum.shard = None
 
-        self._renew([slot for slot in self._slots.values() if slot.sum.shard is not None], update)
+        def write(slots: list[_Slot]) -> None:
+            _round([slot for slot in slots if slot.sum.shard is None])
+            used = [slot for slot in slots if slot.sum.shard is not None]
+            update(used, [None] * len(used))
+
+        used = [slot for slot in self._slots.values() if slot.sum.shard is not None]
+        casts = [self._copies.part(slot.sum.parameter) if slot.is_whole else None for slot in used]
+        direct = {slot.sum.name: cast for slot, cast in zip(used, casts, strict=True) if cast is not None}
+        written = [self._slots[name] for name in direct]
+        update(written, list(direct.values()))
+        self._tell([slot.sum.parameter for slot in written])
+        self._copies.written([slot.sum.parameter for slot in written])
+        self._renew([slot for slot in used if slot.sum.name not in direct], write)
 
     def drop_gradients(self) -> None:
         """Forget the gradient sums, as if there had been no backward."""
@@ -170,8 +187,7 @@ class AdamW:
         pending = set(together)
         for written in self._write([s for s in self._slots.values() if id(s.sum.parameter) in together], update):
             parameters = [slot.sum.parameter for slot in written]
-            # Neither kernels nor `.data` tell torch of a change; casts of weights go by versions.
-            torch.autograd.graph.increment_version(parameters)
+            self._tell(parameters)
             pending.difference_update(map(id, parameters))
             self._copies.settle(parameters, pending)
 
@@ -188,6 +204,11 @@ class AdamW:
             update(here)
             bucket.gather(named)
             yield here
+
+    @staticmethod
+    def _tell(parameters: list[nn.Parameter]) -> None:
+        """Neither kernels nor `.data` tell torch of a change; casts of weights go by versions."""
+        torch.autograd.graph.increment_version(parameters)
 
     def _hyper(self, lr: float, decays: bool) -> AdamWHyper:
         config = self._config
