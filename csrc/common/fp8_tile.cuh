@@ -24,8 +24,14 @@ __device__ __forceinline__ int column_in_tile() { return threadIdx.x % 16 * 8; }
 // words that a warp writes at once lie in 32 banks, and so do the eight 16-byte chunks of a column.
 using TransposedTile = uint32_t[kTile][kTile / 4];
 
+// Rows 4 * quad .. + 4 of a column.
+__device__ __forceinline__ uint32_t& transposed_word(TransposedTile& tile, int column, int quad) {
+  return tile[column][quad ^ (column / 8 * 2)];
+}
+
+// Of the rows of this thread.
 __device__ __forceinline__ uint32_t& transposed_word(TransposedTile& tile, int column) {
-  return tile[column][(threadIdx.x / 16) ^ (column / 8 * 2)];
+  return transposed_word(tile, column, threadIdx.x / 16);
 }
 
 // Rows 16 * chunk .. + 16 of a column.
@@ -36,10 +42,10 @@ __device__ __forceinline__ uint4 transposed_chunk(const TransposedTile& tile, in
 }
 
 // Calls write(column in the tile, chunk, words) for every 16-byte chunk of the transposed tile.
-template <class Write>
+template <int kThreads = kTileThreads, class Write>
 __device__ __forceinline__ void for_transposed_chunks(const TransposedTile& tile, Write write) {
 #pragma unroll
-  for (int column = threadIdx.x / 8; column < kTile; column += kTileThreads / 8) {
+  for (int column = threadIdx.x / 8; column < kTile; column += kThreads / 8) {
     write(column, static_cast<int>(threadIdx.x % 8), transposed_chunk(tile, column, threadIdx.x % 8));
   }
 }
@@ -109,8 +115,22 @@ struct BatchTile {
   }
 };
 
-// The whole tile has one scale, so its transposed bytes are its bytes, transposed. Rows of data_t, columns of the
-// matrix, are `stride` apart, those of the next matrix behind them.
+// A transposed tile to where it belongs. Rows of data_t, columns of the matrix, are `stride` apart, those of the next
+// matrix behind them.
+template <bool kVectorised, int kThreads>
+__device__ __forceinline__ void write_transposed_chunks(uint8_t* data_t, int64_t stride, const BatchTile& place,
+                                                        const TransposedTile& tile) {
+  uint8_t* first =
+      data_t + (int64_t(place.matrix) * place.num_columns + place.first_column()) * stride + place.first_row();
+  for_transposed_chunks<kThreads>(tile, [&](int column, int chunk, const uint4& words) {
+    if (place.first_column() + column < place.num_columns) {
+      const int rows_left = place.num_rows - place.first_row() - chunk * 16;
+      write_bytes<kVectorised>(first + column * stride + chunk * 16, words, rows_left);
+    }
+  });
+}
+
+// The whole tile has one scale, so its transposed bytes are its bytes, transposed.
 template <bool kVectorised>
 __device__ __forceinline__ void write_transposed(uint8_t* data_t, int64_t stride, const BatchTile& place,
                                                  const uint2 (&codes)[kRowsPerThread], TransposedTile& tile) {
@@ -124,14 +144,7 @@ __device__ __forceinline__ void write_transposed(uint8_t* data_t, int64_t stride
     for (int i = 0; i < 4; ++i) transposed_word(tile, column_in_tile() + quad * 4 + i) = words[i];
   }
   __syncthreads();
-  uint8_t* first =
-      data_t + (int64_t(place.matrix) * place.num_columns + place.first_column()) * stride + place.first_row();
-  for_transposed_chunks(tile, [&](int column, int chunk, const uint4& words) {
-    if (place.first_column() + column < place.num_columns) {
-      const int rows_left = place.num_rows - place.first_row() - chunk * 16;
-      write_bytes<kVectorised>(first + column * stride + chunk * 16, words, rows_left);
-    }
-  });
+  write_transposed_chunks<kVectorised, kTileThreads>(data_t, stride, place, tile);
 }
 
 }  // namespace dsv3rt

@@ -20,6 +20,7 @@ from dsv3rt.layers import fp8
 from dsv3rt.layers.precision import set_precision
 from dsv3rt.layers.weights import WeightCast, casts_of, is_released, weight_bytes
 from dsv3rt.model.transformer import Transformer
+from dsv3rt.ops.types import QuantTensor
 from dsv3rt.train import engine as engine_module
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
@@ -95,7 +96,7 @@ def test_memory_is_that_of_the_casts(tmp_path: Path, kept: Make) -> None:
     held = []
     for made in (ours, theirs):
         casts = casts_of(made.model)
-        quants = [q for cast in casts for q in cast.of(*cast.weights)]
+        quants = [q for cast in casts for q in cast.of(*cast.weights) if q is not None]
         parts = [part for q in quants for part in (q.data, q.scale)]
         held.append(storage_bytes([*made.model.parameters(), *parts]))
     count = len(in_fp8(ours.model))
@@ -103,6 +104,23 @@ def test_memory_is_that_of_the_casts(tmp_path: Path, kept: Make) -> None:
     numel = sum(p.numel() for p in ours.model.parameters() if id(p) in in_fp8(ours.model))
     assert held[1] - held[0] == 2 * (numel - count)
     assert held[0] < storage_bytes(list(theirs.model.parameters())) + numel  # two bytes a number and its scales
+
+
+def test_one_orientation_changes_no_bit_and_saves_a_byte(tmp_path: Path) -> None:
+    """With the copies released and without, as by FP32 parameters; put off and computed again."""
+    one, two = (released(tmp_path, weight_orientations=number) for number in (1, 2))
+    assert run_steps(one, RunState(), 3) == run_steps(two, RunState(), 3)
+    assert_released(one)
+    numbers = {id(p): p.numel() for p in one.model.parameters()}
+    saved = weight_bytes(two.model) - weight_bytes(one.model)
+    assert 1.0 < saved / sum(numbers[number] for number in in_fp8(one.model)) < 1.01
+    for cast in casts_of(one.model):
+        assert cast.of(*cast.weights)[1] is None
+    plain = [
+        run_steps(released(tmp_path, weight_orientations=number, dtype="float32", recompute=["mla_up", "swiglu"]),
+                  RunState(), 2)[0] for number in (1, 2)
+    ]  # fmt: skip
+    assert plain[0] == plain[1]
 
 
 def test_weight_bytes_counts_models_without_memory(tmp_path: Path) -> None:
@@ -228,23 +246,30 @@ def test_stacked_weights_of_which_one_rests(rows: tuple[int, int], updated: int)
     weights = tuple(nn.Parameter(torch.randn(n, 128).bfloat16()) for n in rows)
     cast = WeightCast()
     optimizer = AdamW([("a", weights[0]), ("b", weights[1])], OptimConfig(), casts=[_bound(cast, *weights)])
-    before = cast.of(*weights)
+    before = both(cast, weights)
     codes = [q.data.clone() for q in before]
     optimizer.gradients.add(weights[updated], torch.randn(weights[updated].shape))
     optimizer.step(1, 1.0, optimizer.grad_norm())
     assert all(map(is_released, weights))
-    after = cast.of(*weights)
-    assert (after is before) == (rows[0] % 128 == 0), "written in place"
+    after = both(cast, weights)
+    in_place = after[0] is before[0]
+    assert in_place == (rows[0] % 128 == 0), "written in place"
     assert not any(torch.equal(q.data, old) for q, old in zip(after, codes, strict=True))
-    if after is before:
+    if in_place:
         rest = slice(0, rows[0]) if updated else slice(rows[0], None)
         assert torch.equal(after[0].data[rest], codes[0][rest])
         assert torch.equal(after[1].data[:, rest], codes[1][:, rest])
     optimizer.restore_weights()
-    want = WeightCast().of(*weights)
+    want = both(WeightCast(), weights)
     for got, right in zip(after, want, strict=True):
         assert torch.equal(got.data, right.data)
         assert torch.equal(got.scale, right.scale)
+
+
+def both(cast: WeightCast, weights: tuple[nn.Parameter, ...]) -> tuple[QuantTensor, QuantTensor]:
+    w, w_t = cast.of(*weights)
+    assert w_t is not None
+    return w, w_t
 
 
 def _bound(cast: WeightCast, *weights: nn.Parameter) -> WeightCast:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from dsv3rt import ops
 from dsv3rt.layers import main_grad
 from dsv3rt.layers.ledger import Ledger
-from dsv3rt.layers.weights import Pair, Stack
+from dsv3rt.layers.weights import Cast, Stack, transposed
 from dsv3rt.ops.types import GroupLayout, Permutation, QuantTensor
 
 
@@ -83,7 +83,7 @@ class Gather:
 class _LinearJob:
     """weights: those that get a gradient; empty without a backward."""
 
-    pair: Pair
+    cast: Cast
     weights: tuple[nn.Parameter, ...]
     ledger: Ledger | None
     keep_input: bool
@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
         else:
             q, q_t = _by_rows_and_columns(x_TD, None, bool(job.weights))
             ctx.save_for_backward(*_tensors(q_t))
-        return ops.fp8_gemm_nt(q, job.pair[0], out_dtype=x_TD.dtype)
+        return ops.fp8_gemm_nt(q, job.cast[0], out_dtype=x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -111,7 +111,7 @@ class _Linear(torch.autograd.Function):
         if job.weights:
             x_t = _columns_of(*ctx.saved_tensors) if job.keep_input else _quant(*ctx.saved_tensors)
             _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, x_t, None)))
-        dx = ops.fp8_gemm_nt(dy, job.pair[1], out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
+        dx = ops.fp8_gemm_nt(dy, transposed(job.cast), out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
 
 
@@ -119,8 +119,8 @@ class _Linear(torch.autograd.Function):
 class _MlpJob:
     """weights: those of gate and up, then down's; empty without a backward."""
 
-    up: Pair
-    down: Pair
+    up: Cast
+    down: Cast
     weights: tuple[nn.Parameter, ...]
     ledger: Ledger | None
     layout: GroupLayout | None
@@ -154,14 +154,14 @@ class _SwigluMlp(torch.autograd.Function):
         *kept, tokens_P, gates_P = ctx.saved_tensors
         x_t, gate_up = _quant(*kept[:2]), _quant(*kept[2:])
         dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, rows_P=tokens_P, with_transpose=True)
-        dhidden = _rows_product(dy, job.down[1], layout, torch.bfloat16)
+        dhidden = _rows_product(dy, transposed(job.down), layout, torch.bfloat16)
         grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, weight_T=gates_P, layout=layout, with_product=True)
         assert grads.product_t is not None
         down_product, up_product = _product(dy_t, grads.product_t, layout), _product(grads.gate_up_t, x_t, layout)
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = job.of_tokens(_rows_product(grads.gate_up, job.up[1], layout, ctx.dtype))
+            dx = job.of_tokens(_rows_product(grads.gate_up, transposed(job.up), layout, ctx.dtype))
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[:-1], up_product))
         dgate = None
         if job.gather is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from dsv3rt import ops
 from dsv3rt.ops.types import TILE, QuantTensor, ceil_div
 
-Pair = tuple[QuantTensor, QuantTensor]
 Cast = tuple[QuantTensor, QuantTensor | None]  # w and, where it is kept, w^T
+Orientations = Literal[1, 2]
+
+
+def transposed(cast: Cast) -> QuantTensor:
+    """w^T, as it is kept or made for the caller."""
+    w, w_t = cast
+    return ops.transpose_128x128(w) if w_t is None else w_t
 
 
 def is_released(weight: Tensor) -> bool:
@@ -51,7 +57,9 @@ def allocate(weight: nn.Parameter) -> None:
 
 
 class WeightCast:
-    """Weights on top of each other, cast in 128x128 blocks in both orientations, again only after they have changed.
+    """Weights on top of each other, cast in 128x128 blocks, again only after they have changed.
+
+    Both orientations are kept, or w alone, a byte a number less; then w^T is made each time it is needed.
 
     What counts as a change is torch's version counter of a parameter, and another parameter in its place. Who writes
     weights behind torch's back (through `.data`, or a kernel) calls `torch.autograd.graph.increment_version`.
@@ -60,48 +68,59 @@ class WeightCast:
     def __init__(self) -> None:
         self.weights: tuple[nn.Parameter, ...] = ()
         self._versions: tuple[int, ...] = ()
-        self._pair: Pair | None = None
+        self._cast: Cast | None = None
+        self._orientations: Orientations = 2
 
-    def of(self, *weights: nn.Parameter) -> Pair:
-        """(w, w^T): (F, D) and (D, F), with a leading X for experts; several weights are stacked along F.
+    @property
+    def orientations(self) -> Orientations:
+        return self._orientations
+
+    def keep(self, orientations: Orientations) -> None:
+        """From the next cast on, which another number brings about."""
+        if orientations != self._orientations:
+            self._orientations, self._cast = orientations, None
+
+    def of(self, *weights: nn.Parameter) -> Cast:
+        """(w, w^T or None): (F, D) and (D, F), with a leading X for experts; several weights are stacked along F.
 
         Raises:
             ValueError: they have changed since the cast, and the copy of one was released.
         """
         same = len(weights) == len(self.weights) and all(a is b for a, b in zip(weights, self.weights, strict=True))
         if not same:
-            self.weights, self._pair = weights, None
-        if self._pair is None or self._versions != _versions(weights):
+            self.weights, self._cast = weights, None
+        if self._cast is None or self._versions != _versions(weights):
             self.renew()
-        assert self._pair is not None
-        return self._pair
+        assert self._cast is not None
+        return self._cast
 
     @torch.no_grad()
     def renew(self) -> None:
         """Cast the weights as they are now."""
         weights: list[Tensor] = [readable(weight) for weight in self.weights]
-        self._pair = None  # the old cast's memory is free for the new one
+        self._cast = None  # the old cast's memory is free for the new one
         stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._pair = ops.quantize_128x128(stacked, with_transpose=True)
+        if self._orientations == 2:
+            self._cast = ops.quantize_128x128(stacked, with_transpose=True)
+        else:
+            self._cast = ops.quantize_128x128(stacked), None
         self.written()
 
     def part(self, weight: nn.Parameter) -> Cast | None:
         """What of the last cast is `weight`'s, to be written in place (`written` must follow); None where several
         weights share a block."""
-        assert self._pair is not None
+        assert self._cast is not None
         if len(self.weights) == 1:
-            return self._pair
+            return self._cast
         firsts = [0, *accumulate(one.shape[0] for one in self.weights)]
         if any(first % TILE for first in firsts[:-1]):
             return None
         index = next(i for i, one in enumerate(self.weights) if one is weight)
         rows = slice(firsts[index], firsts[index + 1])
         blocks = slice(rows.start // TILE, ceil_div(rows.stop, TILE))
-        q, q_t = self._pair
-        return (
-            QuantTensor(q.data[rows], q.scale[blocks], q.tile),
-            QuantTensor(q_t.data[:, rows], q_t.scale[:, blocks], q_t.tile),
-        )
+        w, w_t = self._cast
+        part = QuantTensor(w.data[rows], w.scale[blocks], w.tile)
+        return part, None if w_t is None else QuantTensor(w_t.data[:, rows], w_t.scale[:, blocks], w_t.tile)
 
     def written(self) -> None:
         """The cast is that of the weights as they are now."""
@@ -158,14 +177,14 @@ def weight_bytes(model: nn.Module) -> int:
     casts = casts_of(model)
     in_fp8 = {id(weight) for cast in casts for weight in cast.weights}
     others = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in in_fp8)
-    return others + sum(_cast_bytes(cast.weights) for cast in casts)
+    return others + sum(map(_cast_bytes, casts))
 
 
-def _cast_bytes(weights: Sequence[nn.Parameter]) -> int:
-    *leading, _, columns = weights[0].shape
-    rows = sum(weight.shape[-2] for weight in weights)
-    batch = torch.Size(leading).numel()
-    return 2 * batch * (rows * columns + 4 * ceil_div(rows, TILE) * ceil_div(columns, TILE))
+def _cast_bytes(cast: WeightCast) -> int:
+    *leading, _, columns = cast.weights[0].shape
+    rows = sum(weight.shape[-2] for weight in cast.weights)
+    tiles = ceil_div(rows, TILE) * ceil_div(columns, TILE)
+    return cast.orientations * torch.Size(leading).numel() * (rows * columns + 4 * tiles)
 
 
 class Copies:

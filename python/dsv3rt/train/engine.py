@@ -72,7 +72,7 @@ class Engine:
         torch.manual_seed(run.seed)
         self.model = build(self.layout, self.mesh, self.dtype, self.device)
         check_patterns(run.bf16_modules, _module_names(self._shapes), "train.bf16_modules")
-        set_precision(self.model, run.precision, run.bf16_modules)
+        set_precision(self.model, run.precision, run.bf16_modules, run.weight_orientations)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         named = list(self.model.named_parameters())
         late = frozenset({"embed_tokens.weight", "lm_head.weight"})
