@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_fp8_training import MODEL, TRAIN
 from torch import Tensor, nn
-from train_helpers import config
+from train_helpers import config, write_config
 
-from dsv3rt import Trainer, hf
-from dsv3rt.config import OptimConfig
+from dsv3rt import Trainer, cli, hf
+from dsv3rt.config import ModelConfig, OptimConfig
 from dsv3rt.infer.generate import GenerateOptions, generate
-from dsv3rt.layers import fp8
+from dsv3rt.layers import fp8, main_grad
 from dsv3rt.layers.precision import set_precision
-from dsv3rt.layers.weights import WeightCast, casts_of, is_released, weight_bytes
+from dsv3rt.layers.weights import Orientations, WeightCast, casts_of, is_released, release_copies, weight_bytes
 from dsv3rt.model.transformer import Transformer
 from dsv3rt.ops.types import QuantTensor
 from dsv3rt.train import engine as engine_module
@@ -219,6 +219,33 @@ def test_updates_of_restored_weights_release_them(tmp_path: Path, kept: Make) ->
     ours.optimizer.restore_weights()
     assert run_steps(ours, RunState(), 2) == run_steps(theirs, RunState(), 2)
     assert_released(ours)
+
+
+def test_completions_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {**TRAIN, "dtype": "bfloat16", "steps": 1, "sample_prompts": ["ab"], "sample_tokens": 4}
+    model = {name: value for name, value in MODEL.items() if value is not None}
+    assert cli.main(["train", str(write_config(tmp_path, model=model, train=run))]) == 0
+    assert "--- completion of 'ab'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("orientations", [1, 2])
+def test_models_that_nobody_updates_can_do_without_copies(orientations: Orientations) -> None:
+    """Losses and all gradients to the bit."""
+    found = []
+    for without in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(**MODEL), dtype=torch.bfloat16)
+        set_precision(model, "fp8", orientations=orientations)
+        if without:
+            release_copies(model)
+        tokens_BT = torch.randint(0, 64, (2, 33))
+        loss = model(tokens_BT[:, :-1], tokens_BT[:, 1:], mtp_weight=0.3).loss
+        loss.backward()
+        sums = [main_grad.of(p).grad if p.grad is None else p.grad for p in model.parameters()]
+        assert all(one is not None for one in sums)
+        assert sum(map(is_released, model.parameters())) == (len(in_fp8(model)) if without else 0)
+        found.append([loss.detach(), *sums])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_changes_of_released_weights_are_errors() -> None:
