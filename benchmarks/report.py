@@ -30,6 +30,7 @@ PEERS = {
     "torch_eager": "the same chain of torch ops",
     "torch_compile": "that chain under torch.compile",
     "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",
+    "adamw_then_quantize": "our own update with a copy in BF16, then `quantize_128x128` of that",
     "mla_decode_bf16": "our own kernel over the BF16 cache of the same tokens",
     "alone": "the same products without an average beside them",
     "without_it": "the same step without this saving; everything else as in the recipe",

@@ -49,6 +49,10 @@ class Matrix:
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns}"
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.rows, self.columns
+
     def quantize_bytes(self, *, element_bytes: int = 2, with_transpose: bool = False) -> int:
         """Least traffic of a 1x128 quantisation: read once, write FP8 and FP32 scales, once or in both layouts."""
         return element_bytes * self.rows * self.columns + self.quantized_bytes * (2 if with_transpose else 1)
@@ -76,6 +80,22 @@ class Matrix:
         """Least traffic of its backward pass: gate, up and a BF16 gradient in, two gradients out in two layouts."""
         read = 2 * (self.quantized_bytes if fp8 else 2 * self.rows * self.columns) + 2 * self.rows * self.columns
         return read + self.quantized_bytes * (5 if with_product else 4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """So many matrices of rows x columns."""
+
+    count: int
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.rows}x{self.columns}"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.count, self.rows, self.columns
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,7 @@ K_GROUPED_GEMMS = (
 ACTIVATIONS = tuple(Matrix(rows, columns) for rows in (TOKENS, 4 * TOKENS) for columns in (2048, 7168, 18432))
 
 WEIGHTS = (Matrix(7168, 16384), Matrix(4096, 7168), Matrix(7168, 2048), Matrix(36864, 7168))
+EXPERTS = Batch(16, 4096, 7168)  # gate and up
 
 ATTENTIONS = (Attention(4096), Attention(8192), Attention(16384), Attention(32768))
 

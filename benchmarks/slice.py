@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.slice_models import Slice, Subject, free, ours, peak_bytes, transformers
 from benchmarks.timing import Case, Peer, figures, sample_both, sample_cuda
 from dsv3rt.layers.precision import set_precision
+from dsv3rt.layers.weights import release_copies
 from dsv3rt.model.block import Block
 from dsv3rt.model.transformer import Transformer
 
@@ -26,6 +27,7 @@ PEAK_TFLOPS = 989.4  # BF16, dense, of an H100 SXM: what MFU is quoted against
 
 CASES = {
     "base": Slice(),
+    "low_memory": Slice(orientations=1),
     "four_layers": Slice(layers=4),
     "optimizer": Slice(with_optimizer=True),
     "16k": Slice(tokens=16384),
@@ -77,7 +79,8 @@ class Layer:
 
     def __init__(self, shape: Slice) -> None:
         model = Transformer(shape.config, dtype=torch.bfloat16, device="cuda")
-        set_precision(model, "fp8")
+        set_precision(model, "fp8", orientations=shape.orientations)
+        release_copies(model)
         block = model.layers[0]
         assert isinstance(block, Block)
         self._block = block

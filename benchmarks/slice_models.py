@@ -15,6 +15,7 @@ from dsv3rt import ops
 from dsv3rt.config import ModelConfig, OptimConfig, ParallelConfig
 from dsv3rt.layers.moe import Dispatched
 from dsv3rt.layers.precision import Precision, set_precision
+from dsv3rt.layers.weights import Orientations, casts_of, release_copies
 from dsv3rt.model.flops import train_flops_per_token
 from dsv3rt.model.transformer import Transformer
 from dsv3rt.ops.types import Routing
@@ -31,6 +32,7 @@ class Slice:
 
     one_rank: one of 64 expert-parallel ranks at even load: a router over 256 experts, 4 of them here, which get as many
     rows as 8 choices a token make; nothing travels.
+    orientations: of our weights in FP8 that are kept.
     """
 
     layers: int = 2
@@ -38,10 +40,12 @@ class Slice:
     experts: int = 16
     with_optimizer: bool = False
     one_rank: bool = False
+    orientations: Orientations = 2
 
     def __str__(self) -> str:
         parts = [f"{self.layers}layers", f"{self.experts}experts", f"{self.tokens}tokens"]
-        return "_".join(parts + ["optimizer"] * self.with_optimizer + ["1of64ranks"] * self.one_rank)
+        parts += ["optimizer"] * self.with_optimizer + ["1of64ranks"] * self.one_rank
+        return "_".join(parts + ["1orientation"] * (self.orientations == 1))
 
     @property
     def config(self) -> ModelConfig:
@@ -88,12 +92,17 @@ class EvenShare:
 
 
 def ours(shape: Slice, precision: Precision) -> Subject:
-    """This package; gradients are dropped after each step, or used up by its optimizer."""
+    """This package; gradients are dropped after each step, or used up by its optimizer. Weights in FP8 have no copy in
+    BF16, as in training, where the optimizer keeps their numbers; without one nobody does."""
     before = torch.cuda.memory_allocated()
     model = _build(shape)
-    set_precision(model, precision)
+    set_precision(model, precision, orientations=shape.orientations)
     tokens_BT, labels_BT = shape.batch()
-    optimizer = AdamW(model.named_parameters(), OptimConfig()) if shape.with_optimizer else None
+    optimizer = None
+    if shape.with_optimizer:
+        optimizer = AdamW(model.named_parameters(), OptimConfig(), casts=casts_of(model))
+    else:
+        release_copies(model)
     steps = 0
 
     def step() -> None:

@@ -4,6 +4,7 @@ replace. The list of the optimizer is one layer's share of a rank: attention, a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,42 @@ def test_bench_adamw_step_beside_fused_adamw(versus: Versus) -> None:
 
     ours = lambda: ops.adamw_step(slots, hyper=HYPER, step=2, grad_scale=scale)  # noqa: E731
     versus(Case("adamw_step, float32 moments", LIST, "us"), ours, Peer("torch_fused", theirs))
+
+
+# AdamW that writes FP8 in both orientations instead of the copy: the matrices of the list.
+
+MATRICES = [shape for shape in SHAPES if len(shape) == 2]
+WEIGHTS = sum(torch.Size(shape).numel() for shape in MATRICES)
+WEIGHT_LIST = f"{len(MATRICES)}matrices_{WEIGHTS / 1e6:.0f}M"
+
+
+def with_casts(slots: list[AdamWSlot]) -> list[AdamWSlot]:
+    casts = [ops.quantize_128x128(slot.master, with_transpose=True) for slot in slots]
+    return [replace(slot, param=None, cast=cast) for slot, cast in zip(slots, casts, strict=True)]
+
+
+@pytest.mark.parametrize("moment", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_bench_adamw_step_with_casts(versus: Versus, copy_peer: Peer, moment: torch.dtype) -> None:
+    slots, scale = with_casts(make_slots(moment, shapes=MATRICES)), torch.ones((), device="cuda")
+    name = f"adamw_step with FP8 casts, {str(moment).removeprefix('torch.')} moments"
+    work = WEIGHTS * (4 + 4 + 4 + 4 * moment.itemsize + 2)  # scales are one number in 16384
+    ours = lambda: ops.adamw_step(slots, hyper=HYPER, step=2, grad_scale=scale)  # noqa: E731
+    versus(Case(name, WEIGHT_LIST, "gbps", work), ours, copy_peer)
+
+
+def test_bench_adamw_step_with_casts_beside_two_passes(versus: Versus) -> None:
+    plain, scale = make_slots(torch.bfloat16, shapes=MATRICES), torch.ones((), device="cuda")
+    slots = with_casts(make_slots(torch.bfloat16, shapes=MATRICES))
+
+    def theirs() -> None:
+        ops.adamw_step(plain, hyper=HYPER, step=2, grad_scale=scale)
+        for slot in plain:
+            assert slot.param is not None
+            ops.quantize_128x128(slot.param, with_transpose=True)
+
+    ours = lambda: ops.adamw_step(slots, hyper=HYPER, step=2, grad_scale=scale)  # noqa: E731
+    case = Case("adamw_step with FP8 casts, bfloat16 moments", WEIGHT_LIST, "us")
+    versus(case, ours, Peer("adamw_then_quantize", theirs))
 
 
 def test_bench_products_beside_average(versus: Versus) -> None:

@@ -49,6 +49,7 @@ SAVINGS = {
     "norms computed again": changed("train", recompute=("mla_up",)),
     "up-projections of MLA computed again": changed("train", recompute=("norm",)),
     "average in host memory against none": changed("optim", ema_decay=0.0),
+    "both orientations of weights against one": changed("train", weight_orientations=1),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.shapes import ACTIVATIONS, PRODUCTS, WEIGHTS, Matrix
+from benchmarks.shapes import ACTIVATIONS, EXPERTS, PRODUCTS, WEIGHTS, Batch, Matrix
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 from dsv3rt.ops.types import GroupLayout
@@ -42,6 +42,20 @@ def test_bench_quantize_128x128(
     versus(
         Case(name, str(shape), "gbps", work), lambda: ops.quantize_128x128(w, with_transpose=with_transpose), copy_peer
     )
+
+
+@pytest.mark.parametrize("shape", [*WEIGHTS, EXPERTS], ids=str)
+def test_bench_transpose_128x128(versus: Versus, copy_peer: Peer, shape: Matrix | Batch) -> None:
+    q = ops.quantize_128x128(torch.randn(shape.sizes, device="cuda").bfloat16())
+    case = Case("transpose_128x128", str(shape), "gbps", 2 * q.data.numel())
+    versus(case, lambda: ops.transpose_128x128(q), copy_peer)
+
+
+@pytest.mark.parametrize("shape", [*WEIGHTS, EXPERTS], ids=str)
+def test_bench_transpose_128x128_beside_torch(versus: Versus, shape: Matrix | Batch) -> None:
+    q = ops.quantize_128x128(torch.randn(shape.sizes, device="cuda").bfloat16())
+    theirs = Peer("torch_eager", lambda: (q.data.mT.contiguous(), q.scale.mT.contiguous()))
+    versus(Case("transpose_128x128", str(shape), "us"), lambda: ops.transpose_128x128(q), theirs)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])

@@ -69,16 +69,16 @@ def train(options: argparse.Namespace, started: float) -> None:
     overrides += [("train.precision", precision), ("train.run_dir", str(run_dir))]
     if options.steps:
         overrides.append(("train.steps", str(options.steps)))
-    trainer = Trainer(config_file.load(ROOT / "configs" / "numerics.toml", overrides))
-    if options.name == AGAIN:
-        nudge(trainer.engine)  # a checkpoint's weights take the place of these
-    if options.seconds:
-        threading.Thread(target=stop_at, args=(started + options.seconds,), daemon=True).start()
-    try:
-        with ablation(options.name) if options.name in ABLATIONS else nullcontext():
+    with ablation(options.name) if options.name in ABLATIONS else nullcontext():
+        trainer = Trainer(config_file.load(ROOT / "configs" / "numerics.toml", overrides))
+        if options.name == AGAIN:
+            nudge(trainer.engine)  # a checkpoint's weights take the place of these
+        if options.seconds:
+            threading.Thread(target=stop_at, args=(started + options.seconds,), daemon=True).start()
+        try:
             trainer.fit()
-    except (StoppedBySignalError, FloatingPointError) as stopped:  # that a recipe diverges is a finding too
-        print(f"numerics: {stopped}")
+        except (StoppedBySignalError, FloatingPointError) as stopped:  # that a recipe diverges is a finding too
+            print(f"numerics: {stopped}")
     if options.keep:
         keep(trainer, options.name, options.keep, options.commit)
 
@@ -95,6 +95,7 @@ def nudge(engine: Engine) -> None:
 
 def validation_in_bf16(trainer: Trainer) -> float | None:
     """The validation loss of the weights as they are, with all products in BF16."""
+    trainer.engine.optimizer.restore_weights()
     set_precision(trainer.engine.model, "bf16")
     return trainer.validate()
 

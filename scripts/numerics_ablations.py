@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsv3rt import ops
+from dsv3rt.layers.weights import Copies
 from dsv3rt.ops.quant import quantize_128x128  # itself, whatever stands for it in ops
 from dsv3rt.ops.reference import swiglu_cast as reference
 from dsv3rt.ops.reference.common import rows_with_data, segments
@@ -36,7 +37,8 @@ BlockCast = Callable[..., Any]
 
 @contextmanager
 def ablation(name: str) -> Iterator[None]:
-    """Until the end of the block, `dsv3rt.ops` follows the recipe of this name, one of ABLATIONS.
+    """Until the end of the block, `dsv3rt.ops` follows the recipe of this name, one of ABLATIONS. The weights of
+    engines made before it are cast otherwise.
 
     no_promotion on CPU tensors is per_tensor: there is no tensor core whose sums could be kept.
 
@@ -62,6 +64,8 @@ def ablation(name: str) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(ops, **replaced))
         # SwiGLU's references, plain torch for every device, cast their values by this name.
         stack.enter_context(mock.patch.object(reference, "quantize_1x128", rows))
+        if "quantize_128x128" in replaced:  # and not as the optimizer would cast weights
+            stack.enter_context(mock.patch.object(Copies, "part", return_value=None))
         yield
 
 

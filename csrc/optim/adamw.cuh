@@ -13,44 +13,6 @@ struct AdamWOctet {
   float master[kOctet], grad[kOctet], m[kOctet], v[kOctet];
 };
 
-template <typename Grad, typename Moment, typename Param>
-struct AdamWPointers {
-  float* master;
-  const Grad* grad;
-  Moment* m;
-  Moment* v;
-  Param* param;  // null: none
-
-  __device__ __forceinline__ explicit AdamWPointers(const AdamWTensor& tensor)
-      : master(tensor.master),
-        grad(static_cast<const Grad*>(tensor.grad)),
-        m(static_cast<Moment*>(tensor.m)),
-        v(static_cast<Moment*>(tensor.v)),
-        param(static_cast<Param*>(tensor.param)) {}
-
-  // Octets may be read and written as such.
-  __device__ __forceinline__ bool aligned() const {
-    const auto bits = reinterpret_cast<uintptr_t>(master) | reinterpret_cast<uintptr_t>(grad) |
-                      reinterpret_cast<uintptr_t>(m) | reinterpret_cast<uintptr_t>(v) |
-                      reinterpret_cast<uintptr_t>(param);
-    return bits % 16 == 0;
-  }
-
-  __device__ __forceinline__ void load(int64_t at, AdamWOctet& octet) const {
-    load_octet(grad + at, octet.grad);
-    load_octet(m + at, octet.m);
-    load_octet(v + at, octet.v);
-    load_octet(master + at, octet.master);
-  }
-
-  __device__ __forceinline__ void store(int64_t at, const AdamWOctet& octet) const {
-    store_octet(master + at, octet.master);
-    store_octet(m + at, octet.m);
-    store_octet(v + at, octet.v);
-    if (param != nullptr) store_octet(param + at, octet.master);
-  }
-};
-
 template <typename Moment>
 struct AdamWStep {
   AdamWNumbers numbers;
@@ -70,16 +32,63 @@ struct AdamWStep {
   }
 };
 
+// Gradients and what a step changes of a tensor, but for copies of the weights.
+template <typename Grad, typename Moment>
+struct AdamWState {
+  float* master;
+  const Grad* grad;
+  Moment* m;
+  Moment* v;
+
+  __device__ __forceinline__ AdamWState(float* master_, const void* grad_, void* m_, void* v_)
+      : master(master_),
+        grad(static_cast<const Grad*>(grad_)),
+        m(static_cast<Moment*>(m_)),
+        v(static_cast<Moment*>(v_)) {}
+
+  // Octets may be read and written as such.
+  __device__ __forceinline__ bool aligned() const {
+    const auto bits = reinterpret_cast<uintptr_t>(master) | reinterpret_cast<uintptr_t>(grad) |
+                      reinterpret_cast<uintptr_t>(m) | reinterpret_cast<uintptr_t>(v);
+    return bits % 16 == 0;
+  }
+
+  __device__ __forceinline__ void load(int64_t at, AdamWOctet& octet) const {
+    load_octet(grad + at, octet.grad);
+    load_octet(m + at, octet.m);
+    load_octet(v + at, octet.v);
+    load_octet(master + at, octet.master);
+  }
+
+  __device__ __forceinline__ void store(int64_t at, const AdamWOctet& octet) const {
+    store_octet(master + at, octet.master);
+    store_octet(m + at, octet.m);
+    store_octet(v + at, octet.v);
+  }
+
+  // The new weight.
+  __device__ __forceinline__ float update_one(const AdamWStep<Moment>& step, int64_t element) const {
+    float new_master = master[element], new_m = load_one(m + element), new_v = load_one(v + element);
+    step.update(element, load_one(grad + element), new_master, new_m, new_v);
+    master[element] = new_master;
+    store_one(m + element, new_m);
+    store_one(v + element, new_v);
+    return new_master;
+  }
+};
+
 template <typename Grad, typename Moment, typename Param>
 __global__ void __launch_bounds__(kAdamWThreads, 4) adamw_kernel(const __grid_constant__ AdamWParams params) {
   const int index = tensor_of_block(params.first_block, params.num_tensors);
   const AdamWTensor& tensor = params.tensors[index];
-  const AdamWPointers<Grad, Moment, Param> at(tensor);
+  const AdamWState<Grad, Moment> at(tensor.master, tensor.grad, tensor.m, tensor.v);
+  Param* param = static_cast<Param*>(tensor.param);  // null: none
   const AdamWStep<Moment> step{params.numbers, params.grad_scale == nullptr ? 1.0f : *params.grad_scale,
                                params.stochastic, tensor.key};
   const int64_t size = tensor.num_elements;
   const int64_t first = int64_t(blockIdx.x - params.first_block[index]) * kAdamWBlockElements;
-  if (first + kAdamWBlockElements <= size && at.aligned()) {
+  const bool aligned = at.aligned() && reinterpret_cast<uintptr_t>(param) % 16 == 0;
+  if (first + kAdamWBlockElements <= size && aligned) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kAdamWBlockElements / kOctet; i += kAdamWThreads) {
       const int64_t element = first + i * kOctet;
@@ -90,16 +99,13 @@ __global__ void __launch_bounds__(kAdamWThreads, 4) adamw_kernel(const __grid_co
         step.update(element + j, octet.grad[j], octet.master[j], octet.m[j], octet.v[j]);
       }
       at.store(element, octet);
+      if (param != nullptr) store_octet(param + element, octet.master);
     }
   } else {
     const int64_t last = min(first + kAdamWBlockElements, size);
     for (int64_t element = first + threadIdx.x; element < last; element += kAdamWThreads) {
-      float master = at.master[element], m = load_one(at.m + element), v = load_one(at.v + element);
-      step.update(element, load_one(at.grad + element), master, m, v);
-      at.master[element] = master;
-      store_one(at.m + element, m);
-      store_one(at.v + element, v);
-      if (at.param != nullptr) store_one(at.param + element, master);
+      const float master = at.update_one(step, element);
+      if (param != nullptr) store_one(param + element, master);
     }
   }
 }

@@ -6,16 +6,23 @@
 
 namespace dsv3rt {
 
-// Fills in where each tensor's blocks begin and returns their number.
-template <typename Tensor>
-int64_t share_out(const Tensor* tensors, int num_tensors, int block_elements, int* first_block) {
+// Fills in where each tensor's blocks begin and returns their number; blocks_of(tensor) says how many one has.
+template <typename Tensor, class BlocksOf>
+int64_t share_out(const Tensor* tensors, int num_tensors, int* first_block, BlocksOf blocks_of) {
   int64_t blocks = 0;
   for (int i = 0; i < num_tensors; ++i) {
     first_block[i] = static_cast<int>(blocks);
-    blocks += ceil_div(tensors[i].num_elements, int64_t(block_elements));
+    blocks += blocks_of(tensors[i]);
   }
   first_block[num_tensors] = static_cast<int>(blocks);
   return blocks;
+}
+
+// Blocks of so many elements each.
+template <typename Tensor>
+int64_t share_out(const Tensor* tensors, int num_tensors, int block_elements, int* first_block) {
+  return share_out(tensors, num_tensors, first_block,
+                   [&](const Tensor& one) { return ceil_div(one.num_elements, int64_t(block_elements)); });
 }
 
 // The tensor that this block is for: the last one whose first block is not after it. Empty tensors have no block.

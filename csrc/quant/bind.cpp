@@ -77,6 +77,38 @@ void bound_quantize_1x128(const TensorView& x, const TensorView& data, const Ten
   throw_on_error(kOp, quantize_1x128(params, stream_for(kOp, x, stream)));
 }
 
+// Scales (matrices, first, second) of 128x128 tiles, contiguous.
+float* block_scales(const char* op, const char* name, const TensorView& scales, const TensorView& like,
+                    int64_t matrices, int64_t first, int64_t second) {
+  ArgCheck(op, name, scales)
+      .on_device_of(like, "the first")
+      .dtype({DataType::kFloat32})
+      .shape({matrices, first, second})
+      .strides({first * second, second, 1});
+  return static_cast<float*>(scales.data);
+}
+
+void bound_transpose_128x128(const TensorView& data, const TensorView& scale, const TensorView& data_t,
+                             const TensorView& scale_t, py::handle stream) {
+  constexpr char kOp[] = "transpose_128x128";
+  ArgCheck(kOp, "data", data).on_cuda().shape({kAny, kAny, kAny});
+  const int64_t matrices = data.shape[0], rows = data.shape[1], columns = data.shape[2];
+  const int64_t row_tiles = ceil_div(rows, kTile), column_tiles = ceil_div(columns, kTile);
+  check_codes(kOp, "data", data, data, {matrices, rows, columns}, {rows * columns, columns, 1}, 1);
+  check_codes(kOp, "data_t", data_t, data, {matrices, columns, rows}, {rows * columns, rows, 1}, 16);
+  Transpose128x128Params params{};
+  params.data = static_cast<const uint8_t*>(data.data);
+  params.scale = block_scales(kOp, "scale", scale, data, matrices, row_tiles, column_tiles);
+  params.data_t = static_cast<uint8_t*>(data_t.data);
+  params.scale_t = block_scales(kOp, "scale_t", scale_t, data, matrices, column_tiles, row_tiles);
+  params.num_matrices = static_cast<int>(matrices);
+  params.num_rows = static_cast<int>(rows);
+  params.num_columns = static_cast<int>(columns);
+  params.vectorised = rows % 16 == 0 && columns % 16 == 0 && reinterpret_cast<uintptr_t>(data.data) % 16 == 0;
+  params.device = data.device.index;
+  throw_on_error(kOp, transpose_128x128(params, stream_for(kOp, data, stream)));
+}
+
 void bound_quantize_128x128(const TensorView& w, const TensorView& data, const TensorView& scale,
                             const OptionalView& data_t, const OptionalView& scale_t, bool pow2_scales,
                             py::handle stream) {
@@ -88,26 +120,17 @@ void bound_quantize_128x128(const TensorView& w, const TensorView& data, const T
       .strides({kAny, kAny, 1});
   const int64_t matrices = w.shape[0], rows = w.shape[1], columns = w.shape[2];
   const int64_t row_tiles = ceil_div(rows, kTile), column_tiles = ceil_div(columns, kTile);
-  const auto check_scales = [&](const char* name, const TensorView& scales, int64_t first, int64_t second) {
-    ArgCheck(kOp, name, scales)
-        .on_device_of(w, "w")
-        .dtype({DataType::kFloat32})
-        .shape({matrices, first, second})
-        .strides({first * second, second, 1});
-  };
   check_codes(kOp, "data", data, w, {matrices, rows, columns}, {rows * columns, columns, 1}, 16);
-  check_scales("scale", scale, row_tiles, column_tiles);
   both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
 
   Quantize128x128Params params{};
   params.w = w.data;
   params.data = static_cast<uint8_t*>(data.data);
-  params.scale = static_cast<float*>(scale.data);
+  params.scale = block_scales(kOp, "scale", scale, w, matrices, row_tiles, column_tiles);
   if (data_t) {
     check_codes(kOp, "data_t", *data_t, w, {matrices, columns, rows}, {rows * columns, rows, 1}, 16);
-    check_scales("scale_t", *scale_t, column_tiles, row_tiles);
     params.data_t = static_cast<uint8_t*>(data_t->data);
-    params.scale_t = static_cast<float*>(scale_t->data);
+    params.scale_t = block_scales(kOp, "scale_t", *scale_t, w, matrices, column_tiles, row_tiles);
   }
   params.batch_stride = w.strides[0];
   params.row_stride = w.strides[1];
@@ -197,6 +220,9 @@ void bind_quant(py::module_& module) {
       py::arg("data_t") = none, py::arg("scale_t") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
       "Writes the matrices w (X, F, D), quantised by blocks, into data and scale (and transposed into data_t and "
       "scale_t), on a stream.");
+  module.def("transpose_128x128", &bound_transpose_128x128, py::arg("data"), py::arg("scale"), py::arg("data_t"),
+             py::arg("scale_t"), py::kw_only(), py::arg("stream") = none,
+             "Writes the transposed matrices of data (X, F, D) and their scales into data_t and scale_t, on a stream.");
   module.def("swiglu_quantize_1x128", &bound_swiglu_quantize_1x128, py::arg("x"), py::arg("data"), py::arg("scale"),
              py::kw_only(), py::arg("x_scale") = none, py::arg("weight") = none, py::arg("data_t") = none,
              py::arg("scale_t") = none, py::arg("counts") = none, py::arg("offsets") = none,

@@ -1,6 +1,7 @@
 #include "common/launch.h"
 #include "quant/quantize_128x128.cuh"
 #include "quant/swiglu_backward.cuh"
+#include "quant/transpose.cuh"
 
 namespace dsv3rt {
 namespace {
@@ -74,6 +75,19 @@ const char* quantize_128x128(const Quantize128x128Params& params, void* stream) 
       return launch_128x128<__nv_bfloat16>(params, cuda_stream);
     }
     return launch_128x128<float>(params, cuda_stream);
+  });
+}
+
+const char* transpose_128x128(const Transpose128x128Params& params, void* stream) {
+  if (params.num_matrices == 0 || params.num_rows == 0 || params.num_columns == 0) return nullptr;
+  const unsigned blocks = params.num_matrices * num_blocks(params.num_rows, params.num_columns, kTile, kTile);
+  return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
+    if (params.vectorised) {
+      transpose_blocks_kernel<true><<<blocks, kTransposeThreads, 0, cuda_stream>>>(params);
+    } else {
+      transpose_blocks_kernel<false><<<blocks, kTransposeThreads, 0, cuda_stream>>>(params);
+    }
+    return nullptr;
   });
 }
 

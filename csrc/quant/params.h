@@ -59,6 +59,19 @@ struct Quantize128x128Params {
   int device;
 };
 
+// E4M3 with a scale for each 128x128 tile, all contiguous.
+struct Transpose128x128Params {
+  const uint8_t* data;   // (X, F, D)
+  const float* scale;    // (X, f, d)
+  uint8_t* data_t;       // (X, D, F)
+  float* scale_t;        // (X, d, f)
+  int num_matrices;      // X
+  int num_rows;          // F
+  int num_columns;       // D
+  bool vectorised;       // every row starts on 16 bytes, on both sides
+  int device;
+};
+
 // Gate and up beside each other, (T, 2F): BF16, or FP8 in tiles of 1x128. A row weight multiplies silu(gate) * up.
 struct GateUpInput {
   const void* data;      // rows `stride` elements apart, 16-byte aligned
@@ -128,6 +141,7 @@ struct NormBackwardParams {
 // Each returns null, or what went wrong.
 const char* quantize_1x128(const Quantize1x128Params& params, void* stream);
 const char* quantize_128x128(const Quantize128x128Params& params, void* stream);
+const char* transpose_128x128(const Transpose128x128Params& params, void* stream);
 const char* swiglu_quantize_1x128(const SwigluParams& params, void* stream);
 const char* swiglu_backward_quantize_1x128(const SwigluBackwardParams& params, void* stream);
 const char* rms_norm(const NormParams& params, void* stream);

@@ -1,7 +1,7 @@
 // How a block walks over a matrix, and how a 128x128 tile in its registers leaves as FP8 by rows and by columns.
 #pragma once
 
-#include "common/fp8_cast.cuh"
+#include "common/fp8_tile.cuh"
 #include "common/math.h"
 #include "quant/params.h"
 
@@ -42,12 +42,6 @@ __device__ __forceinline__ RowCounts count_rows(const RowGroups& groups, int64_t
   return {max(0, min(groups.counts[low] - before, written)), written};
 }
 
-// What a thread holds: eight columns of four rows. Sixteen lanes share the 1x128 tiles of the same rows.
-constexpr int kRowsPerThread = 4;
-
-template <typename Element>
-using TileOctets = Octet<Element>[kRowsPerThread];
-
 // Of row lane % 4: the lanes exchange half of their rows each time, so that each ends with one.
 template <typename Element>
 __device__ __forceinline__ uint32_t shared_amax(const TileOctets<Element>& octets) {
@@ -83,14 +77,6 @@ __device__ __forceinline__ void write_rows(const QuantOutput& out, int64_t row, 
   }
 }
 
-// A block's 128x128 tile. Thread (warp w, lane) holds rows 8w + 4(lane / 16) .. + 4 of columns 8(lane % 16) .. + 8, so
-// that four rows of a column pack into one word of the transposed tile.
-constexpr int kTileThreads = 512;
-constexpr int kTileWarps = kTileThreads / 32;
-
-__device__ __forceinline__ int row_in_tile() { return threadIdx.x / 16 * 4; }
-__device__ __forceinline__ int column_in_tile() { return threadIdx.x % 16 * 8; }
-
 struct TilePlace {
   int64_t first_row;
   int first_column;
@@ -100,30 +86,6 @@ struct TilePlace {
   __device__ __forceinline__ int rows_to_read() const { return rows.read - row_in_tile(); }
   __device__ __forceinline__ int rows_to_write() const { return rows.written - row_in_tile(); }
 };
-
-// The transposed tile in shared memory: word [column][row / 4], its place permuted by twice (column / 8). So the 32
-// words that a warp writes at once lie in 32 banks, and so do the eight 16-byte chunks of a column.
-using TransposedTile = uint32_t[kTile][kTile / 4];
-
-__device__ __forceinline__ uint32_t& transposed_word(TransposedTile& tile, int column) {
-  return tile[column][(threadIdx.x / 16) ^ (column / 8 * 2)];
-}
-
-// Rows 16 * chunk .. + 16 of a column.
-__device__ __forceinline__ uint4 transposed_chunk(const TransposedTile& tile, int column, int chunk) {
-  const int octet = column / 8;
-  const uint4 words = reinterpret_cast<const uint4*>(tile[column])[chunk ^ (octet / 2)];
-  return octet % 2 ? make_uint4(words.z, words.w, words.x, words.y) : words;
-}
-
-// Calls write(column in the tile, chunk, words) for every 16-byte chunk of the transposed tile.
-template <class Write>
-__device__ __forceinline__ void for_transposed_chunks(const TransposedTile& tile, Write write) {
-#pragma unroll
-  for (int column = threadIdx.x / 8; column < kTile; column += kTileThreads / 8) {
-    write(column, static_cast<int>(threadIdx.x % 8), transposed_chunk(tile, column, threadIdx.x % 8));
-  }
-}
 
 // Where the threads of a block find the scales of its 128 columns.
 template <typename Element>

@@ -101,6 +101,8 @@ def _train(config_path: str, overrides: list[tuple[str, str]]) -> int:
     try:
         trainer = Trainer(config)
         trained = trainer.fit()
+        if trained and config.train.sample_prompts:
+            trainer.engine.optimizer.restore_weights()  # from all ranks, while they are together
         leave()
         if trained:
             _print_completions(trainer)

@@ -13,6 +13,7 @@ from dsv3rt import ops, presets
 from dsv3rt.layers import fp8, main_grad
 from dsv3rt.layers.precision import set_precision
 from dsv3rt.layers.router import Router
+from dsv3rt.layers.weights import WeightCast
 from dsv3rt.model.block import Block
 from dsv3rt.model.transformer import Transformer
 from tests.layers.fp8_cases import Weights, bound, layout_of, take
@@ -47,9 +48,9 @@ def test_fp8_linear_matches_reference(rows: int, keep_input: bool) -> None:
     x, dy = torch.randn(rows, 384).to(BF16), torch.randn(rows, 320).to(BF16)
 
     def run(device: str) -> list[Tensor]:
-        own = [nn.Parameter(w.detach().to(device)) for w in weights]
+        own = tuple(nn.Parameter(w.detach().to(device)) for w in weights)
         leaf = x.to(device).requires_grad_()
-        y = fp8.linear(leaf, fp8.WeightCast(), own, None, keep_input=keep_input)
+        y = fp8.linear(leaf, (WeightCast(), own), None, keep_input=keep_input)
         y.backward(dy.to(device))
         return [y.detach(), leaf.grad, *(take(w) for w in own)]  # type: ignore[list-item]
 

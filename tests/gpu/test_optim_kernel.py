@@ -51,7 +51,7 @@ def expect(slot: AdamWSlot, step: int, scale: Tensor | None, device: str = "cuda
     numbers = reference.optim.numbers_of(HYPER, step)
     key = None if slot.seed is None else reference.optim.rounding_key(slot.seed, step)
     scale = None if scale is None else scale.to(device)
-    reference.optim.adamw_step((moved[0], moved[1], moved[2], moved[3]), param, scale, numbers, key)
+    reference.optim.adamw_step((moved[0], moved[1], moved[2], moved[3]), param, [], scale, numbers, key)
     return AdamWSlot(*moved, param, slot.seed)
 
 

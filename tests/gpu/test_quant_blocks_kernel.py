@@ -91,6 +91,47 @@ def test_quantize_128x128_handles_empty() -> None:
         assert q_t.shape == (*shape[:-2], shape[-1], shape[-2])
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 256, 512), (0, 128), (3, 0, 5)], ids=str)
+def test_transpose_128x128_is_the_other_orientation(shape: tuple[int, ...]) -> None:
+    w = random_rows(shape, torch.bfloat16, seed=sum(shape))
+    w.view(-1)[::1001] = torch.nan
+    q, q_t = ops.quantize_128x128(w, with_transpose=True)
+    got = ops.transpose_128x128(q)
+    assert torch.equal(got.data.view(torch.uint8), q_t.data.view(torch.uint8))
+    assert torch.equal(got.scale.view(torch.int32), q_t.scale.view(torch.int32))
+    assert got.data.stride() == q_t.data.stride()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 16])
+def test_transpose_128x128_matches_reference_on_many_random_shapes(offset: int) -> None:
+    """Random bytes, which start `offset` of them into their memory."""
+    generator = torch.Generator().manual_seed(offset)
+    for number in range(100):
+        unit = [1, 4, 8, 16][number % 4]
+        shape = [unit * int(torch.randint(1, 500 // unit, (), generator=generator)) for _ in range(2)]
+        leading = [3] if number % 3 == 0 else []
+        size = torch.Size([*leading, *shape])
+        codes = torch.randint(0, 256, (size.numel() + offset,), dtype=torch.uint8, device="cuda")[offset:].view(size)
+        scale = torch.rand(*leading, *(-(-n // 128) for n in shape), device="cuda")
+        got = ops.transpose_128x128(QuantTensor(codes.view(FP8), scale, (128, 128)))
+        assert torch.equal(got.data.view(torch.uint8), codes.mT)
+        assert torch.equal(got.scale, scale.mT)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (144, 144), (130, 144), (144, 130), (1, 16), (129, 257)])
+def test_transpose_128x128_writes_every_element_and_no_other(rows: int, columns: int) -> None:
+    extension = pytest.importorskip("dsv3rt._C")
+    r, c = -(-rows // 128), -(-columns // 128)
+    codes = torch.randint(0, 256, (2, rows, columns), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(2, r, c, device="cuda")
+    room = Guarded()
+    data_t, scale_t = room.codes(2, columns, rows), room.floats(2, c, r)
+    extension.transpose_128x128(codes, scale, data_t, scale_t)
+    assert torch.equal(data_t, codes.mT)
+    assert torch.equal(scale_t, scale.mT)
+    room.assert_intact()
+
+
 def test_quantize_128x128_replays_in_a_graph() -> None:
     w = random_rows((256, 1024), torch.bfloat16, seed=3)
     ops.quantize_128x128(w)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsv3rt.layers import fp8, main_grad
 from dsv3rt.layers.ledger import Ledger
+from dsv3rt.layers.weights import WeightCast
 from dsv3rt.ops.types import GroupLayout
 
 # E4M3 keeps 3 bits behind the point: over numbers of one power of two the error is uniform in 2^-4 of the lower end,
@@ -49,7 +50,7 @@ class Weights:
     ) -> list[Tensor]:
         """y, dx and, but where the ledger defers them, the gradients of both weights."""
         x = x.detach().requires_grad_()
-        y = fp8.swiglu_mlp(x, (fp8.WeightCast(), (self.up,)), (fp8.WeightCast(), self.down), ledger, layout, gather)
+        y = fp8.swiglu_mlp(x, (WeightCast(), (self.up,)), (WeightCast(), (self.down,)), ledger, layout, gather)
         y.backward(dy)
         assert x.grad is not None
         return [y.detach(), x.grad, *self.gradients()]

@@ -13,6 +13,7 @@ from torch.nn import functional
 from dsv3rt import ops
 from dsv3rt.layers import fp8, main_grad
 from dsv3rt.layers.ledger import Ledger, WeightGrads
+from dsv3rt.layers.weights import WeightCast
 
 
 def no_sink(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -38,9 +39,9 @@ def mlp_in_fp32(weights: Weights, x: Tensor, dy: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("rows", [1, 130])
 def test_fp8_linear_is_near_fp32(rows: int, keep_input: bool) -> None:
     """Two casts lie behind each result."""
-    weights = [nn.Parameter(torch.randn(n, 256) * 0.05) for n in (128, 48)]
+    weights = tuple(nn.Parameter(torch.randn(n, 256) * 0.05) for n in (128, 48))
     x, dy = torch.randn(rows, 256, requires_grad=True), torch.randn(rows, 176)
-    y = fp8.linear(x, fp8.WeightCast(), weights, None, keep_input=keep_input)
+    y = fp8.linear(x, (WeightCast(), weights), None, keep_input=keep_input)
     y.backward(dy)
     assert all(weight.grad is None for weight in weights), "their gradients go past autograd"
     stacked = torch.cat([weight.detach() for weight in weights])
@@ -92,7 +93,7 @@ def test_fp8_experts_gather_is_permute_and_unpermute() -> None:
     rows_PD = torch.zeros(permutation.num_rows, 128).index_copy(
         0, permutation.row_of_TK.flatten(), leaf.repeat_interleave(2, dim=0)
     )
-    up, down = (fp8.WeightCast(), (weights.up,)), (fp8.WeightCast(), weights.down)
+    up, down = (WeightCast(), (weights.up,)), (WeightCast(), (weights.down,))
     y = ops.unpermute(fp8.swiglu_mlp(rows_PD, up, down, None, layout), permutation, outside)
     y.backward(dy)
     want = [y.detach(), leaf.grad, *weights.gradients()]
@@ -106,7 +107,7 @@ def test_fp8_gradients_put_off_are_the_same() -> None:
     layout, valid, num_rows = layout_of([100, 40])
     weights = Weights.draw(128, 128, 2, torch.float32)
     batches = [[torch.randn(num_rows, 128) * valid[:, None] for _ in range(2)] for _ in range(2)]
-    up, down = (fp8.WeightCast(), (weights.up,)), (fp8.WeightCast(), weights.down)
+    up, down = (WeightCast(), (weights.up,)), (WeightCast(), (weights.down,))
 
     def backward(ledger: Ledger | None) -> list[Tensor]:
         found = []
@@ -137,11 +138,11 @@ def test_fp8_products_are_deterministic() -> None:
 
 def test_sums_of_stacked_weights_stay_in_place() -> None:
     """They begin as neighbours, so that later contributions add to both in one product."""
-    weights = [nn.Parameter(torch.randn(128, 128) * 0.1) for _ in range(2)]
-    cast, x = fp8.WeightCast(), torch.randn(64, 128)
+    weights = tuple(nn.Parameter(torch.randn(128, 128) * 0.1) for _ in range(2))
+    cast, x = WeightCast(), torch.randn(64, 128)
     sums = []
     for _ in range(3):
-        fp8.linear(x.requires_grad_(), cast, weights, None, keep_input=False).sum().backward()
+        fp8.linear(x.requires_grad_(), (cast, weights), None, keep_input=False).sum().backward()
         sums.append([main_grad.of(weight).grad for weight in weights])
     first = sums[0]
     for before, after in pairwise(sums):
@@ -150,7 +151,7 @@ def test_sums_of_stacked_weights_stay_in_place() -> None:
     assert first[1] is not None
     assert first[1].data_ptr() == first[0].data_ptr() + first[0].numel() * 4
     twice = [take(weight) for weight in weights]
-    fp8.linear(x, cast, weights, None, keep_input=False).sum().backward()
+    fp8.linear(x, (cast, weights), None, keep_input=False).sum().backward()
     for weight, total in zip(weights, twice, strict=True):
         once = take(weight)
         assert once is not None
@@ -159,7 +160,7 @@ def test_sums_of_stacked_weights_stay_in_place() -> None:
 
 
 def test_weights_are_cast_again_only_after_a_change() -> None:
-    weight, cast = nn.Parameter(torch.randn(128, 128)), fp8.WeightCast()
+    weight, cast = nn.Parameter(torch.randn(128, 128)), WeightCast()
     before = cast.of(weight)
     assert cast.of(weight) is before
     with torch.no_grad():
@@ -174,7 +175,7 @@ def test_fp8_linear_shows_nan() -> None:
     weight = nn.Parameter(torch.randn(128, 128))
     x = torch.randn(4, 128)
     x[2, 5] = torch.nan
-    y = fp8.linear(x, fp8.WeightCast(), (weight,), None, keep_input=False)
+    y = fp8.linear(x, (WeightCast(), (weight,)), None, keep_input=False)
     assert torch.isnan(y).all(dim=1).tolist() == [False, False, True, False]
     assert torch.isfinite(y[[0, 1, 3]]).all()
 
@@ -182,6 +183,6 @@ def test_fp8_linear_shows_nan() -> None:
 def test_frozen_weights_get_no_sum() -> None:
     weight = nn.Parameter(torch.randn(128, 128), requires_grad=False)
     x = torch.randn(4, 128, requires_grad=True)
-    fp8.linear(x, fp8.WeightCast(), (weight,), None, keep_input=False).sum().backward()
+    fp8.linear(x, (WeightCast(), (weight,)), None, keep_input=False).sum().backward()
     assert x.grad is not None
     assert main_grad.of(weight).grad is None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dsv3rt import ops
-from dsv3rt.ops import AdamWHyper, AdamWSlot
+from dsv3rt.ops import AdamWHyper, AdamWSlot, QuantTensor
 from dsv3rt.ops.reference import optim as reference
 
 HYPER = AdamWHyper(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -203,3 +205,64 @@ def test_adamw_step_rejects_bad_arguments() -> None:
         ops.adamw_step([AdamWSlot(master, grad, m, v)], hyper=HYPER, step=0)
     with pytest.raises(ValueError, match=r"^adamw_step: grad_scale must have one element, got \(2,\)$"):
         ops.adamw_step([AdamWSlot(master, grad, m, v)], hyper=HYPER, step=1, grad_scale=torch.ones(2))
+
+
+def cast_of(shape: tuple[int, ...]) -> tuple[QuantTensor, QuantTensor]:
+    return ops.quantize_128x128(torch.full(shape, torch.nan), with_transpose=True)
+
+
+@pytest.mark.parametrize("with_transpose", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 72), (3, 40, 200)])
+def test_adamw_step_casts_what_it_would_have_copied(shape: tuple[int, ...], with_transpose: bool) -> None:
+    """The same update; the cast is of the copy in BF16."""
+    states = [state(*shape, moment_dtype=torch.bfloat16) for _ in range(2)]
+    grad = torch.randn(shape)
+    for ours, theirs in zip(*states, strict=True):
+        theirs.copy_(ours)
+    param, casts = torch.empty(shape, dtype=torch.bfloat16), cast_of(shape)
+    slots = [
+        AdamWSlot(states[0][0], grad, *states[0][1:], cast=(casts[0], casts[1] if with_transpose else None)),
+        AdamWSlot(states[1][0], grad, *states[1][1:], param),
+    ]
+    ops.adamw_step(slots, hyper=HYPER, step=3)
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.equal(ours, theirs)
+    want = ops.quantize_128x128(param, with_transpose=True)
+    for got, right in list(zip(casts, want, strict=True))[: 1 + with_transpose]:
+        assert torch.equal(got.data, right.data)
+        assert torch.equal(got.scale, right.scale)
+    if not with_transpose:
+        assert casts[1].scale.isnan().all()
+
+
+def test_adamw_step_casts_into_columns_of_a_wider_matrix() -> None:
+    master, m, v = state(128, 48)
+    whole, whole_t = cast_of((256, 48))
+    part = QuantTensor(whole.data[128:], whole.scale[1:], whole.tile)
+    part_t = QuantTensor(whole_t.data[:, 128:], whole_t.scale[:, 1:], whole_t.tile)
+    ops.adamw_step([AdamWSlot(master, torch.randn(128, 48), m, v, cast=(part, part_t))], hyper=HYPER, step=1)
+    q, q_t = ops.quantize_128x128(master.bfloat16(), with_transpose=True)
+    assert torch.equal(whole.data[128:], q.data)
+    assert torch.equal(whole_t.data[:, 128:], q_t.data)
+    assert torch.equal(whole_t.scale[:, 1:], q_t.scale)
+    assert whole.scale[0].isnan().all()
+    assert whole_t.data[:, :128].float().isnan().all()
+
+
+def test_adamw_step_rejects_bad_casts() -> None:
+    master, m, v = state(40, 16)
+    q, q_t = cast_of((40, 16))
+    slot = AdamWSlot(master, torch.randn(40, 16), m, v, cast=(q, q_t))
+    bad = [
+        (replace(slot, param=master.clone()), r"cast must be None where param is given, got both"),
+        (replace(slot, cast=(q_t, q_t)), r"cast\[0\]\.data must have shape \(40, 16\), got \(16, 40\)"),
+        (replace(slot, cast=(q, q)), r"cast\[1\]\.data must have shape \(16, 40\), got \(40, 16\)"),
+        (replace(slot, cast=(q, ops.quantize_1x128(q_t.data.float()[:, :32]))), r"cast\[1\]\.data must have shape"),
+        (replace(slot, cast=(q, QuantTensor(q.data.t(), q_t.scale, q.tile))), r"cast\[1\]\.data must have contiguous"),
+    ]
+    for one, message in bad:
+        with pytest.raises(ValueError, match=f"^adamw_step: {message}"):
+            ops.adamw_step([one], hyper=HYPER, step=1)
+    flat, *moments = state(640)
+    with pytest.raises(ValueError, match=r"^adamw_step: master must have 2 or 3 dimensions with a cast, got \(640,\)$"):
+        ops.adamw_step([AdamWSlot(flat, flat.clone(), *moments, cast=(q, q_t))], hyper=HYPER, step=1)

@@ -239,6 +239,47 @@ def test_quantize_128x128_commutes_with_transposition() -> None:
     assert_is(q_t, (q.data.t().double(), q.scale.t()))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (130, 77), (257, 300), (3, 130, 200), (0, 128), (2, 0, 5)])
+def test_transpose_128x128_is_the_other_orientation(shape: tuple[int, ...]) -> None:
+    q, q_t = ops.quantize_128x128(torch.randn(shape), with_transpose=True)
+    got = ops.transpose_128x128(q)
+    assert got.tile == (128, 128)
+    for one, want in ((got.data.view(torch.uint8), q_t.data.view(torch.uint8)), (got.scale, q_t.scale)):
+        assert torch.equal(one, want)
+        assert one.stride() == want.stride()
+
+
+def test_transpose_128x128_moves_every_byte_as_it_is() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128).view(torch.float8_e4m3fn)
+    q = QuantTensor(codes, torch.tensor([[NAN]]), (128, 128))
+    got = ops.transpose_128x128(q)
+    assert torch.equal(got.data.view(torch.uint8), codes.view(torch.uint8).t())
+    assert got.scale.isnan().all()
+
+
+def test_transpose_128x128_fake_has_the_real_layout() -> None:
+    """Shapes and strides; torch.library.opcheck knows no FP8 inputs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q = ops.quantize_128x128(torch.randn(2, 131, 400))
+    real = ops.transpose_128x128(q)
+    with FakeTensorMode() as mode:
+        fake = ops.transpose_128x128(QuantTensor(mode.from_tensor(q.data), mode.from_tensor(q.scale), q.tile))
+    for name in ("data", "scale"):
+        got, want = getattr(fake, name), getattr(real, name)
+        assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
+
+
+def test_transpose_128x128_rejects_bad_arguments() -> None:
+    q = ops.quantize_128x128(torch.randn(130, 128))
+    with pytest.raises(ValueError, match=r"^transpose_128x128: q\.tile must be \(128, 128\), got \(1, 128\)$"):
+        ops.transpose_128x128(ops.quantize_1x128(torch.randn(4, 128)))
+    with pytest.raises(ValueError, match=r"^transpose_128x128: q\.data must be contiguous, got stride \(1, 128\)$"):
+        ops.transpose_128x128(QuantTensor(q.data.t(), q.scale.t(), q.tile))
+    with pytest.raises(ValueError, match=r"^transpose_128x128: q must have 2 or 3 dimensions, got \(4,\)$"):
+        ops.transpose_128x128(QuantTensor(q.data[0, :4], q.scale, q.tile))
+
+
 def test_quantize_128x128_handles_empty() -> None:
     assert ops.quantize_128x128(torch.empty(0, 128)).scale.shape == (0, 1)
     assert ops.quantize_128x128(torch.empty(2, 0, 128)).scale.shape == (2, 0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_fp8_training import MODEL, engine, run_steps
 from torch import Tensor
 
 from dsv3rt import ops
+from dsv3rt.layers.weights import casts_of
 from dsv3rt.ops.types import QuantTensor, round_up
 from dsv3rt.train import config_file
 from dsv3rt.train.metrics import read_rows
@@ -205,6 +207,15 @@ def test_each_ablation_trains_otherwise_than_fp8(tmp_path: Path) -> None:
     assert runs["no_promotion"] == runs["per_tensor"]  # on a CPU
 
 
+@pytest.mark.parametrize("name", [*ABLATIONS, ""])
+def test_ablations_hold_for_what_the_optimizer_casts(tmp_path: Path, name: str) -> None:
+    with ablation(name) if name else nullcontext():
+        made = engine(tmp_path, dtype="bfloat16")
+        run_steps(made, 2)
+    scales = [cast.of(*cast.weights)[0].scale.unique().numel() for cast in casts_of(made.model)]
+    assert (max(scales) == 1) == (name in ("per_tensor", "no_promotion"))
+
+
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["numerics.py", *arguments])
@@ -217,7 +228,7 @@ def test_an_ablation_is_a_run_that_can_be_resumed(tmp_path: Path, monkeypatch: p
     run = command(monkeypatch)
     root = tmp_path / "root"
     (root / "configs").mkdir(parents=True)
-    small = config(tmp_path, model=MODEL, train={"steps": 4})
+    small = config(tmp_path, model=MODEL, train={"steps": 4, "dtype": "bfloat16"})
     (root / "configs" / "numerics.toml").write_text(config_file.to_toml(small))
     monkeypatch.setattr(numerics, "ROOT", root)
     kept = tmp_path / "kept"

@@ -24,6 +24,7 @@ from dsv3rt.hf.shards import (
     write_json,
     write_shard,
 )
+from dsv3rt.layers.weights import require_copies
 from dsv3rt.model.transformer import Transformer
 
 
@@ -46,9 +47,10 @@ def save(
         pow2_scales: for fmt "fp8": every scale a power of two, and config.json says so (scale_fmt "ue8m0"), as DeepSeek
             released V3.1.
     Raises:
-        ValueError: an argument outside the above, or `path` is there already.
+        ValueError: an argument outside the above, `path` is there already, or weights are in FP8 alone, as in training.
     """
     check_format("hf.save", fmt, pow2_scales)
+    require_copies("hf.save", model)
     final = Path(path)
     check_target(final)
     shards = plan_shards("hf.save", tensor_specs(model.config), fmt, max_shard_bytes)

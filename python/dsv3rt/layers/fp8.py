@@ -7,7 +7,7 @@ sec. 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,53 +18,26 @@ from torch.autograd.function import once_differentiable
 from dsv3rt import ops
 from dsv3rt.layers import main_grad
 from dsv3rt.layers.ledger import Ledger
+from dsv3rt.layers.weights import Cast, Stack, transposed
 from dsv3rt.ops.types import GroupLayout, Permutation, QuantTensor
 
-Pair = tuple[QuantTensor, QuantTensor]
 
-
-class WeightCast:
-    """Weights on top of each other, cast in 128x128 blocks in both orientations, again only after they have changed.
-
-    What counts as a change is torch's version counter of a parameter, and another parameter in its place. Who writes
-    weights behind torch's back (through `.data`, or a kernel) calls `torch.autograd.graph.increment_version`.
-    """
-
-    def __init__(self) -> None:
-        self._weights: tuple[nn.Parameter, ...] = ()
-        self._versions: tuple[int, ...] = ()
-        self._pair: Pair | None = None
-
-    @torch.no_grad()
-    def of(self, *weights: nn.Parameter) -> Pair:
-        """(w, w^T): (F, D) and (D, F), with a leading X for experts; several weights are stacked along F."""
-        versions = tuple(weight._version for weight in weights)
-        same = len(weights) == len(self._weights) and all(a is b for a, b in zip(weights, self._weights, strict=True))
-        if self._pair is None or not same or versions != self._versions:
-            self._pair = None  # the old cast's memory is free for the new one
-            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self._pair = ops.quantize_128x128(stacked, with_transpose=True)
-            self._weights, self._versions = weights, versions
-        return self._pair
-
-
-def linear(
-    x_TD: Tensor, cast_weight: WeightCast, weights: Sequence[nn.Parameter], ledger: Ledger | None, *, keep_input: bool
-) -> Tensor:
+def linear(x_TD: Tensor, stack: Stack, ledger: Ledger | None, *, keep_input: bool) -> Tensor:
     """x @ w^T for weights stacked along their rows, (T, D) -> (T, F) in x's dtype.
 
     keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For
         the output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
     """
+    cast_weight, weights = stack
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _LinearJob(cast_weight.of(*weights), tuple(weights) if trains else (), ledger, keep_input)
+    job = _LinearJob(cast_weight.of(*weights), weights if trains else (), ledger, keep_input)
     return cast(Tensor, _Linear.apply(x_TD, job, *weights))
 
 
 def swiglu_mlp(
     x_TD: Tensor,
-    up: tuple[WeightCast, Sequence[nn.Parameter]],
-    down: tuple[WeightCast, nn.Parameter],
+    up: Stack,
+    down: Stack,
     ledger: Ledger | None,
     layout: GroupLayout | None = None,
     gather: Gather | None = None,
@@ -79,9 +52,9 @@ def swiglu_mlp(
     gather: x are tokens, of which the experts' rows are made, and so is the result, (T, D): no row is written in more
         than FP8. The gates multiply the output of SwiGLU, so that no result of an expert is kept for their gradient.
     """
-    weights = (*up[1], down[1])
+    weights = (*up[1], *down[1])
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _MlpJob(up[0].of(*up[1]), down[0].of(down[1]), weights if trains else (), ledger, layout, gather)
+    job = _MlpJob(up[0].of(*up[1]), down[0].of(*down[1]), weights if trains else (), ledger, layout, gather)
     return cast(Tensor, _SwigluMlp.apply(x_TD, None if gather is None else gather.gate_TK, job, *weights))
 
 
@@ -110,7 +83,7 @@ class Gather:
 class _LinearJob:
     """weights: those that get a gradient; empty without a backward."""
 
-    pair: Pair
+    cast: Cast
     weights: tuple[nn.Parameter, ...]
     ledger: Ledger | None
     keep_input: bool
@@ -128,7 +101,7 @@ class _Linear(torch.autograd.Function):
         else:
             q, q_t = _by_rows_and_columns(x_TD, None, bool(job.weights))
             ctx.save_for_backward(*_tensors(q_t))
-        return ops.fp8_gemm_nt(q, job.pair[0], out_dtype=x_TD.dtype)
+        return ops.fp8_gemm_nt(q, job.cast[0], out_dtype=x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -138,7 +111,7 @@ class _Linear(torch.autograd.Function):
         if job.weights:
             x_t = _columns_of(*ctx.saved_tensors) if job.keep_input else _quant(*ctx.saved_tensors)
             _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, x_t, None)))
-        dx = ops.fp8_gemm_nt(dy, job.pair[1], out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
+        dx = ops.fp8_gemm_nt(dy, transposed(job.cast), out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
 
 
@@ -146,8 +119,8 @@ class _Linear(torch.autograd.Function):
 class _MlpJob:
     """weights: those of gate and up, then down's; empty without a backward."""
 
-    up: Pair
-    down: Pair
+    up: Cast
+    down: Cast
     weights: tuple[nn.Parameter, ...]
     ledger: Ledger | None
     layout: GroupLayout | None
@@ -181,14 +154,14 @@ class _SwigluMlp(torch.autograd.Function):
         *kept, tokens_P, gates_P = ctx.saved_tensors
         x_t, gate_up = _quant(*kept[:2]), _quant(*kept[2:])
         dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, rows_P=tokens_P, with_transpose=True)
-        dhidden = _rows_product(dy, job.down[1], layout, torch.bfloat16)
+        dhidden = _rows_product(dy, transposed(job.down), layout, torch.bfloat16)
         grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, weight_T=gates_P, layout=layout, with_product=True)
         assert grads.product_t is not None
         down_product, up_product = _product(dy_t, grads.product_t, layout), _product(grads.gate_up_t, x_t, layout)
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = job.of_tokens(_rows_product(grads.gate_up, job.up[1], layout, ctx.dtype))
+            dx = job.of_tokens(_rows_product(grads.gate_up, transposed(job.up), layout, ctx.dtype))
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[:-1], up_product))
         dgate = None
         if job.gather is not None:

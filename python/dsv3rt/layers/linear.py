@@ -9,6 +9,7 @@ from torch.nn import functional
 from dsv3rt import ops
 from dsv3rt.layers import fp8
 from dsv3rt.layers.ledger import Ledger
+from dsv3rt.layers.weights import Stack, WeightCast, readable
 
 
 class Linear(nn.Module):
@@ -29,17 +30,21 @@ class Linear(nn.Module):
         super().__init__()
         self.is_fp8 = False
         self._keep_input = keep_input
-        self._cast = fp8.WeightCast()
+        self._cast = WeightCast()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, ledger: Ledger | None = None) -> Tensor:
         if self.is_fp8:
-            return fp8.linear(x, self._cast, (self.weight,), ledger, keep_input=self._keep_input)
+            return fp8.linear(x, (self._cast, (self.weight,)), ledger, keep_input=self._keep_input)
+        weight = readable(self.weight)
         if ledger is None or not ledger.defers:
-            return functional.linear(x, self.weight)
+            return functional.linear(x, weight)
         kept = x.detach()
-        y = functional.linear(x, self.weight.detach())
-        return ledger.put_off(y, self.weight, lambda dy: dy.flatten(0, -2).t() @ kept.flatten(0, -2))
+        y = functional.linear(x, weight.detach())
+        return ledger.put_off(y, weight, lambda dy: dy.flatten(0, -2).t() @ kept.flatten(0, -2))
+
+    def fp8_weights(self) -> list[Stack]:
+        return [(self._cast, (self.weight,))] if self.is_fp8 else []
 
 
 class Embedding(nn.Module):

@@ -16,6 +16,7 @@ from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.norm import RMSNorm
 from dsv3rt.layers.rotary import rotate_queries
+from dsv3rt.layers.weights import Stack, WeightCast, readable
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(latent, config.norm_eps, dtype=dtype, device=device)
         self.kv_b_proj = Linear(latent, kv_dim, dtype=dtype, device=device)
         self.o_proj = Linear(heads * config.v_head_dim, dim, dtype=dtype, device=device, keep_input=True)
-        self._down_cast = fp8.WeightCast()
+        self._down_cast = WeightCast()
 
     def _query_input(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor:
         """The query latent before its norm (T, Q), or the query itself where there is no latent."""
@@ -144,12 +145,17 @@ class MLA(nn.Module):
 
     def _down(self, x_TD: Tensor, ledger: Ledger | None) -> tuple[Tensor, Tensor]:
         """`_query_input`, and keys and values before the norm of their latent; in FP8 by one product."""
-        rank = self.config.q_lora_rank
-        if rank is None or not (self.q_a_proj.is_fp8 and self.kv_a_proj_with_mqa.is_fp8):
+        stacks = self.fp8_weights()
+        if not stacks:
             return self._query_input(x_TD, ledger), self.kv_a_proj_with_mqa(x_TD, ledger)
-        weights = self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight
-        both = fp8.linear(x_TD, self._down_cast, weights, ledger, keep_input=False)
-        return cast(tuple[Tensor, Tensor], SplitColumns.apply(both, rank))
+        both = fp8.linear(x_TD, stacks[0], ledger, keep_input=False)
+        return cast(tuple[Tensor, Tensor], SplitColumns.apply(both, self.config.q_lora_rank))
+
+    def fp8_weights(self) -> list[Stack]:
+        """The projections into both latents, one product, if both are in FP8."""
+        if self.config.q_lora_rank is None or not (self.q_a_proj.is_fp8 and self.kv_a_proj_with_mqa.is_fp8):
+            return []
+        return [(self._down_cast, (self.q_a_proj.weight, self.kv_a_proj_with_mqa.weight))]
 
     def decode(self, x_TD: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
         """Attention of new tokens over the latent cache, kv_b_proj absorbed into query and output; (T, D) -> (T, D).
@@ -159,13 +165,13 @@ class MLA(nn.Module):
         For inference: call it without grad.
         """
         config = self.config
-        q_THC = self._queries(self._query_input(x_TD), step.cos_TR, step.sin_TR)
+        q, kv_a = self._down(x_TD, None)
+        q_THC = self._queries(q, step.cos_TR, step.sin_TR)
         q_nope_THN, q_rope_THR = q_THC.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         norm = self.kv_a_layernorm
-        kv_a = self.kv_a_proj_with_mqa(x_TD)
         ops.append_latents(cache, kv_a, norm.weight, step.cos_TR, step.sin_TR, step.slots_T, eps=norm.eps)
 
-        w_HXC = self.kv_b_proj.weight.unflatten(0, (config.num_heads, -1))
+        w_HXC = readable(self.kv_b_proj.weight).unflatten(0, (config.num_heads, -1))
         w_k_HNC, w_v_HUC = w_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_THC = torch.einsum("thn,hnc->thc", q_nope_THN, w_k_HNC)
         q_BLHC = torch.cat([q_latent_THC, q_rope_THR], dim=-1).unflatten(0, (len(step.lengths_B), -1))

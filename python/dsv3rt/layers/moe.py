@@ -14,6 +14,7 @@ from dsv3rt.layers import fp8
 from dsv3rt.layers.feed_forward import FeedForward
 from dsv3rt.layers.ledger import Ledger, recomputed
 from dsv3rt.layers.router import Router
+from dsv3rt.layers.weights import Stack, WeightCast, readable
 from dsv3rt.ops.types import GroupLayout, Permutation, Routing
 
 
@@ -59,21 +60,27 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim, dtype=dtype, device=device))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden, dtype=dtype, device=device))
         self.is_fp8 = False
-        self._up_cast, self._down_cast = fp8.WeightCast(), fp8.WeightCast()
+        self._up_cast, self._down_cast = WeightCast(), WeightCast()
 
     def forward(
         self, rows_PD: Tensor, layout: GroupLayout, ledger: Ledger | None = None, gather: fp8.Gather | None = None
     ) -> Tensor:
         """gather: for FP8 alone, as `fp8.swiglu_mlp` says."""
         if self.is_fp8:
-            up, down = (self._up_cast, (self.gate_up_proj,)), (self._down_cast, self.down_proj)
+            up, down = self.fp8_weights()
             return fp8.swiglu_mlp(rows_PD, up, down, ledger, layout, gather)
         gate_PF, up_PF = _product(rows_PD, self.gate_up_proj, layout, ledger).chunk(2, dim=-1)
         hidden_PF = recomputed(ledger, "swiglu", ops.swiglu, gate_PF, up_PF)
         return _product(hidden_PF, self.down_proj, layout, ledger)
 
+    def fp8_weights(self) -> list[Stack]:
+        if not self.is_fp8:
+            return []
+        return [(self._up_cast, (self.gate_up_proj,)), (self._down_cast, (self.down_proj,))]
+
 
 def _product(rows: Tensor, weight: nn.Parameter, layout: GroupLayout, ledger: Ledger | None) -> Tensor:
+    weight = readable(weight)
     if ledger is None or not ledger.defers:
         return ops.grouped_gemm_nt(rows, weight, layout)
     kept = rows.detach()

@@ -14,6 +14,7 @@ from torch import nn
 
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.moe import Experts
+from dsv3rt.layers.weights import Orientations, casts_of, require_copies
 from dsv3rt.ops.types import TILE
 
 Precision = Literal["bf16", "fp8"]
@@ -22,16 +23,20 @@ _LINEAR_UNIT = 16  # bytes of FP8 that the GEMM's copies are made of
 _HOMES = (".self_attn.", ".mlp.")
 
 
-def set_precision(model: nn.Module, precision: Precision, keep: Sequence[str] = ()) -> list[str]:
+def set_precision(
+    model: nn.Module, precision: Precision, keep: Sequence[str] = (), orientations: Orientations = 2
+) -> list[str]:
     """Let the linears and experts of `model` multiply in FP8, or all of them in the model's dtype.
 
-    keep: patterns ("layers.0.*") of modules that stay in the model's dtype.
+    keep: patterns ("layers.0.*") of modules that stay in the model's dtype. orientations: of weights in FP8 that are
+        kept, 2 or 1, to save a byte a number.
 
     Returns the names of the modules in FP8.
 
     Raises:
-        ValueError: a module whose widths FP8 can't have.
+        ValueError: a module whose widths FP8 can't have; weights whose copies in the model's dtype were released.
     """
+    require_copies("precision", model)
     chosen = []
     for name, module in model.named_modules():
         if not isinstance(module, Linear | Experts):
@@ -40,6 +45,8 @@ def set_precision(model: nn.Module, precision: Precision, keep: Sequence[str] = 
         if module.is_fp8:
             _check(name, module)
             chosen.append(name)
+    for cast in casts_of(model):
+        cast.keep(orientations)
     return chosen
 
 

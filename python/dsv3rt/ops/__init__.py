@@ -21,7 +21,7 @@ from dsv3rt.ops.moe import balance_loss, permute, place, route, unpermute, updat
 from dsv3rt.ops.norm import rms_norm, rms_norm_backward, rms_norm_beside, swiglu
 from dsv3rt.ops.norm_cast import rms_norm_quantize_1x128
 from dsv3rt.ops.optim import adamw_step, grad_norms
-from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128
+from dsv3rt.ops.quant import dequantize, quantize_1x128, quantize_128x128, transpose_128x128
 from dsv3rt.ops.swiglu_cast import swiglu_backward_quantize_1x128, swiglu_quantize_1x128
 from dsv3rt.ops.types import (
     AdamWHyper,
@@ -86,6 +86,7 @@ __all__ = [
     "swiglu",
     "swiglu_backward_quantize_1x128",
     "swiglu_quantize_1x128",
+    "transpose_128x128",
     "unpermute",
     "update_bias",
 ]

@@ -213,6 +213,45 @@ def quantize_128x128(
     return (q, QuantTensor(parts[2], parts[3], BLOCK_TILE)) if with_transpose else q
 
 
+def _transpose_on_cuda(data: Tensor, scale: Tensor) -> list[Tensor]:
+    from dsv3rt.ops.cuda import quant as cuda
+
+    return cuda.transpose_128x128(data, scale)
+
+
+def _transpose_fake(data: Tensor, scale: Tensor) -> list[Tensor]:
+    return [data.new_empty(data.mT.shape), scale.new_empty(scale.mT.shape)]
+
+
+_transpose_128x128 = register(
+    "transpose_128x128(Tensor data, Tensor scale) -> Tensor[]",
+    cpu=reference.transpose_128x128,
+    cuda=_transpose_on_cuda,
+    fake=_transpose_fake,
+)
+
+
+def transpose_128x128(q: QuantTensor) -> QuantTensor:
+    """The transposed matrix, or batch of matrices: the same bytes and scales, in other places.
+
+    Args:
+        q: tile (128, 128), data (F, D) or (X, F, D), any F and D.
+    Returns:
+        data (D, F) or (X, D, F), scale (d, f) or (X, d, f), both contiguous: what `quantize_128x128` gives as w^T.
+    Raises:
+        ValueError: shape, stride or tile of `q`.
+        TypeError: dtype of `q`.
+        BackendUnavailableError: CUDA tensors, no extension.
+    Numerics: none. The kernel is fast where F and D are multiples of 16.
+    """
+    op = "transpose_128x128"
+    require(q.data.dim() in (2, 3), op, "q", "have 2 or 3 dimensions", tuple(q.data.shape))
+    check_quant(op, "q", q, tuple(q.data.shape), (BLOCK_TILE,))
+    check_same_device(op, data=q.data, scale=q.scale)
+    data, scale = _transpose_128x128(q.data, q.scale)
+    return QuantTensor(data, scale, BLOCK_TILE)
+
+
 def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor that `q` stands for.
 

@@ -155,6 +155,8 @@ class AdamWSlot:
 
     master: float32. grad: bfloat16 or float32. m, v: the moments, both bfloat16 or both float32.
     param: the model's copy, bfloat16 or float32, overwritten with the new master; None where that is the master itself.
+    cast: instead of `param`, what `quantize_128x128` makes of the new master, rounded to bfloat16: w of the master's
+        shape, (R, C) or (X, R, C), contiguous, and w^T, columns of a wider matrix perhaps, or None; overwritten.
     seed: BF16 moments are rounded up or down at random, a function of (seed, step, element); None: to nearest even.
     """
 
@@ -164,6 +166,7 @@ class AdamWSlot:
     v: Tensor
     param: Tensor | None = None
     seed: int | None = None
+    cast: tuple[QuantTensor, QuantTensor | None] | None = None
 
 
 def ceil_div(value: int, unit: int) -> int:

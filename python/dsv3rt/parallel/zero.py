@@ -9,7 +9,7 @@ a group set out in one order on all ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -48,7 +48,7 @@ class Sum(MainGrad):
                 self.on_complete(self.share.ranks)
 
 
-class _Bucket:
+class Bucket:
     """Sums that travel together, among the ranks of one group; `index` is this rank's place among them."""
 
     def __init__(self, sums: list[Sum], group: Any, index: int) -> None:
@@ -96,19 +96,22 @@ class _Bucket:
             one.shard = None if one.name in idle else place.of(total).view(shape)
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Fetch the rows that other ranks have updated."""
-        if self._group is None:
+    def gather(self, names: Container[str]) -> None:
+        """Fetch the rows of these parameters that other ranks have updated; all ranks name the same."""
+        if self._group is None or all(one.name not in names for one in self.sums):
             return
         first = self.sums[0].parameter
         mine = torch.zeros(self._numel, dtype=first.dtype, device=first.device)
         for one, place in self._places(self._index):
-            place.of(mine).copy_(one.parameter[place.rows].flatten())
+            if one.name in names:
+                place.of(mine).copy_(one.parameter.data[place.rows].flatten())
         pieces = list(torch.empty(self._ranks, self._numel, dtype=first.dtype, device=first.device))
         dist.all_gather(pieces, mine, group=self._group)
         for rank, piece in enumerate(pieces):
             for one, place in self._places(rank):
-                one.parameter[place.rows].copy_(place.of(piece).view_as(one.parameter[place.rows]))
+                if one.name in names:
+                    rows = one.parameter.data[place.rows]
+                    rows.copy_(place.of(piece).view_as(rows))
 
     def _places(self, rank: int) -> Iterable[tuple[Sum, _Place]]:
         """Where each sum's rows for a rank lie in that rank's piece of the bucket."""
@@ -150,7 +153,7 @@ class Gradients:
         """groups: by the ranks of a share, the process group (None for one rank) and this rank's place in it."""
         self.sums = {one.name: one for one in sums}
         self._by_parameter = {id(one.parameter): one for one in sums}
-        self._queues: dict[tuple[int, ...], list[_Bucket]] = {}  # of each group, in the order in which they set out
+        self._queues: dict[tuple[int, ...], list[Bucket]] = {}  # of each group, in the order in which they set out
         for bucket in _buckets(sums, groups, bucket_bytes):
             self._queues.setdefault(bucket.sums[0].share.ranks, []).append(bucket)
         for one in sums:
@@ -198,19 +201,16 @@ class Gradients:
         """Finish the reduction: afterwards every sum has its shard, None for `idle` ones, which no rank used."""
         for one in self.sums.values():
             self.take(one.parameter)
-        for queue in self._queues.values():
-            for bucket in queue:
-                if not bucket.started:
-                    bucket.start(idle)
-        for queue in self._queues.values():
-            for bucket in queue:
-                bucket.finish(idle)
+        for bucket in self.buckets():
+            if not bucket.started:
+                bucket.start(idle)
+        for bucket in self.buckets():
+            bucket.finish(idle)
 
-    def gather(self) -> None:
-        """Fetch the weights that other ranks have updated."""
+    def buckets(self) -> Iterator[Bucket]:
+        """In the order in which all ranks of a group gather them."""
         for queue in self._queues.values():
-            for bucket in queue:
-                bucket.gather()
+            yield from queue
 
     def drop(self) -> None:
         """Forget all gradients."""
@@ -228,15 +228,17 @@ class Gradients:
 
 def _buckets(
     sums: Sequence[Sum], groups: Mapping[tuple[int, ...], tuple[Any, int]], bucket_bytes: float
-) -> Iterable[_Bucket]:
-    """Sums of one group and one dtype, last first as backward finishes them, until a bucket is full."""
+) -> Iterable[Bucket]:
+    """Sums of one group and one dtype, last first as backward finishes them, until a bucket is full; those of one rank
+    alone don't travel."""
     open_buckets: dict[tuple[tuple[int, ...], torch.dtype], list[Sum]] = {}
     full: list[list[Sum]] = []
     for one in reversed(sums):
         key = (one.share.ranks, one.parameter.dtype)
         members = open_buckets.setdefault(key, [])
         members.append(one)
-        if sum(4 * other.parameter.numel() for other in members) >= bucket_bytes:
+        travels = groups[one.share.ranks][0] is not None
+        if travels and sum(4 * other.parameter.numel() for other in members) >= bucket_bytes:
             full.append(open_buckets.pop(key))
     for members in (*full, *open_buckets.values()):
-        yield _Bucket(members, *groups[members[0].share.ranks])
+        yield Bucket(members, *groups[members[0].share.ranks])

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv3rt.config import RunConfig, TrainConfig
 from dsv3rt.env import launch
 from dsv3rt.layers.precision import check_patterns, set_precision
+from dsv3rt.layers.weights import casts_of
 from dsv3rt.model.flops import train_flops_per_token
 from dsv3rt.parallel.build import build, moe_layers, parameter_shapes
 from dsv3rt.parallel.mesh import Mesh
@@ -71,12 +72,12 @@ class Engine:
         torch.manual_seed(run.seed)
         self.model = build(self.layout, self.mesh, self.dtype, self.device)
         check_patterns(run.bf16_modules, _module_names(self._shapes), "train.bf16_modules")
-        set_precision(self.model, run.precision, run.bf16_modules)
+        set_precision(self.model, run.precision, run.bf16_modules, run.weight_orientations)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         named = list(self.model.named_parameters())
         late = frozenset({"embed_tokens.weight", "lm_head.weight"})
         gradients = Gradients.spread(named, self.layout, self.mesh, self._shapes, late)
-        self.optimizer = AdamW(named, config.optim, gradients)
+        self.optimizer = AdamW(named, config.optim, gradients, casts_of(self.model))
         decay = config.optim.ema_decay
         self._average = Average(self.optimizer.masters(), decay) if decay else None
         self._executor = Executor(self.model, self.layout, self.mesh, gradients, like)

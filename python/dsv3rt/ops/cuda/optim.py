@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
+from dsv3rt.ops.cuda.quant import as_bytes
 from dsv3rt.ops.types import ceil_div
 
 NORM_BLOCK = 32768  # elements whose squares make one partial sum
@@ -22,6 +23,24 @@ def adamw_step(
     masters, grads, m, v = states
     grads = [grad.contiguous() for grad in grads]
     load().adamw_step(masters, grads, m, v, params, keys=keys, numbers=numbers, grad_scale=grad_scale)
+
+
+def adamw_step_fp8(
+    states: list[list[Tensor]],
+    casts: list[list[Tensor]],
+    grad_scale: Tensor | None,
+    numbers: list[float],
+    keys: list[tuple[int, int]],
+) -> None:
+    """states: as for adamw_step, matrices or batches of them. casts: data and scales of w, or those of w^T as well."""
+    masters, grads, m, v = states
+    grads = [grad.contiguous() for grad in grads]
+    batches = [as_bytes([part if part.dim() == 3 else part.unsqueeze(0) for part in kind]) for kind in casts]
+    data, scale, *transposed = batches
+    data_t, scale_t = transposed or ([], [])
+    load().adamw_step_fp8(
+        masters, grads, m, v, data, scale, data_t, scale_t, keys=keys, numbers=numbers, grad_scale=grad_scale
+    )
 
 
 def grad_norms(grads: list[Tensor]) -> Tensor:

@@ -49,6 +49,14 @@ def quantize_128x128(w: Tensor, *, pow2_scales: bool, with_transpose: bool) -> l
     return results
 
 
+def transpose_128x128(data: Tensor, scale: Tensor) -> list[Tensor]:
+    """[data, scale] of the transposed matrices."""
+    results = [part.new_empty(part.mT.shape) for part in (data, scale)]
+    batched = [part if part.dim() == 3 else part.unsqueeze(0) for part in (data, scale, *results)]
+    load().transpose_128x128(*as_bytes(batched))
+    return results
+
+
 def swiglu_quantize_1x128(
     x: Tensor,
     x_scale: Tensor | None,

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dsv3rt.ops.reference.quant import quantize_128x128
 from dsv3rt.ops.types import AdamWHyper
 
 _MASK = 0xFFFFFFFF
@@ -24,11 +25,13 @@ def numbers_of(hyper: AdamWHyper, step: int) -> list[float]:
 def adamw_step(
     state: tuple[Tensor, Tensor, Tensor, Tensor],
     param: Tensor | None,
+    cast: list[Tensor],
     grad_scale: Tensor | None,
     numbers: list[float],
     key: tuple[int, int] | None,
 ) -> None:
-    """state: master, gradient, first and second moment. With a key, BF16 moments are rounded stochastically."""
+    """state: master, gradient, first and second moment. cast: nothing, data and scales of w, or those of w^T as well.
+    With a key, BF16 moments are rounded stochastically."""
     master, grad, m, v = state
     beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_root, eps, decay, rate = numbers
     g = grad.float() if grad_scale is None else grad.float() * grad_scale
@@ -43,6 +46,10 @@ def adamw_step(
     v.copy_(v32)
     if param is not None:
         param.copy_(master)
+    if cast:
+        quants = quantize_128x128(master.bfloat16(), False, len(cast) == 4)
+        for target, part in zip(cast, (part for q in quants for part in (q.data, q.scale)), strict=True):
+            target.copy_(part)
 
 
 def _sqrt(x: Tensor) -> Tensor:

@@ -68,6 +68,10 @@ def quantize_128x128(w: Tensor, pow2_scales: bool, with_transpose: bool) -> tupl
     return tuple(QuantTensor(_compact(codes), _compact(scales), (TILE, TILE)) for codes, scales in parts)
 
 
+def transpose_128x128(data: Tensor, scale: Tensor) -> list[Tensor]:
+    return [_compact(data.mT), _compact(scale.mT)]
+
+
 def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
     rows, columns = q.data.shape[-2:]
     scale = q.scale.repeat_interleave(q.tile[1], dim=-1)[..., :columns]
