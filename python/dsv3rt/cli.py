@@ -254,7 +254,9 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
     if not 0 < options.gpu_gb < float("inf"):
         raise ValueError(f"--gpu-gb: must be a positive number, got {options.gpu_gb:g}")
-    return memory_report.run(load(options.config, overrides), options.gpu_gb)
+    if not 0 <= options.reserve_gb < float("inf"):
+        raise ValueError(f"--reserve-gb: must be a number, not negative, got {options.reserve_gb:g}")
+    return memory_report.run(load(options.config, overrides), options.gpu_gb, options.reserve_gb)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -380,11 +382,13 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Count what each pipeline rank of a configuration needs, by kind. Nothing is allocated. The exit "
         "code is 1 where a rank does not fit.",
         epilog="Any key of the configuration can be given: --parallel.pp 16 --train.recompute '[\"norm\"]'",
-        usage="dsv3rt plan memory CONFIG.toml [--gpu-gb GB] [--section.key value ...]",
+        usage="dsv3rt plan memory CONFIG.toml [--gpu-gb GB] [--reserve-gb GB] [--section.key value ...]",
         allow_abbrev=False,
     )
     memory.add_argument("config", metavar="CONFIG.toml")
     memory.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="of a GPU (default: 80)")
+    text = "left for what is not counted: CUDA, NCCL, the allocator (default: 6)"
+    memory.add_argument("--reserve-gb", type=float, default=6.0, metavar="GB", help=text)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,10 @@ class ModelConfig:
 class ParallelConfig:
     """The [parallel] section: pp * dp processes; `ep` of the dp ranks of a stage, neighbours, share the experts.
 
-    schedule: the order of work over the pp ranks (docs/schedules.md). bucket_mb: FP32 gradients that travel together.
+    schedule: the order of work over the pp ranks (docs/schedules.md). put_off: micro-batches of a rank whose weight
+    gradients may wait at a time, where the schedule puts them off. bucket_mb: FP32 gradients that travel together.
+    buckets_in_flight: of each group of ranks at a time; one is packed or summed while another travels. expert_capacity:
+    rows that a rank's experts have room for, over an even load; more stop the run.
     """
 
     pp: int = 1
@@ -126,11 +129,16 @@ class ParallelConfig:
     ep: int = 1
     schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev", "dualpipe"] = "1f1b"
     stages_per_rank: int = 0  # 0: the schedule's own, 1 for 1f1b and zb1p, else 2
+    put_off: int = 0  # 0: as many as the schedule likes
     bucket_mb: float = 64.0
+    buckets_in_flight: int = 2
+    expert_capacity: float = 0.0  # 0: for any load
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb")
-        _require_non_negative("parallel", self, "stages_per_rank")
+        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight")
+        _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
+        _require(self.expert_capacity == 0 or self.expert_capacity >= 1, "parallel", "expert_capacity",
+                 "be 0 or at least 1", self.expert_capacity)  # fmt: skip
         _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
 
     @property

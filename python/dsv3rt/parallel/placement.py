@@ -43,6 +43,7 @@ class Layout:
             num_ranks=parallel.pp,
             num_micro_batches=num_micro_batches,
             stages_per_rank=parallel.stages_per_rank or None,
+            put_off=parallel.put_off,
         )
 
     @cached_property
