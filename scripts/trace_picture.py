@@ -3,7 +3,7 @@
     python scripts/trace_picture.py traces/rank-*.json.gz --out step.png [--from MS] [--to MS] [--title TEXT]
 
 Prints for every rank how much of its communication lies under its own computation. On a GPU the times are the device's;
-a kernel that waits for a peer counts as communication.
+a kernel that waits for a peer counts as communication, as do receives, which are posted ahead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dsv3rt.parallel.pipeline.trace import CARRIES, COMPUTES, Bar, bars, load, overlap
+from dsv3rt.parallel.pipeline.trace import BUCKETS, CARRIES, COMPUTES, EXCHANGES, MESSAGES, Bar, bars, load, overlap
 
 COLORS = {
     "attention F": "#4c72b0", "attention B": "#9db4d8", "experts F": "#3a7d44", "experts B": "#93c29b",
@@ -48,13 +48,13 @@ def name_of(path: Path) -> str:
 
 
 def table(work: Mapping[str, Sequence[Bar]]) -> list[str]:
-    lines = ["rank         step ms  computes  communicates  of that under computation"]
+    kinds = {"exchange": EXCHANGES, "messages": (MESSAGES,), "buckets": (BUCKETS,), "all": CARRIES}
+    lines = ["in ms, and how much of each communication lies under computation"]
+    lines.append("            step  computes" + "".join(f"{kind:>18}" for kind in kinds))
     for name, row in work.items():
-        found = overlap(row)
-        lines.append(
-            f"{name:10} {found.length / 1e3:9.2f} {found.computing / 1e3:9.2f} {found.carrying / 1e3:13.2f} "
-            f"{found.hidden:26.1%}"
-        )
+        found = {kind: overlap(row, members) for kind, members in kinds.items()}
+        cells = "".join(f"{one.carrying / 1e3:10.2f} {one.hidden:7.1%}" for one in found.values())
+        lines.append(f"{name:8} {found['all'].length / 1e3:8.2f} {found['all'].computing / 1e3:9.2f}{cells}")
     return lines
 
 

@@ -101,7 +101,7 @@ class Kept:
         return kept + (_INT32 + _FP32) * P + self._wide(dim)
 
     def ends(self, *, is_last: bool, mtp: Iterable[MTPBlock]) -> int:
-        """Of a stage beside its blocks: rotary tables, and what last norm and MTP keep. Outputs go when they are sent."""
+        """Of a stage beside its blocks: rotary tables, and what last norm and MTP keep. Its output goes when sent."""
         model, T = self._model, self.tokens
         tables = _FP32 * T * model.qk_rope_head_dim
         if not is_last:

@@ -96,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, required=True, help="pipeline ranks")
     parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches of a step")
     parser.add_argument("--stages-per-rank", type=int, default=2, metavar="V", help="of interleaved (default 2)")
-    parser.add_argument("--put-off", type=int, default=0, metavar="N", help="W owed at a time, where any are (default: all)")
+    parser.add_argument("--put-off", type=int, default=0, metavar="N", help="most W owed at a time (default: any)")
     parser.add_argument("--f", type=float, default=1.0, help="time of a forward (default 1)")
     parser.add_argument("--b", type=float, default=2.0, help="time of a full backward (default 2)")
     parser.add_argument("--w", type=float, default=1.0, help="the part of --b for weight gradients (default 1)")

@@ -18,7 +18,8 @@ from typing import Any
 MESSAGES, BUCKETS = "messages", "buckets"  # annotations beside the phases'
 
 COMPUTES = ("attention F", "attention B", "experts F", "experts B", "weight gradients", "head", "other")
-CARRIES = ("dispatch", "combine", MESSAGES, BUCKETS)
+EXCHANGES = ("dispatch", "combine")
+CARRIES = (*EXCHANGES, MESSAGES, BUCKETS)
 
 _PHASE = re.compile(r"\d+([FBIW])\d+ (attention|dispatch|experts|combine|head)")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -43,7 +44,8 @@ class Bar:
 @dataclass(frozen=True)
 class Overlap:
     """Of one rank, in microseconds: time in which it computes, in which it communicates, and in which it does both.
-    A kernel that waits for a peer counts as communication."""
+    A kernel that waits for a peer counts as communication, and receives are posted ahead: `messages` are mostly that.
+    """
 
     length: float
     computing: float
@@ -81,8 +83,8 @@ def slim(trace: dict[str, Any]) -> dict[str, Any]:
         arguments = {key: value for key, value in event.get("args", {}).items() if key in _ARGUMENTS}
         kept = {key: event[key] for key in ("ph", "cat", "pid", "tid", "ts", "dur")}
         events.append({**kept, "name": event["name"][:80], "args": arguments})
-    base = {key: trace[key] for key in ("baseTimeNanoseconds", "displayTimeUnit") if key in trace}
-    return {**base, "traceEvents": events}
+    slimmed = {key: trace[key] for key in trace if key in ("baseTimeNanoseconds", "displayTimeUnit")}
+    return {**slimmed, "traceEvents": events}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -114,16 +116,14 @@ def bars(trace: dict[str, Any]) -> list[Bar]:
     base = trace.get("baseTimeNanoseconds", 0) / 1e3
     segments = _innermost(_notes(events, _NOTES))
     on_device = [event for event in events if event.get("cat") in _ON_DEVICE]
-    if not on_device:
-        found = segments
-    else:
-        found = list(_device_bars(events, on_device, segments))
+    found = list(_device_bars(events, on_device, segments)) if on_device else segments
     return sorted(Bar(base + bar.start, base + bar.end, bar.kind, bar.name) for bar in found)
 
 
-def overlap(work: Sequence[Bar]) -> Overlap:
+def overlap(work: Sequence[Bar], kinds: Sequence[str] = CARRIES) -> Overlap:
+    """Of communication of these kinds."""
     computing = _union(bar for bar in work if bar.kind in COMPUTES)
-    carrying = _union(bar for bar in work if bar.kind in CARRIES)
+    carrying = _union(bar for bar in work if bar.kind in kinds)
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in _meeting(computing, carrying))
     length = max((bar.end for bar in work), default=0.0) - min((bar.start for bar in work), default=0.0)
     return Overlap(length, _sum(computing), _sum(carrying), both)
@@ -176,10 +176,9 @@ def _device_bars(events: Sequence[Event], on_device: Iterable[Event], segments: 
     for event in on_device:
         arguments = event.get("args", {})
         launch = launches.get(arguments.get("correlation"))
-        if launch is not None:
-            note = _at(segments, launch)
-        else:  # the device's own ranges, from the first to the last kernel of an annotation on a stream
-            note = _at(by_stream.get(event["tid"], []), event["ts"])
+        # Without a launch, by the device's own ranges: from an annotation's first to its last kernel on a stream.
+        where = (by_stream.get(event["tid"], []), event["ts"]) if launch is None else (segments, launch)
+        note = _at(*where)
         kind = _of_group(arguments.get("Process Group Description", "")) or (note.kind if note else "other")
         yield _bar(event, kind, note.name if note else "")
 
