@@ -136,7 +136,7 @@ def run(config: TrainConfig, model: Transformer, layers: range, *, is_last: bool
 
 
 def near(found: int) -> Any:
-    """But for counts of an expert or a sequence, and scalars: the smallest tensor left out, a number a token, has 1 KB."""
+    """But for counts of an expert or a sequence, and scalars: the smallest tensor, a number a token, has 1 KB."""
     return pytest.approx(found, abs=512)
 
 

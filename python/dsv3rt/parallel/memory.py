@@ -144,7 +144,7 @@ class _Rank:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Parameters, those that multiply in FP8 as casts in both orientations alone; FP32 ones stay, as their own masters."""
+    """Parameters, those that multiply in FP8 as casts in both orientations alone; FP32 ones are their masters."""
     total = 0
     for module in model.modules():
         is_cast = isinstance(module, Linear | Experts) and module.is_fp8

@@ -13,7 +13,15 @@ _KINDS = tuple(field.name for field in fields(Bytes))
 
 
 def run(config: TrainConfig, gpu_gb: float, reserve_gb: float) -> int:
-    """Print the table; returns 0 where every rank fits, 1 where one does not."""
+    """Print the table; returns 0 where every rank fits, 1 where one does not.
+
+    Raises:
+        ValueError: sizes that are none.
+    """
+    if not 0 < gpu_gb < float("inf"):
+        raise ValueError(f"--gpu-gb: must be a positive number, got {gpu_gb:g}")
+    if not 0 <= reserve_gb < float("inf"):
+        raise ValueError(f"--reserve-gb: must be a number, not negative, got {reserve_gb:g}")
     dtype = torch.float32 if config.train.dtype == "float32" else torch.bfloat16
     parallel, recompute = config.parallel, config.train.recompute
     print(
