@@ -72,7 +72,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", JOBS)
 def test_losses_equal_one_process(results: dict[str, Any], name: str) -> None:
     """Within 1e-6 over 20 steps: FP32 rounds to 6e-8, and 20 steps leave sums in another order little time to grow
-    apart. Expert loads are counts, the first step's exact: later, a token may sit on the edge between experts."""
+    apart. Every micro-batch of the first step goes to the same experts: later, a token may sit on the edge."""
     want, got = results["one"]["one"], results[name]
     assert len(got["steps"]) == len(want["steps"]) == 20
     for step, (ours, one) in enumerate(zip(got["steps"], want["steps"], strict=True)):
@@ -80,6 +80,7 @@ def test_losses_equal_one_process(results: dict[str, Any], name: str) -> None:
     assert got["val_loss"] == pytest.approx(want["val_loss"], rel=1e-6)
     assert got["steps"][0][3] == pytest.approx(want["steps"][0][3], rel=1e-6)
     assert got["steps"][0][4] == want["steps"][0][4]
+    assert got["choices"][0] == want["choices"][0]
 
 
 @pytest.mark.parametrize("name", EXACT)
