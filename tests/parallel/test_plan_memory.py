@@ -10,8 +10,7 @@ from fleet import ROOT, configuration
 
 from dsv3rt import cli
 from dsv3rt.config import ParallelConfig
-from dsv3rt.layers.precision import set_precision
-from dsv3rt.parallel.build import outline
+from dsv3rt.layers.weights import casts_of, is_released
 from dsv3rt.parallel.memory import plan
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
@@ -64,29 +63,22 @@ def test_activations_follow_the_schedule() -> None:
     assert [rank.heads > 0 for rank in ranks] == [False, False, False, True]
 
 
-def test_weights_in_fp8_are_their_casts() -> None:
-    """To the byte, once a step has made them; BF16 copies do not count."""
+@pytest.mark.parametrize("orientations", [1, 2])
+def test_weights_in_fp8_are_their_casts(orientations: int) -> None:
+    """To the byte, after a step; what is released of the copies in BF16 does not count, and all of those is."""
     model = {"dim": 128, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64,
-             "v_head_dim": 64, "ffn_dim": 128, "expert_dim": 128, "mtp_depth": 0}  # fmt: skip
-    config = configuration({"model": model, "train": {"dtype": "bfloat16", "precision": "fp8"}})
+             "v_head_dim": 64, "ffn_dim": 128, "expert_dim": 128}  # fmt: skip
+    train = {"dtype": "bfloat16", "precision": "fp8", "weight_orientations": orientations}
+    config = configuration({"model": model, "train": train})
     stream = torch.zeros(2000, dtype=torch.int64).numpy()
     engine = Engine(config, Samples(stream, config.train.seq_len, 0))
     engine.step(RunState())
-    casts = [
-        tensor.nbytes
-        for module in engine.model.modules()
-        for value in vars(module).values()
-        if type(value).__name__ == "WeightCast"
-        for quant in value._pair or ()
-        for tensor in (quant.data, quant.scale)
-    ]
-    wide = set_precision(outline(engine.layout, 0, 0, torch.bfloat16), "fp8")
-    others = sum(
-        p.nbytes for name, p in engine.model.named_parameters() if not any(name.startswith(f"{n}.") for n in wide)
-    )
+    casts = casts_of(engine.model)
+    of_casts = sum(t.nbytes for cast in casts for q in cast._cast or () if q is not None for t in (q.data, q.scale))
+    others = sum(p.nbytes for p in engine.model.parameters() if not is_released(p))
     (found,) = plan(config, torch.bfloat16)
-    assert len(casts) > 20
-    assert found.weights == sum(casts) + others
+    assert all(is_released(weight) for cast in casts for weight in cast.weights)
+    assert found.weights == of_casts + others
 
 
 def test_deepseek_v3_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ class _Rank:
         travelling = sum(2 * min(size, bucket) for ranks, size in groups.items() if len(ranks) > 1)
         activations, heads = self._peak()
         return Bytes(
-            weights=weight_bytes(self._model),
+            weights=weight_bytes(self._model, self._config.train.weight_orientations),
             gradients=_FP32 * numel,
             masters=_FP32 * kept if self._item < _FP32 else 0,
             moments=moment * kept,
@@ -140,22 +140,24 @@ class _Rank:
         logits = 0
         if self._last in self._layout.stages_on(self._pp_rank):
             logits = min(_DLOGITS, 2 * self._kept.tokens * self._config.model.vocab_size)
-        return max(forward, logits) + backward + self._kept.window()
+        turned = max((_cast_bytes(tuple(p.shape)) for p in _fp8_parameters(self._model)), default=0)
+        turned *= self._config.train.weight_orientations == 1  # w^T, made when it is needed
+        return max(forward, logits) + backward + turned + self._kept.window()
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Parameters, those that multiply in FP8 as casts in both orientations alone; FP32 ones are their masters."""
-    total = 0
-    for module in model.modules():
-        is_cast = isinstance(module, Linear | Experts) and module.is_fp8
-        for parameter in module.parameters(recurse=False):
-            stays = not is_cast or parameter.dtype == torch.float32
-            total += (parameter.nbytes if stays else 0) + (cast_bytes(tuple(parameter.shape)) if is_cast else 0)
-    return total
+def weight_bytes(model: nn.Module, orientations: int = 2) -> int:
+    """Parameters, those that multiply in FP8 as casts alone, in one or two orientations; FP32 ones are masters."""
+    cast = _fp8_parameters(model)
+    kept = sum(p.nbytes for p in model.parameters() if p.dtype == torch.float32 or all(p is not one for one in cast))
+    return kept + orientations * sum(_cast_bytes(tuple(parameter.shape)) for parameter in cast)
 
 
-def cast_bytes(shape: tuple[int, ...]) -> int:
-    """Of weights (F, D), or with a leading X: both orientations in FP8, with their scales."""
+def _fp8_parameters(model: nn.Module) -> list[nn.Parameter]:
+    modules = (module for module in model.modules() if isinstance(module, Linear | Experts) and module.is_fp8)
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _cast_bytes(shape: tuple[int, ...]) -> int:
+    """Of weights (F, D), or with a leading X, with their scales."""
     *leading, rows, columns = shape
-    scales = _FP32 * ceil_div(rows, TILE) * ceil_div(columns, TILE)
-    return 2 * math.prod(leading) * (rows * columns + scales)
+    return math.prod(leading) * (rows * columns + _FP32 * ceil_div(rows, TILE) * ceil_div(columns, TILE))
