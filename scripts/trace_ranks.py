@@ -1,14 +1,18 @@
 """Write a Chrome trace of one training step of every rank: which phases of which micro-batches run beside each other.
 
-torchrun --nproc-per-node 4 scripts/trace_ranks.py CONFIG.toml traces [--section.key value ...]
+    torchrun --nproc-per-node 4 scripts/trace_ranks.py CONFIG.toml traces [--full] [--section.key value ...]
+    python tests/gpu/run_ranks.py --ranks 8 --gpus 1 scripts/trace_ranks.py CONFIG.toml traces ...
 
-Trains on random tokens, three steps, and traces the third: traces/rank-N.json, for Perfetto or chrome://tracing. A
-phase is named by its action in the table and itself, "3B2 dispatch": backward of micro-batch 2 in stage 3.
+Trains on random tokens, three steps, and traces the third: traces/rank-N.json.gz, for Perfetto, chrome://tracing or
+scripts/trace_picture.py. A phase is named by its action in the table and itself, "3B2 dispatch": backward of
+micro-batch 2 in stage 3. Only phases, kernels and their launches are written, or with --full (rank-N.json) all that the
+profiler has.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dsv3rt.env import launch
 from dsv3rt.parallel.mesh import join, leave
+from dsv3rt.parallel.pipeline import trace
 from dsv3rt.train import config_file
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
@@ -24,7 +29,7 @@ from dsv3rt.train.engine import Engine, device_of
 
 
 def main() -> None:
-    path, folder, *rest = sys.argv[1:]
+    path, folder, *rest = (argument for argument in sys.argv[1:] if argument != "--full")
     keys = [key.removeprefix("--") for key in rest[::2]]
     config = config_file.load(path, list(zip(keys, rest[1::2], strict=True)))
     device = device_of(config.train)
@@ -40,7 +45,13 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    traced.export_chrome_trace(str(Path(folder) / f"rank-{mesh.rank}.json"))
+    if "--full" in sys.argv:
+        traced.export_chrome_trace(str(Path(folder) / f"rank-{mesh.rank}.json"))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = Path(scratch) / "trace.json"
+            traced.export_chrome_trace(str(whole))
+            trace.save(trace.slim(trace.load(whole)), Path(folder) / f"rank-{mesh.rank}.json.gz")
     leave()
 
 

@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> int:
     # Some commands have options of their own, argparse's; everywhere else `--key value` is a key of the configuration.
     arguments, overrides = (argv, []) if argv[:1] in _WITH_OPTIONS else _split_overrides(argv)
     options, rest = _parser().parse_known_args(arguments)
-    if rest and getattr(options, "subject", "") == "memory":
+    if rest and getattr(options, "subject", "") in ("memory", "stages"):
         rest, overrides = _split_overrides(rest)
     if rest:
         raise ValueError(f"unrecognized arguments: {' '.join(rest)} (see dsv3rt --help)")
@@ -250,11 +250,12 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
         return report.run(options)
     from dsv3rt.parallel import memory_report
-    from dsv3rt.train.config_file import load
+    from dsv3rt.train import config_file, stage_times
 
-    if not 0 < options.gpu_gb < float("inf"):
-        raise ValueError(f"--gpu-gb: must be a positive number, got {options.gpu_gb:g}")
-    return memory_report.run(load(options.config, overrides), options.gpu_gb)
+    config = config_file.load(options.config, overrides)
+    if options.subject == "stages":
+        return stage_times.run(config, measure=options.measure)
+    return memory_report.run(config, options.gpu_gb, options.reserve_gb)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -362,29 +363,12 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
-    from dsv3rt.parallel.pipeline import report
+    from dsv3rt.parallel import plan_options
 
     plan = commands.add_parser("plan", help="work out on paper what a run would cost")
-    subjects = plan.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=_Parser)
-    schedule = subjects.add_parser(
-        "schedule",
-        help="compare pipeline schedules, and draw one",
-        description="Compare the bubble and the memory of pipeline schedules, simulated and by formula, on the same "
-        "ranks and model. Times are those of a rank's share of the model for one micro-batch, in any unit.",
-        allow_abbrev=False,
+    plan_options.add_subjects(
+        plan.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=_Parser)
     )
-    report.add_options(schedule)
-    memory = subjects.add_parser(
-        "memory",
-        help="count the bytes of every rank",
-        description="Count what each pipeline rank of a configuration needs, by kind. Nothing is allocated. The exit "
-        "code is 1 where a rank does not fit.",
-        epilog="Any key of the configuration can be given: --parallel.pp 16 --train.recompute '[\"norm\"]'",
-        usage="dsv3rt plan memory CONFIG.toml [--gpu-gb GB] [--section.key value ...]",
-        allow_abbrev=False,
-    )
-    memory.add_argument("config", metavar="CONFIG.toml")
-    memory.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="of a GPU (default: 80)")
 
 
 if __name__ == "__main__":

@@ -115,22 +115,38 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """The [parallel] section: pp * dp processes; `ep` of the dp ranks of a stage, neighbours, share the experts.
+class LayerCosts:
+    """Forward and backward times, on any scale; `mtp` is an MTP block with its own norm and head."""
 
-    schedule: the order of work over the pp ranks (docs/schedules.md). bucket_mb: FP32 gradients that travel together.
-    """
+    dense: float
+    moe: float
+    head: float
+    mtp: float
+
+    def __post_init__(self) -> None:
+        _require_positive("parallel.layer_costs", self, "dense", "moe", "head", "mtp")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The [parallel] section: pp * dp processes; `ep` of the dp ranks of a stage, neighbours, share the experts."""
 
     pp: int = 1
     dp: int = 1
     ep: int = 1
-    schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev", "dualpipe"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev", "dualpipe"] = "1f1b"  # docs/schedules.md
     stages_per_rank: int = 0  # 0: the schedule's own, 1 for 1f1b and zb1p, else 2
-    bucket_mb: float = 64.0
+    layer_costs: LayerCosts | None = None  # by which blocks are cut into stages; None: by counted multiplications
+    put_off: int = 0  # a rank's micro-batches whose weight gradients may wait; 0: as many as the schedule likes
+    bucket_mb: float = 64.0  # FP32 gradients that travel together
+    buckets_in_flight: int = 2  # of each group of ranks: one is packed or summed while another travels
+    expert_capacity: float = 0.0  # rows that experts have room for, over an even load; more stop the run; 0: any load
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb")
-        _require_non_negative("parallel", self, "stages_per_rank")
+        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight")
+        _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
+        _require(self.expert_capacity == 0 or self.expert_capacity >= 1, "parallel", "expert_capacity",
+                 "be 0 or at least 1", self.expert_capacity)  # fmt: skip
         _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
 
     @property

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from dsv3rt.env import launch
 from dsv3rt.errors import PeerError
 from dsv3rt.parallel.expert import ExpertExchange
 from dsv3rt.parallel.mesh import Mesh, join, leave
-from dsv3rt.parallel.pipeline.chunk import MicroBatch, Rule
+from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule
+from dsv3rt.parallel.pipeline.executor import Tally
 from dsv3rt.train import config_file
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
@@ -53,9 +56,41 @@ def configuration(job: Sections) -> TrainConfig:
     return config_file.from_dict({name: {**BASE.get(name, {}), **job.get(name, {})} for name in {*BASE, *job}})
 
 
-def train(job: Sections, steps: int = STEPS) -> dict[str, Any]:
+@contextmanager
+def recorded_choices() -> Iterator[list[tuple[int, int, torch.Tensor]]]:
+    """What this rank's forwards chose: micro-batch of the rank, layer, tokens per expert."""
+    seen: list[tuple[int, int, torch.Tensor]] = []
+    add = Tally.add
+
+    def noting(self: Tally, micro_batch: int, chunk: Chunk) -> None:
+        seen.extend((micro_batch, layer, counts_E) for layer, counts_E in chunk.counts.items())
+        add(self, micro_batch, chunk)
+
+    Tally.add = noting  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        Tally.add = add  # type: ignore[method-assign]
+
+
+def _together(seen: list[tuple[int, int, torch.Tensor]], engine: Engine) -> list[Any]:
+    """Tokens per expert by micro-batch of the whole batch and layer, from all ranks."""
+    config, mesh = engine.config, engine.mesh
+    batch = int(config.train.batch_size[0].value) // config.train.micro_batch_size
+    layers = config.model.num_layers + config.model.mtp_depth
+    counts = torch.zeros(batch, layers, config.model.num_experts, dtype=torch.int64, device=engine.device)
+    first = mesh.dp_rank * (batch // config.parallel.dp)
+    for micro_batch, layer, counts_E in seen:
+        counts[first + micro_batch, layer] = counts_E
+    if mesh.size > 1:
+        dist.all_reduce(counts)
+    return counts.tolist()
+
+
+def train(job: Sections, steps: int = STEPS, prepare: Callable[[Engine], None] | None = None) -> dict[str, Any]:
     """steps: loss, MTP loss, balance loss, gradient norm and expert load of each; val_loss after them; early: how many
-    buckets of gradients set out while the last backward was still running."""
+    buckets of gradients set out while the last backward was still running; choices: of each step, tokens per expert by
+    micro-batch and layer. prepare: is given the engine before the first step."""
     config = configuration(job)
     stream = np.random.RandomState(3).randint(0, 258, 9000).astype("uint16")
     samples = Samples(stream, config.train.seq_len, config.train.seed)
@@ -70,12 +105,16 @@ def train(job: Sections, steps: int = STEPS) -> dict[str, Any]:
         reduce(idle)
 
     gradients.reduce = counting  # type: ignore[method-assign]
-    state, seen = RunState(), []
+    state, seen, choices = RunState(), [], []
+    if prepare is not None:
+        prepare(engine)
     for _ in range(steps):
-        result, state = engine.step(state)
+        with recorded_choices() as chosen:
+            result, state = engine.step(state)
+        choices.append(_together(chosen, engine))
         load = result.max_expert_load
         seen.append([result.loss, result.mtp_loss, result.balance_loss, result.grad_norm, load])
-    return {"steps": seen, "val_loss": engine.evaluate(samples, 7), "early": early[-1]}
+    return {"steps": seen, "val_loss": engine.evaluate(samples, 7), "early": early[-1], "choices": choices}
 
 
 def other_lengths(parallel: ParallelConfig) -> list[list[float]]:

@@ -30,6 +30,14 @@ JOBS: dict[str, Sections] = {
     **{name: {"parallel": parallel} for name, parallel in LAYOUTS.items()},
     "pp2-dp2-ep2-computed-again": {"parallel": layout(2, 2, 2, "dualpipev"), "train": {"recompute": ALL}},
 }
+# The same numbers to the bit as the layout that each begins with.
+SAME: dict[str, Sections] = {
+    "pp2-dp2-ep2-dualpipe/one-small-parcel": {
+        "parallel": {**layout(2, 2, 2, "dualpipe"), "bucket_mb": 0.001, "buckets_in_flight": 1},
+    },
+    "pp2-dp2-ep2-zb1p/one-put-off": {"parallel": {**layout(2, 2, 2, "zb1p"), "put_off": 1}},
+    "dp4-ep4/room": {"parallel": {**layout(1, 4, 4), "expert_capacity": 4.0}},
+}  # fmt: skip
 # Where nothing is summed in another order, bit for bit. Without MTP, as the embedding's two uses are then on two ranks.
 # None clips: the gradient norm is put together from pieces, and its last bit differs in some steps (in pp4, too).
 EXACT: dict[str, Sections] = {
@@ -50,7 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of all jobs, from one start of four processes; under "one" what one process gets."""
     folder = tmp_path_factory.mktemp("fleet")
     jobs, out = folder / "jobs.json", folder / "out.json"
-    jobs.write_text(json.dumps({**JOBS, **EXACT}))
+    jobs.write_text(json.dumps({**JOBS, **EXACT, **SAME}))
     workers = torchrun(4, str(Path(__file__).with_name("fleet.py")), str(jobs), str(out))
     try:
         one = {name: train({**job, "parallel": {}}) for name, job in {"one": {}, **EXACT}.items()}
@@ -64,7 +72,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", JOBS)
 def test_losses_equal_one_process(results: dict[str, Any], name: str) -> None:
     """Within 1e-6 over 20 steps: FP32 rounds to 6e-8, and 20 steps leave sums in another order little time to grow
-    apart. Expert loads are counts, the first step's exact: later, a token may sit on the edge between experts."""
+    apart. Every micro-batch of the first step goes to the same experts: later, a token may sit on the edge."""
     want, got = results["one"]["one"], results[name]
     assert len(got["steps"]) == len(want["steps"]) == 20
     for step, (ours, one) in enumerate(zip(got["steps"], want["steps"], strict=True)):
@@ -72,6 +80,7 @@ def test_losses_equal_one_process(results: dict[str, Any], name: str) -> None:
     assert got["val_loss"] == pytest.approx(want["val_loss"], rel=1e-6)
     assert got["steps"][0][3] == pytest.approx(want["steps"][0][3], rel=1e-6)
     assert got["steps"][0][4] == want["steps"][0][4]
+    assert got["choices"][0] == want["choices"][0]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -80,6 +89,13 @@ def test_losses_are_bitwise_where_sums_have_one_order(results: dict[str, Any], n
     assert [row[0] for row in got["steps"]] == [row[0] for row in want["steps"]]
     assert [row[4] for row in got["steps"]] == [row[4] for row in want["steps"]]
     assert got["val_loss"] == want["val_loss"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_parcels_and_room_change_no_bit(results: dict[str, Any], name: str) -> None:
+    other = results[name.split("/")[0]]
+    assert results[name]["steps"] == other["steps"]
+    assert results[name]["val_loss"] == other["val_loss"]
 
 
 def test_jobs_differ_where_they_should(results: dict[str, Any]) -> None:

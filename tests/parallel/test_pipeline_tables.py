@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +13,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.stage import PipelineStage
 
 from dsv3rt.parallel.pipeline.action import Action, Overlap, Step
-from dsv3rt.parallel.pipeline.schedule import KINDS, Schedule, generate
+from dsv3rt.parallel.pipeline.checker import check
+from dsv3rt.parallel.pipeline.schedule import KINDS, Kind, Schedule, generate
 
 Table = list[list[str]]
 
@@ -161,3 +164,26 @@ def test_generate_rejects_what_does_not_exist(kind: str, sizes: tuple[int, int, 
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
         generate(kind, num_ranks=ranks, num_micro_batches=batches, stages_per_rank=stages)
     assert str(error.value) == f"schedule: {message}"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["1f1b", "zb1p", "dualpipev", "dualpipe"])
+def test_few_weight_gradients_are_put_off(kind: Kind, limit: int) -> None:
+    """The same work, sound, and after no step more than `limit` W owed; what does not put off stays as it is."""
+    sizes = {"num_ranks": 6, "num_micro_batches": 14}
+    free, schedule = generate(kind, **sizes), generate(kind, **sizes, put_off=limit)
+    check(schedule)
+    for row, other in zip(schedule.steps, free.steps, strict=True):
+        assert Counter(map(str, row)) == Counter(map(str, other))
+        rest, others = ([step for step in steps if getattr(step, "op", "") != "W"] for steps in (row, other))
+        assert rest == others
+        assert most_owed(row) == min(limit, most_owed(other))
+    assert max(map(most_owed, free.steps)) == {"1f1b": 0, "zb1p": 6, "dualpipev": 6, "dualpipe": 3}[kind]
+
+
+def most_owed(row: Iterable[Step]) -> int:
+    owed = most = 0
+    for part in (part for step in row for part in step.parts):
+        owed += (part.op == "I") - (part.op == "W")
+        most = max(most, owed)
+    return most

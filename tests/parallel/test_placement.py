@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+import tomllib
+from itertools import combinations, combinations_with_replacement, pairwise
+from pathlib import Path
 
 import pytest
 from fleet import configuration
 
-from dsv3rt import presets
-from dsv3rt.config import ParallelConfig
+from dsv3rt import cli, presets
+from dsv3rt.config import LayerCosts, ParallelConfig
 from dsv3rt.model.flops import layer_costs, train_flops_per_token
 from dsv3rt.parallel.build import outline, parameter_shapes
 from dsv3rt.parallel.mesh import Mesh
-from dsv3rt.parallel.placement import Layout, balanced, chunk
+from dsv3rt.parallel.placement import Layout, balanced, balanced_in_pairs, chunk
+from dsv3rt.train import config_file
 
 LAYOUTS = [
     ParallelConfig(),
@@ -61,11 +64,57 @@ def test_balanced_is_the_best_cut() -> None:
     assert balanced((1, 1), 10, 3) == (range(1), range(1, 2), range(2, 2))
 
 
+@pytest.mark.parametrize("stages", [2, 4, 6])
+def test_balanced_in_pairs_is_the_best_cut(stages: int) -> None:
+    """Against all cuts: the costliest pair, then the squares of pairs and stages."""
+    costs, tail = (3, 1, 4, 1, 5, 9, 2), 6
+    found = balanced_in_pairs(costs, tail, stages)
+    assert [layer for part in found for layer in part] == list(range(len(costs)))
+
+    def worth(cuts: tuple[int, ...]) -> tuple[int, int]:
+        sums = [sum(costs[a:b]) for a, b in pairwise((0, *cuts, len(costs)))]
+        sums[-1] += tail
+        pairs = [sums[i] + sums[-1 - i] for i in range(stages // 2)]
+        return max(pairs), sum(x * x for x in (*sums, *pairs))
+
+    assert worth(tuple(part.stop for part in found[:-1])) == min(
+        worth(cuts) for cuts in combinations_with_replacement(range(8), stages - 1)
+    )
+
+
+def test_stages_go_by_the_costs_given() -> None:
+    """Blocks before the dense ones' end cost `dense`; a costly head pushes blocks away from the last stage."""
+    model = configuration({"model": {"num_layers": 8, "num_dense_layers": 4, "mtp_depth": 1}}).model
+
+    def sizes(**costs: float) -> list[int]:
+        parallel = ParallelConfig(pp=4, layer_costs=LayerCosts(**costs))
+        return [len(part) for part in Layout(model, parallel, 32).stages]
+
+    assert sizes(dense=1.0, moe=1.0, head=0.01, mtp=0.01) == [2, 2, 2, 2]
+    assert sizes(dense=1.0, moe=3.0, head=0.01, mtp=0.01) == [3, 2, 2, 1]
+    assert sizes(dense=1.0, moe=1.0, head=1.0, mtp=2.0) == [2, 3, 3, 0]
+
+
+def test_plan_stages_measures_what_it_cuts_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line that it prints, put into the configuration, gives the same stages."""
+    path = tmp_path / "run.toml"
+    path.write_text(config_file.to_toml(configuration({"train": {"micro_batch_size": 2}, "parallel": {"pp": 2}})))
+    assert cli.main(["plan", "stages", str(path), "--measure"]) == 0
+    first, *stages = capsys.readouterr().out.splitlines()
+    key, _, value = first.partition(" = ")
+    costs = tomllib.loads(first)["layer_costs"]
+    assert set(costs) == {"dense", "moe", "head", "mtp"}
+    assert cli.main(["plan", "stages", str(path), f"--parallel.{key}", value.partition("#")[0]]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert [line.split("%")[0][:-6] for line in again] == [line.split("%")[0][:-6] for line in stages]
+    assert cli.main(["plan", "stages", str(path), "--parallel.layer_costs", "{dense = 0.0}"]) == 2
+
+
 def test_deepseek_v3_in_a_v_leaves_rank_0_few_blocks() -> None:
     layout = Layout(presets.model("671b"), ParallelConfig(pp=16, dp=128, ep=64, schedule="dualpipev"), 4096)
     blocks = [sum(len(layout.stages[stage]) for stage in layout.stages_on(rank)) for rank in range(16)]
     assert sum(blocks) == 61
-    assert blocks[0] == min(blocks) < 4
+    assert blocks[0] == min(blocks) == 1
     assert max(blocks) == 4
     assert layout.stages_on(0) == (0, 31)
 

@@ -49,7 +49,7 @@ def build(layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device) 
     _draw(model, layout, mesh, torch.empty(0, dtype=dtype, device=device))
     if mesh.config.ep > 1:
         ((_, group),) = mesh.groups("experts", layout.expert_groups()).items()
-        exchange = ExpertExchange(group, mesh.config.ep)
+        exchange = ExpertExchange(group, mesh.config.ep, capacity=mesh.config.expert_capacity)
         for moe in moe_layers(model).values():
             moe.exchange = exchange
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,20 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.layers.moe import Dispatched
-from dsv3rt.ops.types import Permutation, Routing
+from dsv3rt.ops.types import Permutation, Routing, round_up
 from dsv3rt.parallel.eplb import Placement
+
+
+def room(num_experts: int, num_ranks: int, capacity: float, choices: tuple[int, int], block: int) -> int:
+    """Rows that a rank's experts have room for, padding included.
+
+    capacity: over an even load; 0: any load. choices: the most tokens of any rank, and how many experts each chooses.
+    """
+    local, (tokens, top_k) = num_experts // num_ranks, choices
+    most = num_ranks * tokens * min(top_k, local)
+    if capacity:
+        most = min(most, math.ceil(capacity * tokens * top_k))
+    return round_up(most, block) + local * block
 
 
 class ExpertExchange:
@@ -22,8 +35,11 @@ class ExpertExchange:
     dtypes, the reference does. The communicator is made at the first dispatch, for the most tokens of any rank then.
     """
 
-    def __init__(self, group: Any, num_ranks: int, placement: Placement | None = None) -> None:
+    def __init__(
+        self, group: Any, num_ranks: int, placement: Placement | None = None, *, capacity: float = 0.0
+    ) -> None:
         """placement: of replicas, for serving; rank i then holds the experts `placement.experts_on(i)`, in this order.
+        capacity: rows that a rank's experts have room for, over an even load; 0: for any load.
 
         Raises:
             ValueError: a placement on another number of GPUs than there are ranks.
@@ -35,6 +51,8 @@ class ExpertExchange:
         self._group = group
         self._num_ranks = num_ranks
         self._placement = placement
+        self._capacity = capacity
+        self._most_tokens = 0
         self._experts: ops.EpGroup | None = None
 
     def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
@@ -42,14 +60,19 @@ class ExpertExchange:
 
         Raises:
             ValueError: gradients, or another number of experts, where experts have replicas.
+            ExchangeError: more rows than there is room for; from kernels at a later call.
         """
         if self._placement is not None:
             routing, num_experts = self._to_slots(x_TD, routing, num_experts)
+        top_k = routing.idx_TK.shape[1]
         if self._experts is None:
-            self._experts = ops.EpGroup(
-                self._group, num_experts, limits=self._limits(x_TD, routing), device=x_TD.device
-            )
-        rows_PD, route = ops.ep_dispatch(x_TD, routing, self._experts, block=block)
+            limits = self._limits(x_TD, top_k)
+            self._experts = ops.EpGroup(self._group, num_experts, limits=limits, device=x_TD.device)
+        capacity = None
+        if self._capacity:
+            choices = self._most_tokens, top_k
+            capacity = room(num_experts, self._num_ranks, self._capacity, choices, block)
+        rows_PD, route = ops.ep_dispatch(x_TD, routing, self._experts, block=block, capacity=capacity)
         return Dispatched(rows_PD, route.layout, Permutation(routing.idx_TK, rows_PD.shape[0]), route)
 
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
@@ -70,13 +93,11 @@ class ExpertExchange:
             raise ValueError("ExpertExchange: replicas must serve without gradients (torch.no_grad), got a gradient")
         return dataclasses.replace(routing, idx_TK=placement.assign(routing.idx_TK)), placement.num_slots
 
-    def _limits(self, x_TD: Tensor, routing: Routing) -> ops.EpLimits | None:
+    def _limits(self, x_TD: Tensor, top_k: int) -> ops.EpLimits | None:
         """What all ranks agree on; None: some rank has no kernels for these rows."""
-        if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16:
-            return None
-        here = torch.tensor([x_TD.shape[0], -int(ops.EpGroup.kernels_problem() == "")], device=x_TD.device)
+        fits = x_TD.is_cuda and x_TD.dtype == torch.bfloat16
+        lacks = not fits or ops.EpGroup.kernels_problem() != ""
+        here = torch.tensor([x_TD.shape[0], int(lacks)], device=x_TD.device)
         dist.all_reduce(here, dist.ReduceOp.MAX, group=self._group)
-        most_tokens, lacking = here.tolist()
-        if lacking == 0:
-            return None
-        return ops.EpLimits(most_tokens, routing.idx_TK.shape[1], x_TD.shape[1])
+        self._most_tokens, lacking = here.tolist()
+        return None if lacking else ops.EpLimits(self._most_tokens, top_k, x_TD.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from dsv3rt.config import ModelConfig, ParallelConfig
 from dsv3rt.model.flops import layer_costs
@@ -43,6 +44,7 @@ class Layout:
             num_ranks=parallel.pp,
             num_micro_batches=num_micro_batches,
             stages_per_rank=parallel.stages_per_rank or None,
+            put_off=parallel.put_off,
         )
 
     @cached_property
@@ -53,8 +55,20 @@ class Layout:
     @cached_property
     def stages(self) -> tuple[range, ...]:
         """The main blocks of every stage of the model; head and MTP belong to the last."""
-        costs = layer_costs(self.model, self.seq_len)
-        return balanced(costs.layers, costs.tail, self.form.stages_per_copy)
+        layers, tail = self.costs
+        mirrored = self.parallel.schedule in ("dualpipev", "dualpipe")
+        return (balanced_in_pairs if mirrored else balanced)(layers, tail, self.form.stages_per_copy)
+
+    @cached_property
+    def costs(self) -> tuple[tuple[int, ...], int]:
+        """Of every main block, and of what follows them: multiplications a token, or millionths of the times given."""
+        given, model = self.parallel.layer_costs, self.model
+        if given is None:
+            counted = layer_costs(model, self.seq_len)
+            return counted.layers, counted.tail
+        dense, moe, head, mtp = (round(1e6 * cost) for cost in (given.dense, given.moe, given.head, given.mtp))
+        layers = (dense if layer < model.num_dense_layers else moe for layer in range(model.num_layers))
+        return tuple(layers), head + model.mtp_depth * mtp
 
     def model_stage(self, table_stage: int) -> int:
         """The stage of the model that a table's stage is (DualPipe's second copy counts on)."""
@@ -145,3 +159,45 @@ def balanced(costs: tuple[int, ...], tail: int, num_stages: int) -> tuple[range,
         ]
     cuts = best[count][2]
     return tuple(range(start, end) for start, end in zip((0, *cuts[:-1]), cuts, strict=True))
+
+
+def balanced_in_pairs(costs: tuple[int, ...], tail: int, num_stages: int) -> tuple[range, ...]:
+    """The same where the first and the last stage share a rank, the second and the last but one, and so on.
+
+    The costliest pair is as cheap as can be; among such cuts the sum of the squares, of pairs and of stages, is least,
+    then the first stages are the short ones. From the outside in, leaving out what is worse than `balanced`.
+    """
+    total = [0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    by_stage = [total[part.stop] - total[part.start] for part in balanced(costs, tail, num_stages)]
+    by_stage[-1] += tail
+    bound = max(first + last for first, last in zip(by_stage, by_stage[::-1], strict=True))
+    best: dict[tuple[int, int], _Cuts] = {(0, len(costs)): (0, 0, ())}
+    for pair in range(num_stages // 2):
+        pairs_left, extra = num_stages // 2 - pair - 1, 0 if pair else tail
+        following: dict[tuple[int, int], _Cuts] = {}
+        for (start, stop), (worst, squares, cuts) in best.items():
+            for front, back in _inner(total, (start, stop), bound - extra, is_last=pairs_left == 0):
+                first, last = total[front] - total[start], total[stop] - total[back] + extra
+                if total[back] - total[front] <= bound * pairs_left:
+                    sums = squares + (first + last) ** 2 + first**2 + last**2
+                    found = (max(worst, first + last), sums, (*cuts, (front, back)))
+                    following[front, back] = min(found, following.get((front, back), found))
+        best = following
+    cuts = min(best.values())[2]
+    ends = [0, *(front for front, _ in cuts), *(back for _, back in cuts[-2::-1]), len(costs)]
+    return tuple(range(start, end) for start, end in pairwise(ends))
+
+
+_Cuts = tuple[int, int, tuple[tuple[int, int], ...]]  # costliest pair, squares, where the stages of each pair end
+
+
+def _inner(total: list[int], left: tuple[int, int], limit: int, *, is_last: bool) -> Iterable[tuple[int, int]]:
+    """Where the two stages of a pair may end for at most `limit`, outside in; the innermost two meet."""
+    start, stop = left
+    for front in range(start, stop + 1):
+        for back in (front,) if is_last else range(stop, front - 1, -1):
+            if total[front] - total[start] + total[stop] - total[back] > limit:
+                break
+            yield front, back

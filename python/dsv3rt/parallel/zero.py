@@ -2,13 +2,14 @@
 back of the updated weights.
 
 A reduction is an all-to-all and a sum in the order of the ranks: as many bytes as a reduce-scatter, and the same bits
-with every backend. A bucket sets out as soon as its last gradient is there, while the backward goes on; the buckets of
-a group set out in one order on all ranks.
+with every backend. A bucket sets out as soon as its last gradient is there, while the backward goes on, in parcels of
+limited size and number; the parcels of a group set out in one order on all ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,9 +17,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dsv3rt.layers.main_grad import MainGrad, attach
 from dsv3rt.parallel.mesh import Mesh
+from dsv3rt.parallel.pipeline.trace import BUCKETS
 from dsv3rt.parallel.placement import Layout, Share, chunk
 
 
@@ -53,44 +56,54 @@ class Bucket:
 
     def __init__(self, sums: list[Sum], group: Any, index: int) -> None:
         self.sums = sums
+        self.started = False
         self._group = group
         self._index = index
         self._ranks = len(sums[0].share.ranks)
         self._numel = max(place.stop for _, place in self._places(0))  # the first rank's piece is the largest
-        self._started: tuple[Any, Tensor, Tensor] | None = None
+        self._reduced: Tensor | None = None
 
-    @property
-    def started(self) -> bool:
-        return self._started is not None
-
-    def start(self, idle: frozenset[str] = frozenset()) -> None:
-        """Send every rank its rows; a rank without a gradient sends zeros."""
+    def parcels(self, num_bytes: float, idle: frozenset[str] = frozenset()) -> list[_Parcel]:
+        """What has to travel, in pieces of about `num_bytes`; each rank gets an equal part of each."""
         if self._group is None or all(one.name in idle for one in self.sums):
-            return
+            return []
+        self.started = True
+        step = int(max(1, min(self._numel, num_bytes / (4 * self._ranks))))
+        return [_Parcel(self, start, min(start + step, self._numel)) for start in range(0, self._numel, step)]
+
+    def send(self, start: int, stop: int) -> tuple[Any, Tensor, Tensor]:
+        """Elements `start` to `stop` of every rank's piece; a rank without a gradient sends zeros. The last ones take
+        the gradients' memory with them."""
         device = self.sums[0].parameter.device
-        outgoing = torch.zeros(self._ranks, self._numel, dtype=torch.float32, device=device)
+        outgoing = torch.zeros(self._ranks, stop - start, dtype=torch.float32, device=device)
         for rank, piece in enumerate(outgoing):
             for one, place in self._places(rank):
-                if one.grad is not None:
-                    place.of(piece).copy_(one.grad[place.rows].flatten())
-        for one in self.sums:
-            one.grad = None
+                first, last = max(start, place.start), min(stop, place.stop)
+                if one.grad is not None and first < last:
+                    rows = one.grad[place.rows].flatten()
+                    piece[first - start : last - start] = rows[first - place.start : last - place.start]
+        if stop == self._numel:
+            for one in self.sums:
+                one.grad = None
         arriving = torch.empty_like(outgoing)
-        work = dist.all_to_all_single(arriving, outgoing, group=self._group, async_op=True)
-        self._started = (work, arriving, outgoing)
+        return dist.all_to_all_single(arriving, outgoing, group=self._group, async_op=True), arriving, outgoing
+
+    def receive(self, start: int, stop: int, arriving: Tensor) -> None:
+        if self._reduced is None:
+            self._reduced = arriving.new_empty(self._numel)
+        total = self._reduced[start:stop]
+        total.copy_(arriving[0])
+        for piece in arriving[1:]:
+            total += piece
 
     def finish(self, idle: frozenset[str]) -> None:
         """Give every sum its shard."""
-        if self._started is None:
+        self.started = False
+        if self._reduced is None:
             for one in self.sums:
                 one.shard, one.grad = one.grad, None
             return
-        work, arriving, _ = self._started
-        self._started = None
-        work.wait()
-        total = arriving[0].clone()
-        for piece in arriving[1:]:
-            total += piece
+        total, self._reduced = self._reduced, None
         for one, place in self._places(self._index):
             shape = (place.rows.stop - place.rows.start, *one.parameter.shape[1:])
             one.shard = None if one.name in idle else place.of(total).view(shape)
@@ -135,6 +148,53 @@ class _Place:
         return piece[self.start : self.stop]
 
 
+@dataclass(frozen=True)
+class _Parcel:
+    bucket: Bucket
+    start: int
+    stop: int
+
+
+class _Line:
+    """The parcels of one group, first come, first out, at most `limit` of them on their way.
+
+    During the backward nobody waits for a parcel: one that finds no room stays where it is, in the gradients, and goes
+    at a later call. A wait could last for ever: the ranks of a group may be at different places of the pipeline (those
+    of the embedding, or of DualPipe's two copies), and who has not sent its parcel yet may need, to get there, a
+    message that the waiting rank would send after it. `drain` waits, when all messages of the step have been sent:
+    every rank comes to it and drains its groups in one order, so the first group that anyone waits for moves on.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._ready: deque[_Parcel] = deque()
+        self._travelling: deque[tuple[_Parcel, Any, Tensor, Tensor]] = deque()
+
+    def add(self, parcels: Iterable[_Parcel]) -> None:
+        self._ready += parcels
+
+    def advance(self) -> None:
+        """Take in what has arrived, and send as much as there is room for."""
+        while self._travelling and self._travelling[0][1].is_completed():
+            self._take_oldest()
+        while self._ready and len(self._travelling) < self._limit:
+            parcel = self._ready.popleft()
+            with record_function(BUCKETS):
+                self._travelling.append((parcel, *parcel.bucket.send(parcel.start, parcel.stop)))
+
+    def drain(self) -> None:
+        self.advance()
+        while self._travelling:
+            self._take_oldest()
+            self.advance()
+
+    def _take_oldest(self) -> None:
+        parcel, work, arriving, _ = self._travelling.popleft()
+        with record_function(BUCKETS):
+            work.wait()
+            parcel.bucket.receive(parcel.start, parcel.stop, arriving)
+
+
 class Gradients:
     """The gradient sums of a rank's parameters, from backward to their shards.
 
@@ -148,14 +208,18 @@ class Gradients:
         sums: Sequence[Sum],
         groups: Mapping[tuple[int, ...], tuple[Any, int]],
         bucket_bytes: float = math.inf,
+        in_flight: int = 1,
         late: frozenset[str] = frozenset(),
     ) -> None:
-        """groups: by the ranks of a share, the process group (None for one rank) and this rank's place in it."""
+        """groups: by the ranks of a share, the process group (None for one rank) and this rank's place in it.
+        in_flight: parcels of `bucket_bytes` that each group may have on their way."""
         self.sums = {one.name: one for one in sums}
         self._by_parameter = {id(one.parameter): one for one in sums}
         self._queues: dict[tuple[int, ...], list[Bucket]] = {}  # of each group, in the order in which they set out
         for bucket in _buckets(sums, groups, bucket_bytes):
             self._queues.setdefault(bucket.sums[0].share.ranks, []).append(bucket)
+        self._bucket_bytes = bucket_bytes
+        self._lines = {ranks: _Line(in_flight) for ranks in sorted(self._queues)}
         for one in sums:
             attach(one.parameter, one)
             one.on_complete = self._set_out
@@ -181,7 +245,8 @@ class Gradients:
         sums = [Sum(name, p, layout.share(name, shapes[name], mesh.rank)) for name, p in parameters]
         made = mesh.groups("zero", layout.share_groups(shapes))
         groups = {ranks: (group, ranks.index(mesh.rank)) for ranks, group in made.items()}
-        return cls(sums, groups, layout.parallel.bucket_mb * 2**20, late)
+        parallel = layout.parallel
+        return cls(sums, groups, parallel.bucket_mb * 2**20, parallel.buckets_in_flight, late)
 
     def expect(self, contributions: Mapping[str, int]) -> None:
         """How many gradients each parameter is going to get in this step."""
@@ -201,11 +266,15 @@ class Gradients:
         """Finish the reduction: afterwards every sum has its shard, None for `idle` ones, which no rank used."""
         for one in self.sums.values():
             self.take(one.parameter)
-        for bucket in self.buckets():
-            if not bucket.started:
-                bucket.start(idle)
-        for bucket in self.buckets():
-            bucket.finish(idle)
+        for ranks, line in self._lines.items():
+            for bucket in self._queues[ranks]:
+                if not bucket.started:
+                    line.add(bucket.parcels(self._bucket_bytes, idle))
+            line.advance()
+        for ranks, line in self._lines.items():
+            line.drain()
+            for bucket in self._queues[ranks]:
+                bucket.finish(idle)
 
     def buckets(self) -> Iterator[Bucket]:
         """In the order in which all ranks of a group gather them."""
@@ -218,12 +287,14 @@ class Gradients:
             one.parameter.grad = one.grad = one.shard = None
 
     def _set_out(self, ranks: tuple[int, ...]) -> None:
-        """Start the group's next buckets as far as they are complete."""
+        """Send off the group's next buckets as far as they are complete."""
         for bucket in self._queues[ranks]:
             if not bucket.started:
                 if any(one.awaited or one.grad is None for one in bucket.sums):
-                    return
-                bucket.start()
+                    break
+                self._lines[ranks].add(bucket.parcels(self._bucket_bytes))
+        for line in self._lines.values():
+            line.advance()
 
 
 def _buckets(

@@ -24,7 +24,7 @@ from dsv3rt.config import MixturePhase, ModelConfig, Segment, TrainConfig
 
 Override = tuple[str, str]  # dotted key, value as text
 _NONE = "none"  # TOML has no null
-_UNION_BRANCHES = {"int", "float", "str", "YarnConfig"}  # pydantic puts these into an error's location
+_UNION_BRANCHES = {"int", "float", "str", "YarnConfig", "LayerCosts"}  # pydantic puts these into an error's location
 
 
 def load(path: str | Path, overrides: Sequence[Override] = ()) -> TrainConfig:

@@ -60,7 +60,7 @@ class Engine:
         self.samples = samples
         self.mesh = Mesh(config.parallel) if mesh is None else mesh
         self.device = device_of(run)
-        self.dtype = _dtype(run, self.device)
+        self.dtype = dtype_of(run, self.device)
         self._batch_size = Schedule(run.batch_size)
         self._bias_update_speed = Schedule(run.bias_update_speed)
         self._balance_alpha = Schedule(run.balance_alpha)
@@ -209,7 +209,7 @@ def device_of(run: RunConfig) -> torch.device:
     return torch.device("cuda", launch().local_rank % torch.cuda.device_count())
 
 
-def _dtype(run: RunConfig, device: torch.device) -> torch.dtype:
+def dtype_of(run: RunConfig, device: torch.device) -> torch.dtype:
     if run.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32

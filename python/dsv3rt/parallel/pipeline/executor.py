@@ -101,7 +101,8 @@ class Executor:
         return Inbox(self._groups[wire], self._peer(wire[1]), messages, self._like)
 
     def send(self, outbox: Outbox, wire: Wire, tensor: Tensor) -> None:
-        outbox.send(tensor, self._peer(wire[2]), self._groups[wire])
+        """A stage's output is read by the next stage alone, but its backward's graph refers to it."""
+        outbox.send(tensor, self._peer(wire[2]), self._groups[wire], release=wire[0] == "activation")
 
     def is_here(self, table_stage: int) -> bool:
         return self._layout.form.placement[table_stage] == self._mesh.pp_rank

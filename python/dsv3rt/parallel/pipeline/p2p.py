@@ -9,6 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
+
+from dsv3rt.parallel.pipeline.trace import MESSAGES
 
 _WAITING = 2  # receives posted ahead: one arrives while the other is used
 
@@ -45,8 +48,9 @@ class Inbox:
         """The message, waited for: on a GPU by the current stream, elsewhere by the caller."""
         message, tensor, work = self._posted.popleft()
         assert message.micro_batch == micro_batch, (message, micro_batch)
-        self._post()
-        work.wait()
+        with record_function(MESSAGES):
+            self._post()
+            work.wait()
         return tensor
 
     def _post(self) -> None:
@@ -62,15 +66,24 @@ class Outbox:
     """The sending end of all channels of a rank: nobody waits for a message to leave, until the step ends."""
 
     def __init__(self) -> None:
-        self._leaving: deque[tuple[Tensor, Any]] = deque()
+        self._leaving: deque[tuple[Tensor, Any, bool]] = deque()
 
-    def send(self, tensor: Tensor, peer: int, group: Any) -> None:
+    def send(self, tensor: Tensor, peer: int, group: Any, *, release: bool) -> None:
+        """release: nobody reads the tensor again; its memory goes as soon as the message has left, whoever still
+        refers to it."""
         while self._leaving and self._leaving[0][1].is_completed():
-            self._leaving.popleft()
+            self._pop()
         tensor = tensor.detach().contiguous()
-        self._leaving.append((tensor, dist.isend(tensor, peer, group=group)))
+        with record_function(MESSAGES):
+            self._leaving.append((tensor, dist.isend(tensor, peer, group=group), release))
 
     def close(self) -> None:
         """Wait until everything has left."""
         while self._leaving:
-            self._leaving.popleft()[1].wait()
+            self._pop()
+
+    def _pop(self) -> None:
+        tensor, work, release = self._leaving.popleft()
+        work.wait()
+        if release:
+            tensor.untyped_storage().resize_(0)

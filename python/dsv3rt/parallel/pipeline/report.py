@@ -96,6 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, required=True, help="pipeline ranks")
     parser.add_argument("--micro-batches", type=int, required=True, help="micro-batches of a step")
     parser.add_argument("--stages-per-rank", type=int, default=2, metavar="V", help="of interleaved (default 2)")
+    parser.add_argument("--put-off", type=int, default=0, metavar="N", help="most W owed at a time (default: any)")
     parser.add_argument("--f", type=float, default=1.0, help="time of a forward (default 1)")
     parser.add_argument("--b", type=float, default=2.0, help="time of a full backward (default 2)")
     parser.add_argument("--w", type=float, default=1.0, help="the part of --b for weight gradients (default 1)")
@@ -108,6 +109,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the comparison, write the files asked for; returns the exit code."""
+    if options.put_off < 0:
+        raise ValueError(f"plan schedule: --put-off must not be negative, got {options.put_off}")
     if not options.b > options.w:
         raise ValueError(f"plan schedule: --b must be greater than --w, its part, got {options.b:g} and {options.w:g}")
     costs = Costs(options.f, options.b - options.w, options.w, options.overlap, options.comm)
@@ -125,8 +128,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _timeline(kind: Kind, options: argparse.Namespace, costs: Costs) -> Timeline:
     stages = options.stages_per_rank if kind == "interleaved" else None
-    sizes = {"num_ranks": options.ranks, "num_micro_batches": options.micro_batches, "stages_per_rank": stages}
-    schedule = generate(kind, **sizes)
+    schedule = generate(
+        kind,
+        num_ranks=options.ranks,
+        num_micro_batches=options.micro_batches,
+        stages_per_rank=stages,
+        put_off=options.put_off,
+    )
     return simulate(schedule, rank_costs(schedule, costs))
 
 

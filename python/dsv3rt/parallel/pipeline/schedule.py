@@ -7,7 +7,8 @@ Communication is not written down: it follows from the tables. `checker.check` p
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -73,7 +74,9 @@ class Schedule:
             csv.writer(file).writerows(self.steps)
 
 
-def generate(kind: Kind, *, num_ranks: int, num_micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
+def generate(
+    kind: Kind, *, num_ranks: int, num_micro_batches: int, stages_per_rank: int | None = None, put_off: int = 0
+) -> Schedule:
     """Write the table of a schedule.
 
     Args:
@@ -84,6 +87,7 @@ def generate(kind: Kind, *, num_ranks: int, num_micro_batches: int, stages_per_r
         num_micro_batches: micro-batches of a step, over both directions.
         stages_per_rank: 1 for 1f1b, 2 for dualpipev and dualpipe, any number for zb1p (1 if not given), at least 2 for
             interleaved (2 if not given).
+        put_off: how many W of a rank may be owed at a time, which costs memory and saves bubble; 0: the schedule's own.
 
     Raises:
         ValueError: the combination does not exist.
@@ -108,7 +112,31 @@ def generate(kind: Kind, *, num_ranks: int, num_micro_batches: int, stages_per_r
     else:
         placement = tuple(stage % num_ranks for stage in range(num_stages))
         steps = one_way.table(kind, num_ranks, num_micro_batches, stages_per_rank)
+    if put_off:
+        steps = [_owing_at_most(put_off, row) for row in steps]
     return Schedule(kind, num_ranks, num_micro_batches, placement, chains, tuple(map(tuple, steps)))
+
+
+def _owing_at_most(limit: int, row: Sequence[Step]) -> list[Step]:
+    """The row with the oldest W sooner wherever an I would leave more than `limit` of them owed.
+
+    It stays sound: each W still follows its I, nothing else waits for a W, and the other steps keep their order.
+    """
+    steps: list[Step] = []
+    owed: deque[Step] = deque()
+    early: set[Step] = set()
+    for step in row:
+        if step in early:
+            continue
+        steps.append(step)
+        if isinstance(step, Action) and step.op == "I":
+            owed.append(Action(step.stage, "W", step.micro_batch))
+            while len(owed) >= limit:
+                early.add(owed[0])
+                steps.append(owed.popleft())
+        elif step in owed:
+            owed.remove(step)
+    return steps
 
 
 def _check_sizes(kind: Kind, ranks: int, batches: int, stages: int) -> None:
