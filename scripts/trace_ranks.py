@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 scripts/trace_ranks.py CONFIG.toml traces [--full] [--section.key value ...]
     python tests/gpu/run_ranks.py --ranks 8 --gpus 1 scripts/trace_ranks.py CONFIG.toml traces ...
 
-Trains on random tokens, three steps, and traces the third: traces/rank-N.json.gz, for Perfetto, chrome://tracing or
-scripts/trace_picture.py. A phase is named by its action in the table and itself, "3B2 dispatch": backward of
+Trains on random tokens, three steps, whose losses it prints, and traces the third: traces/rank-N.json.gz, for Perfetto,
+chrome://tracing or scripts/trace_picture.py. A phase is named by its action in the table and itself, "3B2 dispatch": backward of
 micro-batch 2 in stage 3. Only phases, kernels and their launches are written, or with --full (rank-N.json) all that the
 profiler has.
 """
@@ -20,12 +20,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dsv3rt.env import launch
-from dsv3rt.parallel.mesh import join, leave
+from dsv3rt.parallel.mesh import Mesh, join, leave
 from dsv3rt.parallel.pipeline import trace
 from dsv3rt.train import config_file
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
-from dsv3rt.train.engine import Engine, device_of
+from dsv3rt.train.engine import Engine, StepResult, device_of
 
 
 def main() -> None:
@@ -38,12 +38,14 @@ def main() -> None:
     engine = Engine(config, Samples(stream, config.train.seq_len, 0), mesh)
     state = RunState()
     for _ in range(2):
-        _, state = engine.step(state)
+        result, state = engine.step(state)
+        tell(mesh, state, result)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as traced:
-        engine.step(state)
+        result, state = engine.step(state)
         if device.type == "cuda":
             torch.cuda.synchronize()
+    tell(mesh, state, result)
     Path(folder).mkdir(parents=True, exist_ok=True)
     if "--full" in sys.argv:
         traced.export_chrome_trace(str(Path(folder) / f"rank-{mesh.rank}.json"))
@@ -53,6 +55,16 @@ def main() -> None:
             traced.export_chrome_trace(str(whole))
             trace.save(trace.slim(trace.load(whole)), Path(folder) / f"rank-{mesh.rank}.json.gz")
     leave()
+
+
+def tell(mesh: Mesh, state: RunState, result: StepResult) -> None:
+    """What other layouts' steps can be held against."""
+    if mesh.rank == 0:
+        print(
+            f"step {state.step}: loss {result.loss:.7f}, MTP loss {result.mtp_loss:.7f}, "
+            f"gradient norm {result.grad_norm:.6f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
