@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from dsv3rt.env import launch
-from dsv3rt.errors import BackendUnavailableError, PeerError, StoppedBySignalError
+from dsv3rt.errors import BackendUnavailableError, ExchangeError, PeerError, StoppedBySignalError
 
 if TYPE_CHECKING:
     from dsv3rt.model.transformer import Transformer
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, PeerError) as error:  # the same on all ranks, or another rank's
         _complain(f"dsv3rt: error: {error}", of_all=True)
         return _USER_ERROR
-    except (ValueError, BackendUnavailableError) as error:
+    except (ValueError, BackendUnavailableError, ExchangeError) as error:
         message = str(error)
     except StoppedBySignalError as stop:
         _complain(f"dsv3rt: {stop}", of_all=True)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dsv3rt import ops
 from dsv3rt.config import ParallelConfig, TrainConfig
 from dsv3rt.env import launch
-from dsv3rt.errors import PeerError
+from dsv3rt.errors import ExchangeError, PeerError
 from dsv3rt.parallel.expert import ExpertExchange
 from dsv3rt.parallel.mesh import Mesh, join, leave
 from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule
@@ -168,6 +168,23 @@ def exchange(block: int) -> list[dict[str, bool]]:
     return everyone
 
 
+def overflow() -> list[str]:
+    """What each rank hears when all tokens want the first expert, and there is room for twice an even load."""
+    size, experts = dist.get_world_size(), 8
+    logits_TE = torch.zeros(64, experts)
+    logits_TE[:, 0] = 1.0
+    routing = ops.route(logits_TE, torch.zeros(experts), top_k=1)
+    try:
+        exchange = ExpertExchange(dist.group.WORLD, size, capacity=2.0)
+        exchange.dispatch(torch.zeros(64, 8), routing, num_experts=experts, block=1)
+        heard = "nothing"
+    except ExchangeError as error:
+        heard = str(error)
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, heard)
+    return everyone
+
+
 def failure() -> list[str]:
     """What each rank hears when rank 2 fails in what all do together, and whether they can go on after it."""
 
@@ -207,7 +224,11 @@ def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     results = {name: train(job) for name, job in jobs.items()}
-    results |= {"exchange": {str(block): exchange(block) for block in (1, 4)}, "failure": failure()}
+    results |= {
+        "exchange": {str(block): exchange(block) for block in (1, 4)},
+        "failure": failure(),
+        "overflow": overflow(),
+    }
     results["lengths"] = other_lengths(ParallelConfig(pp=4, schedule="dualpipev"))
     if launch().rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))

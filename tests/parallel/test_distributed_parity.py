@@ -126,6 +126,11 @@ def test_experts_get_rows_as_if_all_tokens_were_here(results: dict[str, Any], bl
         assert all(found.values()), (rank, found)
 
 
+def test_more_rows_than_room_stop_every_rank(results: dict[str, Any]) -> None:
+    """4 ranks x 64 rows for one expert; twice an even load of 64, and a row of padding for each of 2 experts."""
+    assert results["overflow"] == ["expert exchange: rank 0 found 256 rows for 130: raise capacity"] * 4
+
+
 def test_a_failure_is_everyones(results: dict[str, Any]) -> None:
     heard = [told for told, _, _ in results["failure"]]
     peer = "PeerError: rank 2: something of rank 2"
