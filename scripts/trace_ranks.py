@@ -4,9 +4,9 @@
     python tests/gpu/run_ranks.py --ranks 8 --gpus 1 scripts/trace_ranks.py CONFIG.toml traces ...
 
 Trains on random tokens, three steps, whose losses it prints, and traces the third: traces/rank-N.json.gz, for Perfetto,
-chrome://tracing or scripts/trace_picture.py. A phase is named by its action in the table and itself, "3B2 dispatch": backward of
-micro-batch 2 in stage 3. Only phases, kernels and their launches are written, or with --full (rank-N.json) all that the
-profiler has.
+chrome://tracing or scripts/trace_picture.py. A phase is named by its action in the table and itself, "3B2 dispatch":
+backward of micro-batch 2 in stage 3. Only phases, kernels and their launches are written, or with --full
+(rank-N.json) all that the profiler has.
 """
 
 from __future__ import annotations
