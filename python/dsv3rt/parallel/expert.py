@@ -32,7 +32,7 @@ class ExpertExchange:
     """Rank i of `group` holds the i-th of equal shares of the experts.
 
     On a GPU the kernels carry BF16 rows where every rank has them and an NCCL that is new enough; else, and for other
-    dtypes, the reference does. The communicator is made at the first dispatch, for the most tokens of any rank then.
+    dtypes, the reference does. The communicator is made by `open`, else at the first dispatch, for its most tokens.
     """
 
     def __init__(
@@ -55,6 +55,16 @@ class ExpertExchange:
         self._most_tokens = 0
         self._experts: ops.EpGroup | None = None
 
+    def open(self, like_TD: Tensor, num_experts: int, top_k: int) -> None:
+        """Make the communicator for as many rows as `like_TD` has, on any rank; all ranks of the group together.
+
+        To map windows waits for all work of the device. Where messages between other ranks are awaited on it already,
+        as a pipeline does from its first step on, that would be for ever.
+        """
+        slots = num_experts if self._placement is None else self._placement.num_slots
+        limits = self._limits(like_TD, top_k)
+        self._experts = ops.EpGroup(self._group, slots, limits=limits, device=like_TD.device)
+
     def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
         """See `layers.moe.Exchange`.
 
@@ -66,8 +76,8 @@ class ExpertExchange:
             routing, num_experts = self._to_slots(x_TD, routing, num_experts)
         top_k = routing.idx_TK.shape[1]
         if self._experts is None:
-            limits = self._limits(x_TD, top_k)
-            self._experts = ops.EpGroup(self._group, num_experts, limits=limits, device=x_TD.device)
+            self.open(x_TD, num_experts, top_k)
+            assert self._experts is not None
         capacity = None
         if self._capacity:
             choices = self._most_tokens, top_k

@@ -70,7 +70,8 @@ class Engine:
         _check_schedule(self.layout, run)
         self._shapes = parameter_shapes(config.model)
         torch.manual_seed(run.seed)
-        self.model = build(self.layout, self.mesh, self.dtype, self.device)
+        tokens = run.micro_batch_size * run.seq_len
+        self.model = build(self.layout, self.mesh, self.dtype, self.device, tokens)
         check_patterns(run.bf16_modules, _module_names(self._shapes), "train.bf16_modules")
         set_precision(self.model, run.precision, run.bf16_modules, run.weight_orientations)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
