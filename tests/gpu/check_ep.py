@@ -1,4 +1,5 @@
-"""The expert exchange between real ranks, against one process's permutation; run by run_ranks.py.
+"""The expert exchange between real ranks, of one node or of several, against one process's permutation; run by
+run_ranks.py.
 
 Bitwise but for the gradients of the weights, whose sums over columns have an order of their own.
 """
@@ -39,6 +40,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.num_nodes = self.size // int(os.environ["LOCAL_WORLD_SIZE"])
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(self.device)
         torch.set_num_threads(1)
@@ -245,7 +247,8 @@ def bring_up(ranks: Ranks) -> None:
     shape = Shape(ranks.size, 2 * ranks.size, 8, 2, 128)
     group = ranks.group(shape, 1, 20.0)
     assert group.kernels is not None
-    ranks.say(f"window of {group.kernels.window_bytes} bytes registered")
+    ranks.say(f"window of {group.kernels.window_bytes} bytes registered, {group.kernels.num_nodes} nodes")
+    assert group.kernels.num_nodes == ranks.num_nodes
     batch = full_batch(shape, 0)
     whole = compute(shape, batch)
     x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
@@ -340,7 +343,21 @@ def check_latency_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: r
         equal("replayed second result", second, -want.bfloat16())
 
 
+def check_latency_refused(ranks: Ranks) -> None:
+    try:
+        ranks.group(Shape(ranks.size, ranks.size, 8, 1, 128), 1, 20.0, low_latency=True)
+    except RuntimeError as error:
+        if "low-latency form needs a group within one team" not in str(error):
+            raise
+        ranks.say(f"refused: {error}")
+    else:
+        raise AssertionError("the low-latency form took a group of several nodes")
+
+
 def check_latency(ranks: Ranks, args: argparse.Namespace) -> None:
+    if ranks.num_nodes > 1:
+        check_latency_refused(ranks)
+        return
     for number, shape in enumerate([
         Shape(ranks.size, 8 * ranks.size, 128, min(8, 8 * ranks.size), 512),
         Shape(ranks.size, 2 * ranks.size, 37, 3, 1152),  # a last warp with columns left over

@@ -56,7 +56,8 @@ def draw(shape: Shape, seed: int, router: str) -> Batch:
     if router == "skewed":
         scores += 2.0 / (1 + torch.randperm(shape.num_experts, generator=random))
     elif router == "one rank":
-        scores[:, : min(shape.num_experts, max(shape.top_k, shape.num_local))] += 1
+        first = seed % shape.num_ranks * shape.num_local
+        scores[:, first : first + shape.num_local] += 1
     elif router == "one expert":
         scores[:, seed % shape.num_experts] += 1
     x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
