@@ -10,7 +10,6 @@ import argparse
 import faulthandler
 import os
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,47 +28,12 @@ from tests.gpu.ep_cases import (
     compact_of_whole,
     compute,
     draw,
+    full_batch,
     low_latency,
     rounded,
     row_factors,
 )
-
-
-class Ranks:
-    """This process among the others, and what it says."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.num_nodes = self.size // int(os.environ["LOCAL_WORLD_SIZE"])
-        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(self.device)
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        self.start = time.monotonic()
-
-    def say(self, text: str, everyone: bool = False) -> None:
-        if everyone or self.rank == 0:
-            print(f"{time.monotonic() - self.start:7.2f} s  {text}", flush=True)
-
-    def group(self, shape: Shape, num_sms: int, timeout_s: float, low_latency: bool = False) -> ops.EpGroup:
-        limits = ops.EpLimits(
-            shape.max_tokens, shape.top_k, shape.num_columns, num_sms, timeout_s, low_latency=low_latency
-        )
-        return ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
-
-
-def equal(name: str, got: Tensor, want: Tensor) -> None:
-    got = got.detach().cpu()
-    if got.shape != want.shape or got.dtype != want.dtype:
-        raise AssertionError(f"{name}: {got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}")
-    if got.dtype == torch.float8_e4m3fn:
-        got, want = got.view(torch.uint8), want.view(torch.uint8)
-    if not torch.equal(got, want):
-        where = (got != want).nonzero()
-        raise AssertionError(
-            f"{name}: {len(where)} of {got.numel()} differ, first at {where[0].tolist()}: "
-            f"{got[tuple(where[0])]} instead of {want[tuple(where[0])]}"
-        )
+from tests.gpu.ep_ranks import Ranks, equal, on
 
 
 def check_layout(route: ops.EpRoute, whole: Whole, shape: Shape, rank: int) -> Tensor:
@@ -86,14 +50,6 @@ def forward(
     rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=shape.block)
     factor = row_factors(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, rows_PD.shape[0])
     return rows_PD, ops.ep_combine(rows_PD * factor, route, group, weight_TK=routing.weight_TK), route
-
-
-def on(device: torch.device, batch: Batch, tokens: slice) -> tuple[Tensor, Routing, Tensor]:
-    """x with gradients, the routing, whose weights have gradients, and the gradient of the result."""
-    routing = batch.routing(tokens)
-    weight = routing.weight_TK.to(device).requires_grad_()
-    x_TD = batch.x_TD[tokens].to(device).requires_grad_()
-    return x_TD, Routing(routing.idx_TK.to(device), weight, weight, weight), batch.dy_TD[tokens].to(device)
 
 
 def check_weight_grad(got: Tensor, want: Tensor, batch: Batch, whole: Whole, tokens: slice) -> None:
@@ -183,16 +139,6 @@ def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) ->
         equal("replayed result", captured[0], whole.y_TD[tokens])
         equal("replayed gradient", captured[1], whole.dx_TD[tokens])
         check_weight_grad(captured[2], whole.dweight_TK[tokens], batch, whole, tokens)
-
-
-def full_batch(shape: Shape, seed: int) -> Batch:
-    """Every rank has as many tokens as it may have."""
-    random = torch.Generator().manual_seed(seed)
-    num_tokens = shape.num_ranks * shape.max_tokens
-    x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
-    weight_TK = torch.rand(num_tokens, shape.top_k, generator=random)
-    idx_TK = torch.rand(num_tokens, shape.num_experts, generator=random).argsort(dim=1)[:, : shape.top_k].contiguous()
-    return Batch([r * shape.max_tokens for r in range(shape.num_ranks + 1)], x_TD, idx_TK, weight_TK, dy_TD)
 
 
 def fault_of(group: ops.EpGroup) -> str:

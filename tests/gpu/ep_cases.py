@@ -66,6 +66,16 @@ def draw(shape: Shape, seed: int, router: str) -> Batch:
     return Batch(starts, x_TD, idx_TK, weight_TK, dy_TD)
 
 
+def full_batch(shape: Shape, seed: int) -> Batch:
+    """Every rank has as many tokens as it may have."""
+    random = torch.Generator().manual_seed(seed)
+    num_tokens = shape.num_ranks * shape.max_tokens
+    x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
+    weight_TK = torch.rand(num_tokens, shape.top_k, generator=random)
+    idx_TK = torch.rand(num_tokens, shape.num_experts, generator=random).argsort(dim=1)[:, : shape.top_k].contiguous()
+    return Batch([r * shape.max_tokens for r in range(shape.num_ranks + 1)], x_TD, idx_TK, weight_TK, dy_TD)
+
+
 def factor_of(expert_E: Tensor) -> Tensor:
     """What stands for the experts: a row times a number of its expert, exact in BF16."""
     return (1 + expert_E.remainder(32) / 32).bfloat16()
