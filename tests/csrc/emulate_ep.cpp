@@ -1,6 +1,6 @@
 // emulate_ep nodes node_size experts max_tokens top_k columns rounds delay_us seed: the kernels of the exchange between
-// ranks of several nodes, all in this process on the host, against sums over everybody's tokens. Prints what was put
-// between nodes; exits with 1 at the first difference.
+// ranks of one node or of several, all in this process on the host, against sums over everybody's tokens. Prints what
+// was put between nodes; exits with 1 at the first difference.
 #include "cuda_on_host.h"
 // (before the kernels: their language)
 #include "comm/sm90_ep_combine.cuh"
@@ -186,38 +186,51 @@ class World {
   }
 
   // As launch.cu does it.
-  static void dispatch(const Rank& rank, const EpDispatchParams& params) {
+  template <bool kNodes>
+  static void dispatch_in(const Rank& rank, const EpDispatchParams& params) {
     const Team& team = rank.team;
     const int record = round_up(params.tokens.row_bytes + 4 * params.tokens.num_scales, 16);
     const bool weighted = params.outputs != nullptr;
     const StageArgs stage{params.tokens, params.finds_route, params.choice, params.weight, params.num_tokens, record};
     host::launch(kBlocks, kThreads, [=, &team] { ep_stage_kernel(team, stage); });
     const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record, params.route.rails};
-    host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_tokens_kernel(rank.team, rank.rails, leaving); });
+    if (kNodes)
+      host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_tokens_kernel(rank.team, rank.rails, leaving); });
     if (params.finds_route) {
       const PlaceArgs place{params.route};
-      host::launch(kBlocks, kThreads, [=, &team] { ep_place_kernel<true>(team, place); });
+      host::launch(kBlocks, kThreads, [=, &team] { ep_place_kernel<kNodes>(team, place); });
     }
     const PullArgs pull{params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record};
     host::launch(kBlocks, kThreads, [=, &team] {
-      weighted ? ep_pull_kernel<true, true>(team, pull) : ep_pull_kernel<false, true>(team, pull);
+      weighted ? ep_pull_kernel<true, kNodes>(team, pull) : ep_pull_kernel<false, kNodes>(team, pull);
     });
-    host::launch(1, kRailThreads, [=, &rank] { ep_release_inboxes_kernel(rank.team, rank.rails, weighted); });
+    if (kNodes) {
+      host::launch(1, kRailThreads, [=, &rank] { ep_release_inboxes_kernel(rank.team, rank.rails, weighted); });
+    }
     if (!weighted) return;
     host::launch(1, kThreads, [=, &team] {
-      ep_weight_grad_kernel<true>(team, params.weight_grad, params.route.rails, params.num_tokens * team.shape.top_k);
+      ep_weight_grad_kernel<kNodes>(team, params.weight_grad, params.route.rails, params.num_tokens * team.shape.top_k);
     });
   }
 
-  static void combine(const Rank& rank, const EpCombineParams& params) {
+  template <bool kNodes>
+  static void combine_in(const Rank& rank, const EpCombineParams& params) {
     const Team& team = rank.team;
     const PushArgs push{params.route, static_cast<const char*>(params.rows)};
     const ReduceArgs reduce{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
     const uint32_t* words = params.route.rails;
-    host::launch(kBlocks, kThreads, [=, &team] { ep_push_kernel<true>(team, push); });
-    host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_slots_kernel(rank.team, rank.rails, words); });
-    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel<true>(team, reduce); });
-    host::launch(1, kRailThreads, [=, &rank] { ep_release_slots_kernel(rank.team, rank.rails); });
+    host::launch(kBlocks, kThreads, [=, &team] { ep_push_kernel<kNodes>(team, push); });
+    if (kNodes) host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_slots_kernel(rank.team, rank.rails, words); });
+    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel<kNodes>(team, reduce); });
+    if (kNodes) host::launch(1, kRailThreads, [=, &rank] { ep_release_slots_kernel(rank.team, rank.rails); });
+  }
+
+  void dispatch(const Rank& rank, const EpDispatchParams& params) const {
+    options_.num_nodes > 1 ? dispatch_in<true>(rank, params) : dispatch_in<false>(rank, params);
+  }
+
+  void combine(const Rank& rank, const EpCombineParams& params) const {
+    options_.num_nodes > 1 ? combine_in<true>(rank, params) : combine_in<false>(rank, params);
   }
 
   EpRows rows_view(std::vector<__nv_bfloat16>& data) const {

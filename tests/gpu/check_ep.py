@@ -326,9 +326,10 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--num-sms", type=int, default=8)
     parser.add_argument("--timeout", type=float, default=20.0, help="of each wait, in seconds")
+    parser.add_argument("--limit", type=float, help="seconds after which a rank ends itself, saying where it is")
     parser.add_argument("--only", choices=("bring-up", "rounds", "latency", "faults"))
     args = parser.parse_args()
-    faulthandler.dump_traceback_later(120 + args.rounds, exit=True)
+    faulthandler.dump_traceback_later(args.limit or 120 + args.rounds, exit=True)
     ranks = Ranks()
     ranks.say(f"{ranks.size} ranks on {torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL {nccl_info()}")
     parts: dict[str, Any] = {
