@@ -27,4 +27,10 @@ constexpr ncclGinType_t kRailTypes[] = {NCCL_GIN_TYPE_PROXY, NCCL_GIN_TYPE_GDAKI
 }  // namespace dsv3rt
 #else
 #define DSV3RT_HAS_RAILS 0
+
+namespace dsv3rt {
+
+struct Rails {};
+
+}  // namespace dsv3rt
 #endif

@@ -13,7 +13,9 @@
 namespace dsv3rt {
 
 constexpr int kRailThreads = 32;
-constexpr int kGroupsUnderWay = 2;  // of 32 puts, by a block; NCCL's proxy queues 256 for a peer and context
+// A block has at most twice as many puts to a peer under way. NCCL's proxy queues 256 for a peer and a context, which
+// four blocks share, so none waits for room in the queue while it holds a place in it.
+constexpr int kPutsUnderWay = 32;
 
 __device__ __forceinline__ int num_contexts(const Rails& rails) {
   return min(int(rails.device.ginContextCount), kRailContexts);
@@ -134,20 +136,19 @@ __device__ __forceinline__ bool has_expert_at(const Team& team, const RailTokens
   return any;
 }
 
-// What `place` reads, or what a weighted `pull` reads beside tokens.
+// What `place` reads and what a weighted `pull` reads beside tokens: neighbours.
 __device__ inline void put_choices(const Putter& putter, const RailTokens& tokens, int node) {
   const WindowLayout& at = putter.team.at;
   const int64_t inbox = at.inbox + area_of(node, putter.team.nodes.node) * at.staged_bytes - at.num_tokens;
-  if (tokens.finds_route) putter.put(node, inbox + at.num_tokens, at.num_tokens, at.weight - at.num_tokens);
-  const int64_t weights = int64_t(tokens.num_tokens) * putter.team.shape.top_k * 4;
-  if (tokens.weighted && weights > 0) putter.put(node, inbox + at.weight, at.weight, weights);
+  const int64_t start = tokens.finds_route ? at.num_tokens : at.weight;
+  const int64_t end = at.weight + (tokens.weighted ? int64_t(tokens.num_tokens) * putter.team.shape.top_k * 4 : 0);
+  if (end > start) putter.put(node, inbox + start, start, end - start);
 }
 
 // A token once to every other node that has an expert of it.
 __device__ inline bool put_records(const Putter& putter, const RailTokens& tokens) {
   const Team& team = putter.team;
   const WindowLayout& at = team.at;
-  int under_way = 0;
   for (int group = blockIdx.x; group * 32 < tokens.num_tokens; group += gridDim.x) {
     if (tokens.finds_route) mark_leaving(team, tokens, group);
     const int token = group * 32 + threadIdx.x % 32;
@@ -158,7 +159,7 @@ __device__ inline bool put_records(const Putter& putter, const RailTokens& token
       putter.put(node, inbox + offset, offset, tokens.record_bytes);
     }
     __syncwarp();
-    if (++under_way % kGroupsUnderWay == 0 && !putter.await_taken(EpPhase::kStage)) return false;
+    if (!putter.await_taken(EpPhase::kStage)) return false;
   }
   return putter.await_taken(EpPhase::kStage);
 }
@@ -227,7 +228,10 @@ __device__ inline bool put_outbox(const Putter& putter, const uint32_t* words) {
     const uint32_t marked = node != nodes.node ? __ldg(returning + i) : 0;
     if (marked == 0) continue;
     put_rows(putter, marked, node, i % num_words);
-    if (++under_way % kGroupsUnderWay == 0 && !putter.await_taken(EpPhase::kPush)) return false;
+    under_way += __popc(marked);
+    if (under_way < kPutsUnderWay) continue;
+    if (!putter.await_taken(EpPhase::kPush)) return false;
+    under_way = 0;
   }
   return putter.await_taken(EpPhase::kPush);
 }

@@ -77,12 +77,14 @@ def loopback_plugin() -> Path:
         return library
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parents[1])]
-    home = next((h for h in homes if h and (Path(h) / "lib64/libcudart_static.a").exists()), None)
-    if home is None:
-        raise SystemExit("run_ranks: --nodes needs CUDA's lib64/libcudart_static.a, below CUDA_HOME or beside nvcc")
+    places = [(home, folder) for home in homes if home for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    found = [place for place in places if Path(*place, "libcudart_static.a").exists()]
+    if not found:
+        raise SystemExit("run_ranks: --nodes needs CUDA's libcudart_static.a, below CUDA_HOME or beside nvcc")
+    home, folder = found[0]
     library.parent.mkdir(exist_ok=True)
     subprocess.run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", str(source), "-o", str(library),
-                    f"-I{home}/include", f"-L{home}/lib64", "-lcudart_static", "-lpthread", "-ldl", "-lrt"],
+                    f"-I{home}/include", f"-L{home}/{folder}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"],
                    check=True)  # fmt: skip
     return library
 
