@@ -44,9 +44,9 @@ py::bytes unique_id() {
   return py::bytes(reinterpret_cast<const char*>(id), sizeof(id));
 }
 
-// Counts, offsets, origin and rows_needed of one dispatch.
+// Counts, offsets, origin, rows_needed and rails of one dispatch.
 struct RouteViews {
-  TensorView counts, offsets, origin, rows_needed;
+  TensorView counts, offsets, origin, rows_needed, rails;
   int block;
 };
 
@@ -154,6 +154,8 @@ class Comm {
   }
 
   int64_t window_bytes() const { return ep_window_bytes(get()); }
+  int num_nodes() const { return ep_num_nodes(get()); }
+  int64_t rail_words() const { return ep_rail_words(get()); }
 
   void destroy() {
     const py::gil_scoped_release unlocked;
@@ -220,10 +222,12 @@ class Comm {
     check("offsets", route.offsets, num_local + 1);
     check("origin", route.origin, kAny);
     check("rows_needed", route.rows_needed, 1);
+    check("rails", route.rails, ep_rail_words(get()));
     return {static_cast<int*>(route.counts.data),
             static_cast<int*>(route.offsets.data),
             static_cast<int*>(route.origin.data),
             static_cast<int*>(route.rows_needed.data),
+            static_cast<uint32_t*>(route.rails.data),
             route.origin.shape[0],
             route.block};
   }
@@ -261,9 +265,10 @@ void bind_comm(py::module_& module) {
   module.def("ep_unique_id", &unique_id, "The id with which the ranks of a new communicator find each other.");
   py::class_<RouteViews>(module, "EpRoute", "Where rows of one dispatch came from; keeps no array alive.")
       .def(py::init([](const TensorView& counts, const TensorView& offsets, const TensorView& origin,
-                       const TensorView& rows_needed,
-                       int block) { return RouteViews{counts, offsets, origin, rows_needed, block}; }),
-           py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("block"));
+                       const TensorView& rows_needed, const TensorView& rails,
+                       int block) { return RouteViews{counts, offsets, origin, rows_needed, rails, block}; }),
+           py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("rails"),
+           py::arg("block"));
   py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")
       .def(py::init<int, int, int, int, int, int, const std::string&, int, int64_t, bool>(), py::arg("num_ranks"),
            py::arg("rank"), py::arg("num_experts"), py::arg("max_tokens"), py::arg("top_k"), py::arg("num_columns"),
@@ -285,6 +290,8 @@ void bind_comm(py::module_& module) {
            py::arg("stream") = none, "Sums every token's rows, as combine does.")
       .def("error", &Comm::error, "None, or (fault, phase, peer, expected, seen) of the first fault.")
       .def("window_bytes", &Comm::window_bytes)
+      .def("num_nodes", &Comm::num_nodes, "Groups of ranks that reach each other's memory.")
+      .def("rail_words", &Comm::rail_words, "Elements of a route's `rails`; 0 within one node.")
       .def("destroy", &Comm::destroy);
 }
 

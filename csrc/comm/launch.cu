@@ -1,3 +1,4 @@
+#include "comm/rails.h"
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
 #include "comm/sm90_ep_latency.cuh"
@@ -10,22 +11,43 @@ namespace {
 // A record's bytes: a row and its scales, so that the next one starts on 16 bytes.
 int record_bytes(const EpRows& rows) { return round_up(rows.row_bytes + 4 * rows.num_scales, 16); }
 
-const char* stage_and_pull(const Team& team, const EpDispatchParams& params, cudaStream_t stream) {
+template <bool kNodes>
+void dispatch(const EpComm& comm, const EpDispatchParams& params, cudaStream_t stream) {
+  const Team& team = team_of(comm);
   const int record = record_bytes(params.tokens), experts = team.shape.num_experts;
+  const bool weighted = params.outputs != nullptr;
   const StageArgs stage{params.tokens, params.finds_route, params.choice, params.weight, params.num_tokens, record};
   ep_stage_kernel<<<params.num_sms, kThreads, kWarps * experts, stream>>>(team, stage);
+  if constexpr (kNodes) {
+    const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record, params.route.rails};
+    put_tokens(*rails_of(comm), team, leaving, params.num_sms, stream);
+  }
   if (params.finds_route) {
     const int places = experts + 2 * (experts / team.shape.num_ranks) + 1;
-    ep_place_kernel<<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, {params.route});
+    ep_place_kernel<kNodes><<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, {params.route});
   }
   const PullArgs pull{params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record};
-  if (params.outputs == nullptr) {
-    ep_pull_kernel<false><<<params.num_sms, kThreads, 0, stream>>>(team, pull);
-    return nullptr;
+  if (weighted) {
+    ep_pull_kernel<true, kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, pull);
+  } else {
+    ep_pull_kernel<false, kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, pull);
   }
-  ep_pull_kernel<true><<<params.num_sms, kThreads, 0, stream>>>(team, pull);
-  ep_weight_grad_kernel<<<1, kThreads, 0, stream>>>(team, params.weight_grad, params.num_tokens * team.shape.top_k);
-  return nullptr;
+  if constexpr (kNodes) release_inboxes(*rails_of(comm), team, weighted, stream);
+  if (weighted) {
+    ep_weight_grad_kernel<kNodes><<<1, kThreads, 0, stream>>>(team, params.weight_grad, params.route.rails,
+                                                              params.num_tokens * team.shape.top_k);
+  }
+}
+
+template <bool kNodes>
+void combine(const EpComm& comm, const EpCombineParams& params, cudaStream_t stream) {
+  const Team& team = team_of(comm);
+  const PushArgs push{params.route, static_cast<const char*>(params.rows)};
+  const ReduceArgs reduce{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+  ep_push_kernel<kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, push);
+  if constexpr (kNodes) put_slots(*rails_of(comm), team, params.route.rails, params.num_sms, stream);
+  ep_reduce_kernel<kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, reduce);
+  if constexpr (kNodes) release_slots(*rails_of(comm), team, stream);
 }
 
 }  // namespace
@@ -33,8 +55,8 @@ const char* stage_and_pull(const Team& team, const EpDispatchParams& params, cud
 const char* ep_dispatch(EpComm* comm, const EpDispatchParams& params, void* stream) {
   const DeviceGuard guard(ep_device(comm));
   DSV3RT_CUDA_CHECK(guard.status());
-  const char* error = stage_and_pull(team_of(*comm), params, static_cast<cudaStream_t>(stream));
-  if (error != nullptr) return error;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  rails_of(*comm) != nullptr ? dispatch<true>(*comm, params, cuda_stream) : dispatch<false>(*comm, params, cuda_stream);
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }
@@ -42,12 +64,8 @@ const char* ep_dispatch(EpComm* comm, const EpDispatchParams& params, void* stre
 const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream) {
   const DeviceGuard guard(ep_device(comm));
   DSV3RT_CUDA_CHECK(guard.status());
-  const Team& team = team_of(*comm);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  ep_push_kernel<<<params.num_sms, kThreads, 0, cuda_stream>>>(team,
-                                                               {params.route, static_cast<const char*>(params.rows)});
-  ep_reduce_kernel<<<params.num_sms, kThreads, 0, cuda_stream>>>(
-      team, {params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens});
+  rails_of(*comm) != nullptr ? combine<true>(*comm, params, cuda_stream) : combine<false>(*comm, params, cuda_stream);
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }

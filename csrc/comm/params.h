@@ -24,13 +24,13 @@ struct EpShape {
 // The steps that wait for peers, in the order of their signals.
 enum class EpPhase : int32_t { kStage, kPull, kPush, kReduce, kSend, kReceive, kSendBack, kCollect };
 
-enum class EpFault : int32_t { kNone, kTimeout, kOverflow, kPeerOverflow, kBadExpert };
+enum class EpFault : int32_t { kNone, kTimeout, kOverflow, kPeerOverflow, kBadExpert, kNetwork };
 
 // The first thing that went wrong on this rank; kernels write it, the host reads it without waiting for them.
 struct EpError {
   volatile int32_t is_complete;  // set last
   EpFault fault;
-  EpPhase phase;                 // of a timeout
+  EpPhase phase;                 // of a timeout; network: whose puts were not taken in time
   int32_t peer;
   int64_t expected;              // timeout: the signal's epoch; overflow: capacity; bad expert: number of experts
   int64_t seen;                  // timeout: the epoch found; overflow: rows needed; bad expert: its index
@@ -42,6 +42,7 @@ struct EpRoute {
   int* offsets;      // (X + 1,)
   int* origin;       // (P,) where a row came from: rank * T * K + token * K + k; -1 for padding
   int* rows_needed;  // (1,) P that would have sufficed
+  uint32_t* rails;   // (ep_rail_words,) which choices go to which node and come back from it; null within one node
   int64_t capacity;  // P, a multiple of block
   int block;
 };
@@ -129,6 +130,8 @@ const char* ep_collect(EpComm* comm, const EpCollectParams& params, void* stream
 const EpShape& ep_shape(const EpComm* comm);
 int ep_device(const EpComm* comm);
 int64_t ep_window_bytes(const EpComm* comm);
+int ep_num_nodes(const EpComm* comm);  // groups of ranks that reach each other's memory
+int64_t ep_rail_words(const EpComm* comm);  // 0 within one node
 EpError ep_error(const EpComm* comm);
 
 }  // namespace dsv3rt

@@ -1,9 +1,9 @@
 // Signals between ranks: epochs that only grow, and waits that end.
 //
-// A kernel awaits what it needs of all peers, works, and its last block tells all peers. A wait that runs out writes
-// the error record and marks the rank as failed; its blocks then go on without touching any data, and later kernels do
-// nothing, so the process lives and peers run into their own timeouts. Rows that do not fit fail all ranks in the same
-// `reduce`, so that none waits for one that has given up.
+// A kernel awaits what it needs of its peers, works, and its last block tells the peers of its node. A wait that runs
+// out writes the error record and marks the rank as failed; its blocks then go on without touching any data, and later
+// kernels do nothing, so the process lives and peers run into their own timeouts. Rows that do not fit fail all ranks
+// in the same `reduce`, so that none waits for one that has given up.
 #pragma once
 
 #include "comm/window.h"
@@ -65,12 +65,11 @@ __device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uin
   }
 }
 
-// Whether all ranks have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible
-// then.
-__device__ inline bool await_peers(const Team& team, EpPhase phase, uint64_t epoch) {
+// Whether `ranks` have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible then.
+__device__ inline bool await_ranks(const Team& team, const Ranks& ranks, EpPhase phase, uint64_t epoch) {
   bool fine = !has_failed(team);
-  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += blockDim.x) {
-    fine = fine && await_peer(team, phase, peer, epoch);
+  for (int i = threadIdx.x; i < ranks.count; i += blockDim.x) {
+    fine = fine && await_peer(team, phase, ranks.first + i * ranks.stride, epoch);
   }
   return __syncthreads_and(fine);
 }
@@ -89,15 +88,53 @@ __device__ inline bool is_last_block(const Team& team, EpPhase phase) {
   return __syncthreads_or(last);
 }
 
-// For the last block alone.
+// For the last block alone. Tells the ranks of this node; others hear of it along the rails (sm90_ep_rails.cuh).
 __device__ inline void tell_peers(const Team& team, EpPhase phase, uint64_t epoch) {
   __threadfence_system();
   __syncthreads();
   if (has_failed(team)) return;
   if (threadIdx.x == 0) local_state(team).epoch[int(phase)] = epoch;
-  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += blockDim.x) {
+  for (int peer = threadIdx.x; peer < team.nodes.size; peer += blockDim.x) {
     store_release_system(signal_of(team, team.peers[peer], phase, team.shape.rank), epoch);
   }
+}
+
+// ---- where another rank's data lie ----
+
+// A pointer that stands for the window of `rank` where offsets of staged data are concerned: the window itself, or the
+// inbox of the node mate that got a copy.
+template <bool kNodes>
+__device__ __forceinline__ char* staged_by(const Team& team, int rank) {
+  if constexpr (kNodes) {
+    const int node = rank / team.nodes.size;
+    char* window = team.peers[rank % team.nodes.size];
+    if (node == team.nodes.node) return window;
+    return window + team.at.inbox - team.at.num_tokens + area_of(team.nodes.node, node) * team.at.staged_bytes;
+  } else {
+    return team.peers[rank];
+  }
+}
+
+// Where rows for the tokens of `rank` go: its slots, or the outbox from which a node mate will send them on.
+template <bool kNodes>
+__device__ __forceinline__ char* slots_towards(const Team& team, int rank) {
+  if constexpr (kNodes) {
+    const int node = rank / team.nodes.size;
+    char* window = team.peers[rank % team.nodes.size];
+    if (node == team.nodes.node) return window + team.at.slots;
+    return window + team.at.outbox + area_of(team.nodes.node, node) * team.at.slots_bytes;
+  } else {
+    return team.peers[rank] + team.at.slots;
+  }
+}
+
+__device__ __forceinline__ bool is_marked(const uint32_t* words, int choice) {
+  return words[choice / 32] >> (choice % 32) & 1;
+}
+
+// The node of a packed choice's expert; past all nodes where there is none.
+__device__ __forceinline__ int node_of(const Team& team, uint32_t packed) {
+  return int(packed >> 16) / (team.shape.num_experts / team.nodes.count);
 }
 
 // Bytes that a peer may have written: past the L1, which is not coherent.

@@ -1,7 +1,8 @@
 // The host's side: NCCL, found in the process at run time, makes the communicator and the window.
 //
-// Kernels get the windows of all ranks as plain addresses, so nothing compiled here depends on how NCCL lays out its
-// device structures.
+// Kernels get the windows of their node's ranks as plain addresses. Only those that put between nodes (rails.cu) depend
+// on how NCCL lays out its device structures, so only a group of several nodes asks for exactly the version of the
+// build.
 #include "comm/transport.h"
 
 #include <cuda_runtime.h>
@@ -13,6 +14,8 @@
 #include <vector>
 
 #include "common/launch.h"
+
+#include "comm/rails_nccl.h"
 
 #if __has_include(<nccl_device/host.h>)
 #include <nccl.h>
@@ -57,6 +60,11 @@ struct Nccl {
   decltype(&ncclCommWindowDeregister) window_deregister;
   decltype(&ncclGetLsaDevicePointer) lsa_pointer;
   ncclTeam_t (*lsa_team)(ncclComm_t);
+#if DSV3RT_HAS_RAILS
+  decltype(&ncclCommQueryProperties) query_properties;
+  decltype(&ncclDevCommCreate) dev_comm_create;
+  decltype(&ncclDevCommDestroy) dev_comm_destroy;
+#endif
   std::string missing;
   int version = 0;
 
@@ -80,6 +88,12 @@ struct Nccl {
         find(library, "ncclCommWindowRegister", window_register) &&
         find(library, "ncclCommWindowDeregister", window_deregister) &&
         find(library, "ncclGetLsaDevicePointer", lsa_pointer) && find(library, "ncclTeamLsa", lsa_team);
+#if DSV3RT_HAS_RAILS
+    if (version == DSV3RT_NCCL_VERSION) {
+      find(library, "ncclCommQueryProperties", query_properties) &&
+          find(library, "ncclDevCommCreate", dev_comm_create) && find(library, "ncclDevCommDestroy", dev_comm_destroy);
+    }
+#endif
   }
 
   template <typename Function>
@@ -119,19 +133,26 @@ class EpComm {
     DSV3RT_CUDA_CHECK(guard.status());
     comm->device = device;
     comm->team.shape = shape;
-    comm->team.at = layout_of(shape);
     comm->team.timeout_ns = timeout_us * 1000;
     ncclUniqueId unique;
     static_assert(sizeof(unique) == kUniqueIdBytes);
     std::memcpy(&unique, id, sizeof(unique));
     DSV3RT_NCCL_CHECK(nccl().init_rank(&comm->comm_, shape.num_ranks, unique, shape.rank), "ncclCommInitRank");
-    const ncclTeam_t team = nccl().lsa_team(comm->comm_);
-    if (team.nRanks != shape.num_ranks) {
-      return keep("the " + std::to_string(shape.num_ranks) + " ranks must reach each other's memory, got teams of " +
-                  std::to_string(team.nRanks));
+    const ncclTeam_t node = nccl().lsa_team(comm->comm_);
+    comm->team.nodes = nodes_of(shape, node.nRanks);
+    comm->team.at = layout_of(shape, comm->team.nodes.count);
+    if (comm->team.nodes.count > 1) {
+      if (const char* error = check_nodes(shape, node)) return error;
+      if (const char* error = comm->make_rails()) return error;
     }
-    return comm->make_window();
+    if (const char* error = comm->make_window()) return error;
+#if DSV3RT_HAS_RAILS
+    if (comm->rails_) comm->rails_->window = comm->window_;
+#endif
+    return nullptr;
   }
+
+  const Rails* rails() const { return rails_.get(); }
 
   ~EpComm() {
     const DeviceGuard guard(device);
@@ -139,6 +160,7 @@ class EpComm {
       nccl().abort(comm_);  // peers may be gone: their windows are left to the end of the process
     } else if (comm_ != nullptr) {
       cudaDeviceSynchronize();
+      drop_rails();
       if (window_ != nullptr) nccl().window_deregister(comm_, window_);
       if (base_ != nullptr) nccl().mem_free(base_);
       nccl().destroy(comm_);
@@ -148,14 +170,65 @@ class EpComm {
   }
 
  private:
+  static const char* check_nodes(const EpShape& shape, const ncclTeam_t& node) {
+    const std::string found = ", got " + std::to_string(shape.num_ranks) + " ranks in teams of " +
+                              std::to_string(node.nRanks) + " that reach each other's memory";
+    if (shape.low_latency) return keep("the low-latency form needs a group within one team" + found);
+    if (shape.num_ranks % node.nRanks != 0 || node.stride != 1 || shape.rank % node.nRanks != node.rank) {
+      return keep("nodes must have equally many ranks, with consecutive numbers" + found);
+    }
+    if (DSV3RT_HAS_RAILS && nccl().version == DSV3RT_NCCL_VERSION) return nullptr;
+    return keep("between nodes kernels must be built for the NCCL in the process, 2.32 or newer: built for " +
+                version_text(DSV3RT_NCCL_VERSION) + ", loaded is " + version_text(nccl().version) + found);
+  }
+
+#if DSV3RT_HAS_RAILS
+  const char* make_rails() {
+    EpComm* comm = this;
+    ncclCommProperties_t properties = NCCL_COMM_PROPERTIES_INITIALIZER;
+    DSV3RT_NCCL_CHECK(nccl().query_properties(comm_, &properties), "ncclCommQueryProperties");
+    ncclGinType_t type = properties.railedGinType;
+    bool known = false;
+    for (const ncclGinType_t ours : kRailTypes) known = known || type == ours;
+    if (!known && properties.ginSupport[NCCL_GIN_TYPE_PROXY]) type = NCCL_GIN_TYPE_PROXY, known = true;
+    if (!known) {
+      return keep("NCCL finds no way to put between nodes that these kernels know (ginType " + std::to_string(type) +
+                  "): it needs InfiniBand or RoCE with GPUDirect RDMA, see NCCL_DEBUG=INFO");
+    }
+    ncclDevCommRequirements_t needs = NCCL_DEV_COMM_REQUIREMENTS_INITIALIZER;
+    needs.ginConnectionType = NCCL_GIN_CONNECTION_RAIL;
+    needs.ginContextCount = kRailContexts;
+    needs.ginSignalCount = kRailPhases * team.nodes.count;
+    needs.ginVaSignalsRequired = false;
+    if (type != properties.railedGinType) needs.ginType = type;
+    auto made = std::make_unique<Rails>();
+    DSV3RT_NCCL_CHECK(nccl().dev_comm_create(comm_, &needs, &made->device), "ncclDevCommCreate");
+    rails_ = std::move(made);
+    return nullptr;
+  }
+
+  // Waits for signals that are under way: they may not find their target gone.
+  void drop_rails() {
+    if (!rails_) return;
+    if (rails_->window != nullptr) {
+      settle_rails(*rails_, team, nullptr);
+      cudaDeviceSynchronize();
+    }
+    nccl().dev_comm_destroy(comm_, &rails_->device);
+  }
+#else
+  const char* make_rails() { return nullptr; }
+  void drop_rails() {}
+#endif
+
   const char* make_window() {
     EpComm* comm = this;
     DSV3RT_NCCL_CHECK(nccl().mem_alloc(&base_, team.at.bytes), "ncclMemAlloc");
     DSV3RT_CUDA_CHECK(cudaMemset(base_, 0, team.at.bytes));
     DSV3RT_NCCL_CHECK(nccl().window_register(comm_, base_, team.at.bytes, &window_, NCCL_WIN_COLL_SYMMETRIC),
                       "ncclCommWindowRegister");
-    std::vector<void*> peers(team.shape.num_ranks);
-    for (int rank = 0; rank < team.shape.num_ranks; ++rank) {
+    std::vector<void*> peers(team.nodes.size);
+    for (int rank = 0; rank < team.nodes.size; ++rank) {
       DSV3RT_NCCL_CHECK(nccl().lsa_pointer(window_, 0, rank, &peers[rank]), "ncclGetLsaDevicePointer");
       if (peers[rank] == nullptr) return keep("ncclGetLsaDevicePointer: no address of rank " + std::to_string(rank));
     }
@@ -165,7 +238,7 @@ class EpComm {
     DSV3RT_CUDA_CHECK(cudaHostAlloc(&error, sizeof(EpError), cudaHostAllocMapped));
     std::memset(error, 0, sizeof(EpError));
     team.error = static_cast<EpError*>(error);
-    team.self = static_cast<char*>(peers[team.shape.rank]);
+    team.self = static_cast<char*>(peers[team.nodes.rail]);
     team.peers = static_cast<char**>(table_);
     DSV3RT_CUDA_CHECK(cudaDeviceSynchronize());
     return nullptr;
@@ -175,6 +248,7 @@ class EpComm {
   ncclWindow_t window_ = nullptr;
   void* base_ = nullptr;
   void* table_ = nullptr;
+  std::unique_ptr<Rails> rails_;
 };
 
 const char* ep_nccl_version(int* compiled, int* loaded) {
@@ -206,6 +280,7 @@ class EpComm {
  public:
   Team team{};
   int device = 0;
+  const Rails* rails() const { return nullptr; }
 };
 
 namespace {
@@ -225,6 +300,7 @@ const char* ep_create(const EpShape&, const uint8_t[kUniqueIdBytes], int, int64_
 #endif
 
 const Team& team_of(const EpComm& comm) { return comm.team; }
+const Rails* rails_of(const EpComm& comm) { return comm.rails(); }
 
 const char* ep_destroy(EpComm* comm) {
   delete comm;
@@ -234,6 +310,11 @@ const char* ep_destroy(EpComm* comm) {
 const EpShape& ep_shape(const EpComm* comm) { return comm->team.shape; }
 int ep_device(const EpComm* comm) { return comm->device; }
 int64_t ep_window_bytes(const EpComm* comm) { return comm->team.at.bytes; }
+int ep_num_nodes(const EpComm* comm) { return comm->team.nodes.count; }
+int64_t ep_rail_words(const EpComm* comm) {
+  const int nodes = comm->team.nodes.count;
+  return nodes > 1 ? int64_t(2) * nodes * rail_words(comm->team.shape) : 0;
+}
 
 EpError ep_error(const EpComm* comm) { return *comm->team.error; }
 

@@ -1,9 +1,10 @@
 #pragma once
 
-#include "comm/window.h"
+#include "comm/rails.h"
 
 namespace dsv3rt {
 
 const Team& team_of(const EpComm& comm);
+const Rails* rails_of(const EpComm& comm);  // null within one node
 
 }  // namespace dsv3rt

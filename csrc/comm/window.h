@@ -1,4 +1,4 @@
-// What lies where in a rank's window: memory that all ranks of the team reach by plain loads and stores.
+// What lies where in a rank's window: memory that all ranks of its node reach by plain loads and stores.
 #pragma once
 
 #include "comm/params.h"
@@ -23,6 +23,7 @@ struct WindowLayout {
   int64_t signals;       // u64 [phase][rank]: the epoch that a peer has finished
   int64_t overflows;  // i64 [rank][2]: rows that a peer's experts needed, and its capacity; zeros where it sufficed
   int64_t local;  // LocalState
+  // What a rank stages for others, in one piece: it lies in other nodes' inboxes as it lies here.
   int64_t num_tokens;  // i32
   int64_t choice;  // u32 [T * K]: expert << 16 | place among its expert's choices of the chunk
   int64_t chunk_starts;  // i32 [chunk][E]: its expert's choices of this rank in earlier chunks
@@ -30,7 +31,14 @@ struct WindowLayout {
   int64_t weight;  // f32 [T * K]
   int64_t weight_grad;  // f32 [T * K], written by the ranks that hold the experts
   int64_t tokens;  // [T] rows, each followed by its scales
+  int64_t staged_bytes;  // of all that, from num_tokens on
   int64_t slots;  // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
+  int64_t slots_bytes;
+  // Between nodes, each once for every other node: what its rank on this rank's rail has staged, what goes back to it
+  // from all experts of this node, and the weights' gradients that it has sent.
+  int64_t inbox;
+  int64_t outbox;
+  int64_t returned_weight_grad;
   // Of the low-latency form, each twice: for epochs of even and of odd number.
   int64_t arrived_choice;  // u32 [2][R][T * K, padded]: all choices of every rank
   int64_t arrived_tokens;  // [2][R][T] rows in FP8, each followed by its scales
@@ -48,7 +56,34 @@ DSV3RT_HOST_DEVICE inline int latency_record_bytes(const EpShape& shape) {
   return round_up(shape.num_columns + shape.num_columns / 128 * 4, 16);
 }
 
-inline WindowLayout layout_of(const EpShape& shape) {
+// A set of ranks: first, first + stride, and so on.
+struct Ranks {
+  int first, count, stride;
+};
+
+// Where a rank stands. Ranks of a node reach each other's memory and have consecutive numbers; ranks of one index in
+// their nodes are a rail, and only they put to each other between nodes.
+struct Nodes {
+  int count, size;  // all of one size
+  int node, rail;   // this rank's node, and its index there
+};
+
+DSV3RT_HOST_DEVICE inline Nodes nodes_of(const EpShape& shape, int node_size) {
+  return {shape.num_ranks / node_size, node_size, shape.rank / node_size, shape.rank % node_size};
+}
+
+DSV3RT_HOST_DEVICE inline Ranks everyone(const Nodes& nodes) { return {0, nodes.count * nodes.size, 1}; }
+DSV3RT_HOST_DEVICE inline Ranks node_mates(const Nodes& nodes) { return {nodes.node * nodes.size, nodes.size, 1}; }
+DSV3RT_HOST_DEVICE inline Ranks rail_mates(const Nodes& nodes) { return {nodes.rail, nodes.count, nodes.size}; }
+
+// Which of `owner`'s areas for other nodes is that for `other`.
+DSV3RT_HOST_DEVICE inline int area_of(int owner, int other) { return other - (other > owner ? 1 : 0); }
+
+// A route's words: bits of a rank's choices, K words for 32 tokens. First for every node those that go there, then for
+// every node those of its rank on this rail that come here.
+DSV3RT_HOST_DEVICE inline int rail_words(const EpShape& shape) { return ceil_div(shape.max_tokens, 32) * shape.top_k; }
+
+inline WindowLayout layout_of(const EpShape& shape, int num_nodes) {
   WindowLayout at{};
   const auto take = [&](int64_t bytes) {
     const int64_t start = at.bytes;
@@ -66,7 +101,15 @@ inline WindowLayout layout_of(const EpShape& shape) {
   at.weight = take(choices * 4);
   at.weight_grad = take(choices * 4);
   at.tokens = take(int64_t(shape.max_tokens) * shape.num_columns * 2);
-  at.slots = take(choices * shape.num_columns * 2);
+  at.staged_bytes = at.bytes - at.num_tokens;
+  at.slots_bytes = round_up(choices * shape.num_columns * 2, int64_t(128));
+  at.slots = take(at.slots_bytes);
+  if (num_nodes > 1) {
+    const int64_t others = num_nodes - 1;
+    at.inbox = take(others * at.staged_bytes);
+    at.outbox = take(others * at.slots_bytes);
+    at.returned_weight_grad = take(others * choices * 4);
+  }
   if (shape.low_latency) {
     const int64_t ranks = shape.num_ranks;
     at.arrived_choice = take(2 * ranks * padded_choices(shape) * 4);
@@ -81,10 +124,11 @@ inline WindowLayout layout_of(const EpShape& shape) {
 // addresses of one memory would not be coherent inside a kernel.
 struct Team {
   char* self;
-  char* const* peers;  // (R,) on the device
+  char* const* peers;  // on the device: windows of this node's ranks
   EpError* error;  // in host memory
   WindowLayout at;
   EpShape shape;
+  Nodes nodes;
   int64_t timeout_ns;
 };
 

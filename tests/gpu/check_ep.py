@@ -1,4 +1,5 @@
-"""The expert exchange between real ranks, against one process's permutation; run by run_ranks.py.
+"""The expert exchange between real ranks, of one node or of several, against one process's permutation; run by
+run_ranks.py.
 
 Bitwise but for the gradients of the weights, whose sums over columns have an order of their own.
 """
@@ -9,7 +10,6 @@ import argparse
 import faulthandler
 import os
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,46 +28,12 @@ from tests.gpu.ep_cases import (
     compact_of_whole,
     compute,
     draw,
+    full_batch,
     low_latency,
     rounded,
     row_factors,
 )
-
-
-class Ranks:
-    """This process among the others, and what it says."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(self.device)
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        self.start = time.monotonic()
-
-    def say(self, text: str, everyone: bool = False) -> None:
-        if everyone or self.rank == 0:
-            print(f"{time.monotonic() - self.start:7.2f} s  {text}", flush=True)
-
-    def group(self, shape: Shape, num_sms: int, timeout_s: float, low_latency: bool = False) -> ops.EpGroup:
-        limits = ops.EpLimits(
-            shape.max_tokens, shape.top_k, shape.num_columns, num_sms, timeout_s, low_latency=low_latency
-        )
-        return ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
-
-
-def equal(name: str, got: Tensor, want: Tensor) -> None:
-    got = got.detach().cpu()
-    if got.shape != want.shape or got.dtype != want.dtype:
-        raise AssertionError(f"{name}: {got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}")
-    if got.dtype == torch.float8_e4m3fn:
-        got, want = got.view(torch.uint8), want.view(torch.uint8)
-    if not torch.equal(got, want):
-        where = (got != want).nonzero()
-        raise AssertionError(
-            f"{name}: {len(where)} of {got.numel()} differ, first at {where[0].tolist()}: "
-            f"{got[tuple(where[0])]} instead of {want[tuple(where[0])]}"
-        )
+from tests.gpu.ep_ranks import Ranks, equal, on
 
 
 def check_layout(route: ops.EpRoute, whole: Whole, shape: Shape, rank: int) -> Tensor:
@@ -84,14 +50,6 @@ def forward(
     rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=shape.block)
     factor = row_factors(route.layout.counts_X, route.layout.offsets, rank * shape.num_local, rows_PD.shape[0])
     return rows_PD, ops.ep_combine(rows_PD * factor, route, group, weight_TK=routing.weight_TK), route
-
-
-def on(device: torch.device, batch: Batch, tokens: slice) -> tuple[Tensor, Routing, Tensor]:
-    """x with gradients, the routing, whose weights have gradients, and the gradient of the result."""
-    routing = batch.routing(tokens)
-    weight = routing.weight_TK.to(device).requires_grad_()
-    x_TD = batch.x_TD[tokens].to(device).requires_grad_()
-    return x_TD, Routing(routing.idx_TK.to(device), weight, weight, weight), batch.dy_TD[tokens].to(device)
 
 
 def check_weight_grad(got: Tensor, want: Tensor, batch: Batch, whole: Whole, tokens: slice) -> None:
@@ -183,16 +141,6 @@ def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) ->
         check_weight_grad(captured[2], whole.dweight_TK[tokens], batch, whole, tokens)
 
 
-def full_batch(shape: Shape, seed: int) -> Batch:
-    """Every rank has as many tokens as it may have."""
-    random = torch.Generator().manual_seed(seed)
-    num_tokens = shape.num_ranks * shape.max_tokens
-    x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
-    weight_TK = torch.rand(num_tokens, shape.top_k, generator=random)
-    idx_TK = torch.rand(num_tokens, shape.num_experts, generator=random).argsort(dim=1)[:, : shape.top_k].contiguous()
-    return Batch([r * shape.max_tokens for r in range(shape.num_ranks + 1)], x_TD, idx_TK, weight_TK, dy_TD)
-
-
 def fault_of(group: ops.EpGroup) -> str:
     assert group.kernels is not None
     try:
@@ -245,7 +193,8 @@ def bring_up(ranks: Ranks) -> None:
     shape = Shape(ranks.size, 2 * ranks.size, 8, 2, 128)
     group = ranks.group(shape, 1, 20.0)
     assert group.kernels is not None
-    ranks.say(f"window of {group.kernels.window_bytes} bytes registered")
+    ranks.say(f"window of {group.kernels.window_bytes} bytes registered, {group.kernels.num_nodes} nodes")
+    assert group.kernels.num_nodes == ranks.num_nodes
     batch = full_batch(shape, 0)
     whole = compute(shape, batch)
     x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
@@ -340,7 +289,21 @@ def check_latency_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: r
         equal("replayed second result", second, -want.bfloat16())
 
 
+def check_latency_refused(ranks: Ranks) -> None:
+    try:
+        ranks.group(Shape(ranks.size, ranks.size, 8, 1, 128), 1, 20.0, low_latency=True)
+    except RuntimeError as error:
+        if "low-latency form needs a group within one team" not in str(error):
+            raise
+        ranks.say(f"refused: {error}")
+    else:
+        raise AssertionError("the low-latency form took a group of several nodes")
+
+
 def check_latency(ranks: Ranks, args: argparse.Namespace) -> None:
+    if ranks.num_nodes > 1:
+        check_latency_refused(ranks)
+        return
     for number, shape in enumerate([
         Shape(ranks.size, 8 * ranks.size, 128, min(8, 8 * ranks.size), 512),
         Shape(ranks.size, 2 * ranks.size, 37, 3, 1152),  # a last warp with columns left over
@@ -363,9 +326,10 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--num-sms", type=int, default=8)
     parser.add_argument("--timeout", type=float, default=20.0, help="of each wait, in seconds")
+    parser.add_argument("--limit", type=float, help="seconds after which a rank ends itself, saying where it is")
     parser.add_argument("--only", choices=("bring-up", "rounds", "latency", "faults"))
     args = parser.parse_args()
-    faulthandler.dump_traceback_later(120 + args.rounds, exit=True)
+    faulthandler.dump_traceback_later(args.limit or 120 + args.rounds, exit=True)
     ranks = Ranks()
     ranks.say(f"{ranks.size} ranks on {torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL {nccl_info()}")
     parts: dict[str, Any] = {

@@ -56,13 +56,24 @@ def draw(shape: Shape, seed: int, router: str) -> Batch:
     if router == "skewed":
         scores += 2.0 / (1 + torch.randperm(shape.num_experts, generator=random))
     elif router == "one rank":
-        scores[:, : min(shape.num_experts, max(shape.top_k, shape.num_local))] += 1
+        first = seed % shape.num_ranks * shape.num_local
+        scores[:, first : first + shape.num_local] += 1
     elif router == "one expert":
         scores[:, seed % shape.num_experts] += 1
     x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
     weight_TK = torch.rand(num_tokens, shape.top_k, generator=random)
     idx_TK = scores.argsort(dim=1, descending=True)[:, : shape.top_k].contiguous()
     return Batch(starts, x_TD, idx_TK, weight_TK, dy_TD)
+
+
+def full_batch(shape: Shape, seed: int) -> Batch:
+    """Every rank has as many tokens as it may have."""
+    random = torch.Generator().manual_seed(seed)
+    num_tokens = shape.num_ranks * shape.max_tokens
+    x_TD, dy_TD = torch.randn(2, num_tokens, shape.num_columns, generator=random).bfloat16()
+    weight_TK = torch.rand(num_tokens, shape.top_k, generator=random)
+    idx_TK = torch.rand(num_tokens, shape.num_experts, generator=random).argsort(dim=1)[:, : shape.top_k].contiguous()
+    return Batch([r * shape.max_tokens for r in range(shape.num_ranks + 1)], x_TD, idx_TK, weight_TK, dy_TD)
 
 
 def factor_of(expert_E: Tensor) -> Tensor:

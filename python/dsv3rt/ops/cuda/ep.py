@@ -15,15 +15,19 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.types import TILE, EpLimits, EpRoute, GroupLayout, QuantTensor, empty_row_scales
 
 _PHASES = ("stage", "pull", "push", "reduce", "send", "receive", "send back", "collect")
-_FAULTS = ("none", "timeout", "overflow", "peer overflow", "bad expert")
+_FAULTS = ("none", "timeout", "overflow", "peer overflow", "bad expert", "network")
 
 
 @dataclass(frozen=True)
 class KernelRoute(EpRoute):
-    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. rows_needed: (1,) on the device."""
+    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. rows_needed: (1,) on the device.
+
+    rails: bits of what goes to other nodes and what comes back from them; empty within one node.
+    """
 
     origin_P: Tensor
     rows_needed: Tensor
+    rails: Tensor
     block: int
 
 
@@ -35,7 +39,7 @@ class KernelMaskedRoute(EpRoute):
 
 
 class KernelExchange:
-    """A rank's communicator: a window of memory that all ranks of the group reach, made by all of them together.
+    """A rank's communicator: a window of memory that all ranks of its node reach, made by all of the group together.
 
     Dispatches run in one order on all ranks, and so do combines; streams are the caller's. The host waits for nothing.
     """
@@ -58,11 +62,17 @@ class KernelExchange:
             timeout_us=int(limits.timeout_s * 1e6),
             low_latency=limits.low_latency,
         )
+        self._rail_words = int(self._comm.rail_words())
         dist.barrier(group=group)  # every window is cleared before anyone writes into it
 
     @property
     def window_bytes(self) -> int:
         return int(self._comm.window_bytes())
+
+    @property
+    def num_nodes(self) -> int:
+        """Sets of ranks that reach each other's memory; between them NCCL's one-sided puts carry the rows."""
+        return int(self._comm.num_nodes())
 
     def check(self) -> None:
         """Does not wait: a fault of a kernel that still runs is found by a later call.
@@ -101,7 +111,7 @@ class KernelExchange:
 
         layout = GroupLayout(integers(self._num_local), integers(self._num_local + 1))
         shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
-        route = KernelRoute(layout, shape_TK, integers(capacity), integers(1), block)
+        route = KernelRoute(layout, shape_TK, integers(capacity), integers(1), integers(self._rail_words), block)
         return self._pull(x, route, choice=idx_TK.contiguous()), route
 
     def dispatch_weighted(
@@ -169,7 +179,9 @@ class KernelExchange:
     @staticmethod
     def _route(route: KernelRoute) -> Any:
         layout = route.layout
-        return load().EpRoute(layout.counts_X, layout.offsets, route.origin_P, route.rows_needed, route.block)
+        return load().EpRoute(
+            layout.counts_X, layout.offsets, route.origin_P, route.rows_needed, route.rails, route.block
+        )
 
 
 class _Dispatch(torch.autograd.Function):
@@ -220,6 +232,8 @@ def _describe(rank: int, fault: int, phase: int, peer: int, expected: int, seen:
             f"expert exchange: rank {rank} waited in vain for rank {peer} to finish {_PHASES[phase]} "
             f"(expected counter {expected}, seen {seen})"
         )
+    if kind == "network":
+        return f"expert exchange: rank {rank} waited in vain for the network to take what {_PHASES[phase]} puts"
     if kind == "bad expert":
         return f"expert exchange: rank {rank} was given expert {seen} of {expected}"
     return f"expert exchange: rank {peer} found {seen} rows for {expected}: raise capacity"

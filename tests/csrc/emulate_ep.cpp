@@ -1,0 +1,410 @@
+// emulate_ep nodes node_size experts max_tokens top_k columns rounds delay_us seed: the kernels of the exchange between
+// ranks of one node or of several, all in this process on the host, against sums over everybody's tokens. Prints what
+// was put between nodes; exits with 1 at the first difference.
+#include "cuda_on_host.h"
+// (before the kernels: their language)
+#include "comm/sm90_ep_combine.cuh"
+#include "comm/sm90_ep_dispatch.cuh"
+#include "comm/sm90_ep_rails.cuh"
+
+namespace dsv3rt {
+
+thread_local uint8_t warp_counts[kWarps * kMaxEpExperts];
+thread_local int shared[4 * kMaxEpExperts];
+
+namespace {
+
+constexpr int kBlocks = 2, kBlock = 16;
+
+struct Options {
+  int num_nodes, node_size, experts, max_tokens, top_k, columns, rounds, delay_us, seed;
+};
+
+struct Rank {
+  Team team{};
+  Rails rails{};
+  std::vector<char> window;
+  std::vector<char*> peers;
+  EpError error{};
+};
+
+struct Batch {
+  int num_tokens = 0;
+  std::vector<int64_t> choice;
+  std::vector<float> weight, scale;  // scale: [tile][token]
+  std::vector<__nv_bfloat16> x, dy;  // [token][column]
+};
+
+struct Row {
+  int rank, token, k;
+};
+
+[[noreturn]] void differ(const char* what, int rank, int64_t index) {
+  std::printf("%s differs at rank %d, %lld\n", what, rank, static_cast<long long>(index));
+  std::exit(1);
+}
+
+float number(__nv_bfloat16 value) { return __bfloat162float(value); }
+float factor(int64_t expert) { return 1 + float(expert % 32) / 32; }
+
+class World {
+ public:
+  explicit World(const Options& options) : options_(options), ranks_(options.num_nodes * options.node_size) {
+    for (int rail = 0; rail < options.node_size; ++rail) rails_.push_back(std::make_unique<host::Rail>());
+    for (int r = 0; r < int(ranks_.size()); ++r) {
+      Team& team = ranks_[r].team;
+      team.shape = {int(ranks_.size()), r, options.experts, options.max_tokens, options.top_k, options.columns, false};
+      team.nodes = nodes_of(team.shape, options.node_size);
+      team.at = layout_of(team.shape, options.num_nodes);
+      team.timeout_ns = 60'000'000'000;
+      team.error = &ranks_[r].error;
+      ranks_[r].window.assign(team.at.bytes, 0);
+      team.self = ranks_[r].window.data();
+    }
+    for (int r = 0; r < int(ranks_.size()); ++r) {
+      Rank& rank = ranks_[r];
+      const Nodes& nodes = rank.team.nodes;
+      for (int mate = 0; mate < nodes.size; ++mate)
+        rank.peers.push_back(ranks_[nodes.node * nodes.size + mate].team.self);
+      rank.team.peers = rank.peers.data();
+      host::Rail& rail = *rails_[nodes.rail];
+      rail.windows.push_back(rank.team.self);
+      rail.signals.emplace_back(host::kContexts * host::kSignals);
+      rail.window_bytes = rank.team.at.bytes;
+      rail.delay_us = options.delay_us;
+      rail.random.seed(unsigned(options.seed * 100 + nodes.rail + 1));
+      rank.rails.device = {&rail, nodes.node, host::kContexts};
+    }
+  }
+
+  void run() {
+    host::skew_us = options_.delay_us;
+    std::atomic<bool> over = false;
+    std::thread network([&] {
+      while (!over) {
+        for (auto& rail : rails_) rail->deliver();
+        std::this_thread::yield();
+      }
+    });
+    std::mt19937 random(unsigned(options_.seed));
+    for (int round = 0; round < options_.rounds; ++round) {
+      draw(random, round);
+      for_all([&](int r) { exchange(r); });
+    }
+    for_all([&](int r) {
+      Rank& rank = ranks_[r];
+      host::launch(1, kRailThreads, [&rank] { ep_settle_rails_kernel(rank.team, rank.rails); });
+      if (rank.error.is_complete) differ("the error record", r, int(rank.error.fault));
+    });
+    draw(random, 0);
+    for_all([&](int r) { overflow(r); });
+    over = true;
+    network.join();
+    int64_t puts = 0, bytes = 0;
+    for (auto& rail : rails_) puts += rail->num_puts, bytes += rail->put_bytes;
+    std::printf("%lld puts, %lld bytes\n", static_cast<long long>(puts), static_cast<long long>(bytes));
+  }
+
+ private:
+  template <typename Work>
+  void for_all(Work work) {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < int(ranks_.size()); ++r) threads.emplace_back([=] { work(r); });
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  void draw(std::mt19937& random, int round) {
+    std::normal_distribution<float> normal;
+    batches_.assign(ranks_.size(), {});
+    for (int r = 0; r < int(ranks_.size()); ++r) {
+      Batch& batch = batches_[r];
+      batch.num_tokens =
+          round % 3 == 1 && r == round % int(ranks_.size()) ? 0 : int(random() % (options_.max_tokens + 1));
+      for (int t = 0; t < batch.num_tokens; ++t) {
+        std::vector<int> all(options_.experts);
+        for (int e = 0; e < options_.experts; ++e) all[e] = e;
+        std::shuffle(all.begin(), all.end(), random);
+        const bool skewed = round % 3 == 2;  // all to the experts of one rank first
+        if (skewed)
+          std::stable_partition(all.begin(), all.end(),
+                                [&](int e) { return rank_of(e) == round % int(ranks_.size()); });
+        for (int k = 0; k < options_.top_k; ++k) {
+          batch.choice.push_back(all[k]);
+          batch.weight.push_back(std::abs(normal(random)));
+        }
+        for (int c = 0; c < options_.columns; ++c) {
+          batch.x.push_back(__float2bfloat16(normal(random)));
+          batch.dy.push_back(__float2bfloat16(normal(random)));
+        }
+      }
+      batch.scale.resize(size_t(num_scales()) * std::max(1, batch.num_tokens));
+      for (float& scale : batch.scale) scale = normal(random);
+    }
+  }
+
+  int num_scales() const { return (options_.columns + 127) / 128; }
+  int num_local() const { return options_.experts / int(ranks_.size()); }
+  int rank_of(int64_t expert) const { return int(expert) / num_local(); }
+
+  // The rows of a rank's experts, padding as rank -1.
+  std::vector<Row> rows_of(int rank, std::vector<int>* counts) const {
+    std::vector<Row> rows;
+    for (int x = 0; x < num_local(); ++x) {
+      const size_t first = rows.size();
+      for (int r = 0; r < int(ranks_.size()); ++r) {
+        for (int i = 0; i < int(batches_[r].choice.size()); ++i) {
+          if (batches_[r].choice[i] == rank * num_local() + x)
+            rows.push_back({r, i / options_.top_k, i % options_.top_k});
+        }
+      }
+      counts->push_back(int(rows.size() - first));
+      while (rows.size() % kBlock != 0) rows.push_back({-1, 0, 0});
+    }
+    return rows;
+  }
+
+  // A route's arrays.
+  struct Route {
+    std::vector<int> counts, offsets, origin, rows_needed;
+    std::vector<uint32_t> rails;
+    EpRoute route{};
+  };
+
+  void make(Route& route, const Team& team, int capacity) const {
+    route.counts.assign(num_local(), -1);
+    route.offsets.assign(num_local() + 1, -1);
+    route.origin.assign(capacity, -7);
+    route.rows_needed.assign(1, 0);
+    route.rails.assign(size_t(2) * team.nodes.count * rail_words(team.shape), 0xdeadbeef);
+    route.route = {route.counts.data(),
+                   route.offsets.data(),
+                   route.origin.data(),
+                   route.rows_needed.data(),
+                   route.rails.data(),
+                   capacity,
+                   kBlock};
+  }
+
+  // As launch.cu does it.
+  template <bool kNodes>
+  static void dispatch_in(const Rank& rank, const EpDispatchParams& params) {
+    const Team& team = rank.team;
+    const int record = round_up(params.tokens.row_bytes + 4 * params.tokens.num_scales, 16);
+    const bool weighted = params.outputs != nullptr;
+    const StageArgs stage{params.tokens, params.finds_route, params.choice, params.weight, params.num_tokens, record};
+    host::launch(kBlocks, kThreads, [=, &team] { ep_stage_kernel(team, stage); });
+    const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record, params.route.rails};
+    if (kNodes)
+      host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_tokens_kernel(rank.team, rank.rails, leaving); });
+    if (params.finds_route) {
+      const PlaceArgs place{params.route};
+      host::launch(kBlocks, kThreads, [=, &team] { ep_place_kernel<kNodes>(team, place); });
+    }
+    const PullArgs pull{params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record};
+    host::launch(kBlocks, kThreads, [=, &team] {
+      weighted ? ep_pull_kernel<true, kNodes>(team, pull) : ep_pull_kernel<false, kNodes>(team, pull);
+    });
+    if (kNodes) {
+      host::launch(1, kRailThreads, [=, &rank] { ep_release_inboxes_kernel(rank.team, rank.rails, weighted); });
+    }
+    if (!weighted) return;
+    host::launch(1, kThreads, [=, &team] {
+      ep_weight_grad_kernel<kNodes>(team, params.weight_grad, params.route.rails, params.num_tokens * team.shape.top_k);
+    });
+  }
+
+  template <bool kNodes>
+  static void combine_in(const Rank& rank, const EpCombineParams& params) {
+    const Team& team = rank.team;
+    const PushArgs push{params.route, static_cast<const char*>(params.rows)};
+    const ReduceArgs reduce{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+    const uint32_t* words = params.route.rails;
+    host::launch(kBlocks, kThreads, [=, &team] { ep_push_kernel<kNodes>(team, push); });
+    if (kNodes) host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_slots_kernel(rank.team, rank.rails, words); });
+    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel<kNodes>(team, reduce); });
+    if (kNodes) host::launch(1, kRailThreads, [=, &rank] { ep_release_slots_kernel(rank.team, rank.rails); });
+  }
+
+  void dispatch(const Rank& rank, const EpDispatchParams& params) const {
+    options_.num_nodes > 1 ? dispatch_in<true>(rank, params) : dispatch_in<false>(rank, params);
+  }
+
+  void combine(const Rank& rank, const EpCombineParams& params) const {
+    options_.num_nodes > 1 ? combine_in<true>(rank, params) : combine_in<false>(rank, params);
+  }
+
+  EpRows rows_view(std::vector<__nv_bfloat16>& data) const {
+    return {data.data(), nullptr, options_.columns * 2, 0, options_.columns * 2, 0};
+  }
+
+  // Dispatch, another of FP8 in between, combine, and both backwards by the first one's route.
+  void exchange(int r) {
+    const Rank& rank = ranks_[r];
+    Batch& batch = batches_[r];
+    const int columns = options_.columns;
+    std::vector<int> counts;
+    const std::vector<Row> want = rows_of(r, &counts);
+    const int capacity = int(want.size()) + 2 * kBlock;
+    Route route;
+    make(route, rank.team, capacity);
+    std::vector<__nv_bfloat16> rows(size_t(capacity) * columns), out(rows), drows(rows);
+    EpDispatchParams params{};
+    params.tokens = rows_view(batch.x);
+    params.num_tokens = batch.num_tokens;
+    params.finds_route = true;
+    params.choice = batch.choice.data();
+    params.route = route.route;
+    params.rows = rows_view(rows);
+    dispatch(rank, params);
+    if (route.counts != counts) differ("the counts", r, 0);
+    for (size_t i = 0; i < want.size(); ++i) {
+      const Row& row = want[i];
+      for (int c = 0; c < columns; ++c) {
+        const float got = number(rows[i * columns + c]);
+        const float x = row.rank < 0 ? 0.0f : number(batches_[row.rank].x[size_t(row.token) * columns + c]);
+        if (got != x) differ("a row", r, int64_t(i));
+        const int64_t expert = row.rank < 0 ? 0 : batches_[row.rank].choice[row.token * options_.top_k + row.k];
+        out[i * columns + c] = __float2bfloat16(got * factor(expert));
+      }
+    }
+    exchange_fp8(r, want);
+    std::vector<__nv_bfloat16> y(size_t(batch.num_tokens) * columns), dx(y);
+    combine(rank, {out.data(), route.route, batch.weight.data(), y.data(), batch.num_tokens, columns, kBlocks});
+    // A second one at once, of other rows: its slots must not come before the first have been read.
+    std::vector<__nv_bfloat16> negative(out.size()), y_negative(y.size());
+    for (size_t i = 0; i < out.size(); ++i) negative[i] = __float2bfloat16(-number(out[i]));
+    combine(rank,
+            {negative.data(), route.route, batch.weight.data(), y_negative.data(), batch.num_tokens, columns, kBlocks});
+    check_sums(r, y, false);
+    for (size_t i = 0; i < y.size(); ++i) {
+      if (number(y[i]) != -number(y_negative[i])) differ("a second result", r, int64_t(i));
+    }
+    std::vector<float> weight_grad(batch.weight.size());
+    params.tokens = rows_view(batch.dy);
+    params.finds_route = false;
+    params.choice = nullptr;
+    params.weight = batch.weight.data();
+    params.rows = rows_view(drows);
+    params.outputs = out.data();
+    params.weight_grad = weight_grad.data();
+    dispatch(rank, params);
+    check_weight_grad(r, weight_grad);
+    for (size_t i = 0; i < want.size(); ++i) {
+      const Row& row = want[i];
+      for (int c = 0; row.rank >= 0 && c < columns; ++c) {
+        const Batch& from = batches_[row.rank];
+        const float dy = number(from.dy[size_t(row.token) * columns + c]);
+        const float expected = number(__float2bfloat16(dy * from.weight[row.token * options_.top_k + row.k]));
+        if (number(drows[i * columns + c]) != expected) differ("a row of the gradient", r, int64_t(i));
+      }
+    }
+    combine(rank, {drows.data(), route.route, nullptr, dx.data(), batch.num_tokens, columns, kBlocks});
+    check_sums(r, dx, true);
+  }
+
+  void exchange_fp8(int r, const std::vector<Row>& want) {
+    Batch& batch = batches_[r];
+    const int columns = options_.columns, scales = num_scales(), capacity = int(want.size()) + kBlock;
+    Route route;
+    make(route, ranks_[r].team, capacity);
+    std::vector<uint8_t> rows(size_t(capacity) * columns);
+    std::vector<float> row_scale(size_t(capacity) * scales);
+    EpDispatchParams params{};
+    // The high and low bytes of BF16 numbers are as good as any; a token is half of its row.
+    params.tokens = {batch.x.data(), batch.scale.data(), columns * 2, std::max(1, batch.num_tokens), columns, scales};
+    params.num_tokens = batch.num_tokens;
+    params.finds_route = true;
+    params.choice = batch.choice.data();
+    params.route = route.route;
+    params.rows = {rows.data(), row_scale.data(), columns, capacity, columns, scales};
+    dispatch(ranks_[r], params);
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (want[i].rank < 0) continue;
+      const Batch& from = batches_[want[i].rank];
+      const auto* bytes = reinterpret_cast<const uint8_t*>(from.x.data() + size_t(want[i].token) * columns);
+      if (std::memcmp(bytes, rows.data() + i * columns, columns) != 0) differ("an FP8 row", r, int64_t(i));
+      for (int s = 0; s < scales; ++s) {
+        const float scale = from.scale[size_t(s) * std::max(1, from.num_tokens) + want[i].token];
+        if (scale != row_scale[size_t(s) * capacity + i]) differ("a scale", r, int64_t(i));
+      }
+    }
+  }
+
+  void check_sums(int r, const std::vector<__nv_bfloat16>& got, bool is_gradient) const {
+    const Batch& batch = batches_[r];
+    for (size_t i = 0; i < got.size(); ++i) {
+      const size_t token = i / options_.columns;
+      float sum = 0;
+      for (int k = 0; k < options_.top_k; ++k) {
+        const size_t entry = token * options_.top_k + k;
+        const float weight = batch.weight[entry];
+        sum = is_gradient
+                  ? sum + number(__float2bfloat16(number(batch.dy[i]) * weight))
+                  : fmaf(number(__float2bfloat16(number(batch.x[i]) * factor(batch.choice[entry]))), weight, sum);
+      }
+      if (number(got[i]) != number(__float2bfloat16(sum)))
+        differ(is_gradient ? "a gradient" : "a result", r, int64_t(i));
+    }
+  }
+
+  void check_weight_grad(int r, const std::vector<float>& got) const {
+    const Batch& batch = batches_[r];
+    for (size_t entry = 0; entry < got.size(); ++entry) {
+      double sum = 0, magnitude = 0;
+      for (int c = 0; c < options_.columns; ++c) {
+        const size_t i = entry / options_.top_k * options_.columns + c;
+        const double out = number(__float2bfloat16(number(batch.x[i]) * factor(batch.choice[entry])));
+        sum += out * number(batch.dy[i]);
+        magnitude += std::abs(out * number(batch.dy[i]));
+      }
+      // Each of the additions, one a column at most, errs by 2^-24 of the sum of magnitudes.
+      if (!(std::abs(got[entry] - sum) <= options_.columns * std::ldexp(magnitude, -24))) {
+        differ("a weight's gradient", r, int64_t(entry));
+      }
+    }
+  }
+
+  // No room at rank 0: all hear of it and give no result.
+  void overflow(int r) {
+    Batch& batch = batches_[r];
+    batch.num_tokens = options_.max_tokens;
+    batch.choice.assign(size_t(options_.max_tokens) * options_.top_k, 0);
+    for (size_t i = 0; i < batch.choice.size(); ++i) batch.choice[i] = int64_t(i) % options_.top_k;
+    batch.x.resize(size_t(options_.max_tokens) * options_.columns);
+    const int capacity = options_.max_tokens * options_.top_k * int(ranks_.size()) + kBlock * num_local();
+    Route route;
+    make(route, ranks_[r].team, r == 0 ? kBlock : round_up(capacity, kBlock));
+    std::vector<__nv_bfloat16> rows(size_t(route.route.capacity) * options_.columns), y(batch.x.size());
+    EpDispatchParams params{};
+    params.tokens = rows_view(batch.x);
+    params.num_tokens = batch.num_tokens;
+    params.finds_route = true;
+    params.choice = batch.choice.data();
+    params.route = route.route;
+    params.rows = rows_view(rows);
+    dispatch(ranks_[r], params);
+    combine(ranks_[r], {rows.data(), route.route, nullptr, y.data(), batch.num_tokens, options_.columns, kBlocks});
+    for (size_t i = 0; i < y.size(); ++i) {
+      if (!std::isnan(number(y[i]))) differ("a result of rows that did not fit", r, int64_t(i));
+    }
+    const EpFault expected = r == 0 ? EpFault::kOverflow : EpFault::kPeerOverflow;
+    if (!ranks_[r].error.is_complete || ranks_[r].error.fault != expected) differ("the overflow's record", r, 0);
+  }
+
+  Options options_;
+  std::vector<std::unique_ptr<host::Rail>> rails_;
+  std::vector<Rank> ranks_;
+  std::vector<Batch> batches_;
+};
+
+}  // namespace
+}  // namespace dsv3rt
+
+int main(int argc, char** argv) {
+  if (argc != 10) return 2;
+  int values[9];
+  for (int i = 0; i < 9; ++i) values[i] = std::atoi(argv[i + 1]);
+  dsv3rt::World({values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8]})
+      .run();
+  return 0;
+}
