@@ -141,9 +141,10 @@ class ParallelConfig:
     bucket_mb: float = 64.0  # FP32 gradients that travel together
     buckets_in_flight: int = 2  # of each group of ranks: one is packed or summed while another travels
     expert_capacity: float = 0.0  # rows that experts have room for, over an even load; more stop the run; 0: any load
+    expert_sms: int = 16  # multiprocessors that carry rows between experts; ranks that share a GPU share these out too
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight")
+        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight", "expert_sms")
         _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
         _require(self.expert_capacity == 0 or self.expert_capacity >= 1, "parallel", "expert_capacity",
                  "be 0 or at least 1", self.expert_capacity)  # fmt: skip

@@ -52,7 +52,8 @@ def build(layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device, 
     _draw(model, layout, mesh, torch.empty(0, dtype=dtype, device=device))
     if mesh.config.ep > 1:
         ((_, group),) = mesh.groups("experts", layout.expert_groups()).items()
-        exchange = ExpertExchange(group, mesh.config.ep, capacity=mesh.config.expert_capacity)
+        config = mesh.config
+        exchange = ExpertExchange(group, config.ep, capacity=config.expert_capacity, num_sms=config.expert_sms)
         if device.type == "cuda":
             like_TD = torch.empty(tokens, layout.model.dim, dtype=dtype, device=device)
             exchange.open(like_TD, layout.model.num_experts, layout.model.top_k)

@@ -36,10 +36,16 @@ class ExpertExchange:
     """
 
     def __init__(
-        self, group: Any, num_ranks: int, placement: Placement | None = None, *, capacity: float = 0.0
+        self,
+        group: Any,
+        num_ranks: int,
+        placement: Placement | None = None,
+        *,
+        capacity: float = 0.0,
+        num_sms: int = 16,
     ) -> None:
         """placement: of replicas, for serving; rank i then holds the experts `placement.experts_on(i)`, in this order.
-        capacity: rows that a rank's experts have room for, over an even load; 0: for any load.
+        capacity: rows that a rank's experts have room for, over an even load; 0: for any load. num_sms: for the kernels.
 
         Raises:
             ValueError: a placement on another number of GPUs than there are ranks.
@@ -52,6 +58,7 @@ class ExpertExchange:
         self._num_ranks = num_ranks
         self._placement = placement
         self._capacity = capacity
+        self._num_sms = num_sms
         self._most_tokens = 0
         self._experts: ops.EpGroup | None = None
 
@@ -110,4 +117,4 @@ class ExpertExchange:
         here = torch.tensor([x_TD.shape[0], int(lacks)], device=x_TD.device)
         dist.all_reduce(here, dist.ReduceOp.MAX, group=self._group)
         self._most_tokens, lacking = here.tolist()
-        return None if lacking else ops.EpLimits(self._most_tokens, top_k, x_TD.shape[1])
+        return None if lacking else ops.EpLimits(self._most_tokens, top_k, x_TD.shape[1], self._num_sms)
