@@ -1,7 +1,8 @@
 """Write a Chrome trace of one training step of every rank: which phases of which micro-batches run beside each other.
 
     torchrun --nproc-per-node 4 scripts/trace_ranks.py CONFIG.toml traces [--full] [--section.key value ...]
-    python tests/gpu/run_ranks.py --ranks 8 --gpus 1 scripts/trace_ranks.py CONFIG.toml traces --parallel.expert_sms 4 ...
+    python tests/gpu/run_ranks.py --ranks 8 --gpus 1 scripts/trace_ranks.py CONFIG.toml traces \
+        --parallel.expert_sms 4 ...
 
 Trains on random tokens, three steps, whose losses it prints, and traces the third: traces/rank-N.json.gz, for Perfetto,
 chrome://tracing or scripts/trace_picture.py. A phase is named by its action in the table and itself, "3B2 dispatch":

@@ -146,8 +146,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight", "expert_sms")
         _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
-        _require(self.expert_capacity == 0 or self.expert_capacity >= 1, "parallel", "expert_capacity",
-                 "be 0 or at least 1", self.expert_capacity)  # fmt: skip
+        _require(not 0 < (room := self.expert_capacity) < 1, "parallel", "expert_capacity", "be 0 or at least 1", room)
         _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
 
     @property

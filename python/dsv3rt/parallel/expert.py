@@ -45,7 +45,7 @@ class ExpertExchange:
         num_sms: int = 16,
     ) -> None:
         """placement: of replicas, for serving; rank i then holds the experts `placement.experts_on(i)`, in this order.
-        capacity: rows that a rank's experts have room for, over an even load; 0: for any load. num_sms: for the kernels.
+        capacity: rows that a rank's experts have room for, over an even load; 0: for any load. num_sms: of the kernels.
 
         Raises:
             ValueError: a placement on another number of GPUs than there are ranks.
@@ -65,8 +65,8 @@ class ExpertExchange:
     def open(self, like_TD: Tensor, num_experts: int, top_k: int) -> None:
         """Make the communicator for as many rows as `like_TD` has, on any rank; all ranks of the group together.
 
-        To map windows waits for all work of the device. Where messages between other ranks are awaited on it already,
-        as a pipeline does from its first step on, that would be for ever.
+        To map windows may wait for all work of the device. Where messages of other ranks are awaited on it already, as
+        in a pipeline from its first step on, that could be for ever.
         """
         slots = num_experts if self._placement is None else self._placement.num_slots
         limits = self._limits(like_TD, top_k)
