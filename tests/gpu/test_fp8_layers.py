@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsv3rt import ops, presets
 from dsv3rt.layers import fp8, main_grad
+from dsv3rt.layers.norm import RMSNorm
 from dsv3rt.layers.precision import set_precision
 from dsv3rt.layers.router import Router
 from dsv3rt.layers.weights import WeightCast
@@ -55,6 +56,25 @@ def test_fp8_linear_matches_reference(rows: int, keep_input: bool) -> None:
         return [y.detach(), leaf.grad, *(take(w) for w in own)]  # type: ignore[list-item]
 
     assert_same(run("cuda"), run("cpu"), SAME_PRODUCT)
+
+
+@pytest.mark.parametrize("columns", [512, 1536])
+def test_fp8_norm_linear_is_the_linear_of_the_norm(columns: int) -> None:
+    """To the bit, as tests/layers has it on the CPU; x are columns of a wider tensor."""
+    norm = RMSNorm(columns, 1e-6, dtype=BF16, device="cuda")
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    weight = nn.Parameter((torch.randn(768, columns, device="cuda") * 0.05).to(BF16))
+    wide, dy = (torch.randn(300, width, device="cuda").to(BF16) for width in (2112, 768))
+
+    def run(fused: bool) -> list[Tensor]:
+        stack = WeightCast(), (weight,)
+        leaf = wide.clone().requires_grad_()
+        x, norm.weight.grad = leaf[:, 64 : 64 + columns], None
+        y = fp8.norm_linear(x, norm, stack, None) if fused else fp8.linear(norm(x), stack, None, keep_input=False)
+        y.backward(dy)
+        return [y.detach(), leaf.grad, norm.weight.grad, take(weight)]  # type: ignore[list-item]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(True), run(False), strict=True))
 
 
 def test_fp8_mlp_matches_reference() -> None:

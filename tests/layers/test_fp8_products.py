@@ -13,6 +13,7 @@ from torch.nn import functional
 from dsv3rt import ops
 from dsv3rt.layers import fp8, main_grad
 from dsv3rt.layers.ledger import Ledger, WeightGrads
+from dsv3rt.layers.norm import RMSNorm
 from dsv3rt.layers.weights import WeightCast
 
 
@@ -47,6 +48,32 @@ def test_fp8_linear_is_near_fp32(rows: int, keep_input: bool) -> None:
     stacked = torch.cat([weight.detach() for weight in weights])
     got = [y.detach(), x.grad, torch.cat([take(weight) for weight in weights])]  # type: ignore[misc]
     assert_near(got, [x.detach() @ stacked.t(), dy @ stacked, dy.t() @ x.detach()], [2, 2, 2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("rows", [1, 130])
+def test_fp8_norm_linear_is_the_linear_of_the_norm(rows: int, deferred: bool) -> None:
+    """To the bit, from columns of a wider tensor as a latent is."""
+    norm = RMSNorm(192, 1e-6, dtype=torch.bfloat16)
+    weight = nn.Parameter((torch.randn(80, 192) * 0.05).bfloat16())
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    wide, dy = torch.randn(rows, 320).bfloat16(), torch.randn(rows, 80).bfloat16()
+
+    def run(fused: bool) -> list[Tensor]:
+        owed = WeightGrads(no_sink) if deferred else None
+        ledger, stack = Ledger(owed), (WeightCast(), (weight,))
+        leaf = wide.clone().requires_grad_()
+        x, norm.weight.grad = leaf[:, 64:256], None
+        y = fp8.norm_linear(x, norm, stack, ledger) if fused else fp8.linear(norm(x), stack, ledger, keep_input=False)
+        y.backward(dy)
+        if owed is not None:
+            assert take(weight) is None
+            owed.run()
+        return [y.detach(), leaf.grad, norm.weight.grad, take(weight)]  # type: ignore[list-item]
+
+    got, want = run(True), run(False)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert all(bool(one.any()) for one in got)
 
 
 def test_fp8_mlp_is_near_fp32() -> None:

@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 from dsv3rt import ops
 from dsv3rt.layers import main_grad
 from dsv3rt.layers.ledger import Ledger
+from dsv3rt.layers.norm import RMSNorm
 from dsv3rt.layers.weights import Cast, Stack, transposed
+from dsv3rt.ops.norm import KERNEL_WIDTHS
 from dsv3rt.ops.types import GroupLayout, Permutation, QuantTensor
 
 
@@ -32,6 +34,16 @@ def linear(x_TD: Tensor, stack: Stack, ledger: Ledger | None, *, keep_input: boo
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     job = _LinearJob(cast_weight.of(*weights), weights if trains else (), ledger, keep_input)
     return cast(Tensor, _Linear.apply(x_TD, job, *weights))
+
+
+def norm_linear(x_TD: Tensor, norm: RMSNorm, stack: Stack, ledger: Ledger | None) -> Tensor:
+    """`linear` of norm(x), which is never written in more than FP8; to the bit the same numbers and gradients."""
+    if x_TD.dtype != torch.bfloat16 or (x_TD.is_cuda and x_TD.shape[1] not in KERNEL_WIDTHS):
+        return linear(norm(x_TD), stack, ledger, keep_input=False)
+    cast_weight, weights = stack
+    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    job = _LinearJob(cast_weight.of(*weights), weights if trains else (), ledger, keep_input=False)
+    return cast(Tensor, _NormLinear.apply(x_TD, norm.weight, norm.eps, job, *weights))
 
 
 def swiglu_mlp(
@@ -113,6 +125,31 @@ class _Linear(torch.autograd.Function):
             _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, x_t, None)))
         dx = ops.fp8_gemm_nt(dy, transposed(job.cast), out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
+
+
+class _NormLinear(torch.autograd.Function):
+    """Saves x, the root of each row, and the normed rows by columns in FP8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, norm_weight: Tensor, eps: float, job: _LinearJob, *weights: nn.Parameter
+    ) -> Tensor:
+        ctx.job = job
+        normed = ops.rms_norm_quantize_1x128(x_TD, norm_weight, eps, with_transpose=bool(job.weights))
+        ctx.save_for_backward(x_TD, norm_weight, normed.rstd_T, *_tensors(normed.q_t))
+        return ops.fp8_gemm_nt(normed.q, job.cast[0], out_dtype=x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
+        job: _LinearJob = ctx.job
+        x_TD, norm_weight, rstd_T, *kept = ctx.saved_tensors
+        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TF), with_transpose=True)
+        if job.weights:
+            _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, _quant(*kept), None)))
+        dnormed = ops.fp8_gemm_nt(dy, transposed(job.cast), out_dtype=x_TD.dtype)
+        dx, dnorm_weight = ops.rms_norm_backward(dnormed, x_TD, norm_weight, rstd_T)
+        return dx, dnorm_weight.to(norm_weight.dtype), None, None, *(None for _ in ctx.needs_input_grad[4:])
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,13 @@ class SplitColumns(torch.autograd.Function):
         return left.as_strided((*left.shape[:-1], left.shape[-1] + right.shape[-1]), left.stride()), None
 
 
+def _norm_up(latent_TC: Tensor, norm: RMSNorm, proj: Linear, ledger: Ledger | None) -> Tensor:
+    """The projection of a latent's norm; in FP8 norm and cast are one."""
+    stacks = proj.fp8_weights()
+    y: Tensor = fp8.norm_linear(latent_TC, norm, stacks[0], ledger) if stacks else proj(norm(latent_TC), ledger)
+    return y
+
+
 class MLA(nn.Module):
     """Attention over a shared latent of C + R numbers a token (DeepSeek-V2 report sec. 2.1, V3 report sec. 2.1.1).
 
@@ -115,14 +122,8 @@ class MLA(nn.Module):
     def _queries(self, q: Tensor, cos_TR: Tensor, sin_TR: Tensor, ledger: Ledger | None = None) -> Tensor:
         """(T, H, N + R), the rope part rotated, from `_query_input`, which stays as it is."""
         config = self.config
-        q = q.clone() if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q), ledger)
+        q = q.clone() if config.q_lora_rank is None else _norm_up(q, self.q_a_layernorm, self.q_b_proj, ledger)
         return rotate_queries(q.unflatten(-1, (config.num_heads, config.qk_head_dim)), cos_TR, sin_TR)
-
-    def _latents(self, kv_a: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised (T, C) and the rotated (T, R), from the joint projection: what the cache holds."""
-        sizes = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
-        latent_TC, rope_TR = kv_a.split(sizes, dim=-1)
-        return self.kv_a_layernorm(latent_TC), ops.rope(rope_TR, cos_TR, sin_TR)
 
     def forward(self, x_TD: Tensor, sequences: Sequences, ledger: Ledger | None = None) -> Tensor:
         """Causal attention inside each sequence; (T, D) -> (T, D)."""
@@ -131,8 +132,9 @@ class MLA(nn.Module):
 
         def up(q: Tensor, kv_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             q_THC = self._queries(q, cos_TR, sin_TR, ledger)
-            latent_TC, k_rope_TR = self._latents(kv_a, cos_TR, sin_TR)
-            return q_THC, self.kv_b_proj(latent_TC, ledger), k_rope_TR
+            latent_TC, rope_TR = kv_a.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+            kv = _norm_up(latent_TC, self.kv_a_layernorm, self.kv_b_proj, ledger)
+            return q_THC, kv, ops.rope(rope_TR, cos_TR, sin_TR)
 
         q_THC, kv, k_rope_TR = recomputed(ledger, "mla_up", up, *self._down(x_TD, ledger))
         kv_THX = kv.unflatten(-1, (config.num_heads, -1))
