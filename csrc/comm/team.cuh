@@ -51,6 +51,13 @@ __device__ __forceinline__ bool has_failed(const Team& team) {
   return *reinterpret_cast<volatile unsigned*>(&local_state(team).failed) != 0;
 }
 
+// Whom a wait in vain for `peer` is for: the mate that would have passed on its word, if that has not come so far
+// itself.
+__device__ inline int missing_rank(const Team& team, EpPhase phase, int peer, uint64_t epoch) {
+  const int mate = team.nodes.node * team.nodes.size + peer % team.nodes.size;
+  return load_acquire_system(signal_of(team, team.self, phase, mate)) < epoch ? mate : peer;
+}
+
 __device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uint64_t epoch) {
   const uint64_t* signal = signal_of(team, team.self, phase, peer);
   const uint64_t start = clock_ns();
@@ -59,7 +66,8 @@ __device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uin
     if (seen >= epoch) return true;
     if (has_failed(team)) return false;
     if (clock_ns() - start > uint64_t(team.timeout_ns)) {
-      fail(team, {0, EpFault::kTimeout, phase, peer, int64_t(epoch), int64_t(seen)});
+      const int missing = missing_rank(team, phase, peer, epoch);
+      fail(team, {0, EpFault::kTimeout, phase, missing, int64_t(epoch), int64_t(seen)});
       return false;
     }
   }

@@ -9,6 +9,7 @@
 
 namespace dsv3rt {
 
+// The kernels' `extern __shared__` arrays.
 thread_local uint8_t warp_counts[kWarps * kMaxEpExperts];
 thread_local int shared[4 * kMaxEpExperts];
 
@@ -79,6 +80,49 @@ class World {
 
   void run() {
     host::skew_us = options_.delay_us;
+    while_carried([&] {
+      std::mt19937 random(unsigned(options_.seed));
+      for (int round = 0; round < options_.rounds; ++round) {
+        draw(random, round);
+        for_all([&](int r) { exchange(r); });
+      }
+      for_all([&](int r) {
+        Rank& rank = ranks_[r];
+        host::launch(1, kRailThreads, [&rank] { ep_settle_rails_kernel(rank.team, rank.rails); });
+        if (rank.error.is_complete) differ("the error record", r, int(rank.error.fault));
+      });
+      draw(random, 0);
+      for_all([&](int r) { overflow(r); });
+    });
+    int64_t puts = 0, bytes = 0;
+    for (auto& rail : rails_) puts += rail->num_puts, bytes += rail->put_bytes;
+    std::printf("%lld puts, %lld bytes\n", static_cast<long long>(puts), static_cast<long long>(bytes));
+  }
+
+  // The last rank does not come: the others' records say so.
+  void run_without_last() {
+    std::mt19937 random(unsigned(options_.seed));
+    draw(random, 0);
+    const int last = int(ranks_.size()) - 1;
+    for (Rank& rank : ranks_) rank.team.timeout_ns = 4'000'000'000;
+    while_carried([&] {
+      for_all([&](int r) {
+        if (r != last) dispatch_alone(r);
+      });
+    });
+    for (int r = 0; r < last; ++r) {
+      const EpError& error = ranks_[r].error;
+      if (!error.is_complete || error.fault != EpFault::kTimeout || error.peer != last ||
+          error.phase != EpPhase::kStage) {
+        differ("the record of a lost peer", r, error.peer);
+      }
+    }
+  }
+
+ private:
+  // Runs `work` while what is put is delivered.
+  template <typename Work>
+  void while_carried(Work work) {
     std::atomic<bool> over = false;
     std::thread network([&] {
       while (!over) {
@@ -86,26 +130,11 @@ class World {
         std::this_thread::yield();
       }
     });
-    std::mt19937 random(unsigned(options_.seed));
-    for (int round = 0; round < options_.rounds; ++round) {
-      draw(random, round);
-      for_all([&](int r) { exchange(r); });
-    }
-    for_all([&](int r) {
-      Rank& rank = ranks_[r];
-      host::launch(1, kRailThreads, [&rank] { ep_settle_rails_kernel(rank.team, rank.rails); });
-      if (rank.error.is_complete) differ("the error record", r, int(rank.error.fault));
-    });
-    draw(random, 0);
-    for_all([&](int r) { overflow(r); });
+    work();
     over = true;
     network.join();
-    int64_t puts = 0, bytes = 0;
-    for (auto& rail : rails_) puts += rail->num_puts, bytes += rail->put_bytes;
-    std::printf("%lld puts, %lld bytes\n", static_cast<long long>(puts), static_cast<long long>(bytes));
   }
 
- private:
   template <typename Work>
   void for_all(Work work) {
     std::vector<std::thread> threads;
@@ -364,6 +393,24 @@ class World {
     }
   }
 
+  void dispatch_alone(int r) {
+    Batch& batch = batches_[r];
+    const int capacity =
+        round_up(options_.max_tokens * options_.top_k * int(ranks_.size()), kBlock) + kBlock * num_local();
+    Route route;
+    make(route, ranks_[r].team, capacity);
+    std::vector<__nv_bfloat16> rows(size_t(capacity) * options_.columns);
+    EpDispatchParams params{};
+    params.tokens = rows_view(batch.x);
+    params.num_tokens = batch.num_tokens;
+    params.finds_route = true;
+    params.choice = batch.choice.data();
+    params.route = route.route;
+    params.rows = rows_view(rows);
+    dispatch(ranks_[r], params);
+    if (route.offsets.back() != 0) differ("the layout without a peer", r, route.offsets.back());
+  }
+
   // No room at rank 0: all hear of it and give no result.
   void overflow(int r) {
     Batch& batch = batches_[r];
@@ -404,7 +451,9 @@ int main(int argc, char** argv) {
   if (argc != 10) return 2;
   int values[9];
   for (int i = 0; i < 9; ++i) values[i] = std::atoi(argv[i + 1]);
-  dsv3rt::World({values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7], values[8]})
-      .run();
+  const dsv3rt::Options options{values[0], values[1], values[2], values[3], values[4],
+                                values[5], values[6], values[7], values[8]};
+  dsv3rt::World(options).run();
+  dsv3rt::World(options).run_without_last();
   return 0;
 }

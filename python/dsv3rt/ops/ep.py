@@ -26,7 +26,8 @@ class EpGroup:
     Raises:
         ValueError: experts that the ranks cannot share equally, or limits out of range.
         BackendUnavailableError: no kernels in this installation.
-        RuntimeError: NCCL is missing, too old, or finds that the ranks do not reach each other's memory.
+        RuntimeError: NCCL is missing, too old, or finds no way between ranks that do not reach each other's memory; or
+            there are such ranks, and the low-latency form was asked for.
     """
 
     def __init__(

@@ -116,7 +116,7 @@ class EpLimits:
     """What the window of an expert exchange is sized for: the most tokens of any rank, their choices and their width.
 
     num_sms: how many SMs a dispatch or a combine uses. timeout_s: after which a wait for a peer is an error.
-    low_latency: with room for the form of that name, `ep_send` and what follows it.
+    low_latency: with room for the form of that name, `ep_send` and what follows it; for ranks of one node.
     """
 
     max_tokens: int
