@@ -76,6 +76,7 @@ class Comm {
     params.tokens = rows_of("tokens", tokens, kAny, token_scale);
     params.num_tokens = count_tokens(kDispatch, tokens);
     params.route = route_of(kDispatch, route);
+    params.rail_words = rail_words_of(kDispatch, route);
     params.rows = rows_of("rows", rows, params.route.capacity, row_scale);
     if (choice) {
       check_choices(kDispatch, "choice", *choice, DataType::kInt64, params.num_tokens);
@@ -100,6 +101,7 @@ class Comm {
     const EpShape& shape = ep_shape(get());
     EpCombineParams params{};
     params.route = route_of(kCombine, route);
+    params.rail_words = rail_words_of(kCombine, route);
     check_dense(kCombine, "rows", rows, params.route.capacity);
     check_dense(kCombine, "tokens", tokens, kAny);
     params.rows = rows.data;
@@ -222,14 +224,17 @@ class Comm {
     check("offsets", route.offsets, num_local + 1);
     check("origin", route.origin, kAny);
     check("rows_needed", route.rows_needed, 1);
-    check("rails", route.rails, ep_rail_words(get()));
     return {static_cast<int*>(route.counts.data),
             static_cast<int*>(route.offsets.data),
             static_cast<int*>(route.origin.data),
             static_cast<int*>(route.rows_needed.data),
-            static_cast<uint32_t*>(route.rails.data),
             route.origin.shape[0],
             route.block};
+  }
+
+  uint32_t* rail_words_of(const char* op, const RouteViews& route) const {
+    ArgCheck(op, "rails", route.rails).on_cuda().dtype({DataType::kInt32}).shape({rail_words()}).strides({1});
+    return static_cast<uint32_t*>(route.rails.data);
   }
 
   EpRows rows_of(const char* name, const TensorView& view, int64_t num_rows, const OptionalView& scale) const {

@@ -2,6 +2,7 @@
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
 #include "comm/sm90_ep_latency.cuh"
+#include "comm/sm90_ep_nodes.cuh"
 #include "comm/transport.h"
 #include "common/launch.h"
 
@@ -11,43 +12,74 @@ namespace {
 // A record's bytes: a row and its scales, so that the next one starts on 16 bytes.
 int record_bytes(const EpRows& rows) { return round_up(rows.row_bytes + 4 * rows.num_scales, 16); }
 
-template <bool kNodes>
-void dispatch(const EpComm& comm, const EpDispatchParams& params, cudaStream_t stream) {
-  const Team& team = team_of(comm);
-  const int record = record_bytes(params.tokens), experts = team.shape.num_experts;
-  const bool weighted = params.outputs != nullptr;
-  const StageArgs stage{params.tokens, params.finds_route, params.choice, params.weight, params.num_tokens, record};
-  ep_stage_kernel<<<params.num_sms, kThreads, kWarps * experts, stream>>>(team, stage);
-  if constexpr (kNodes) {
-    const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record, params.route.rails};
-    put_tokens(*rails_of(comm), team, leaving, params.num_sms, stream);
-  }
+StageArgs stage_args(const EpDispatchParams& params) {
+  return {params.tokens, params.finds_route, params.choice,
+          params.weight, params.num_tokens,  record_bytes(params.tokens)};
+}
+
+PullArgs pull_args(const EpDispatchParams& params) {
+  return {params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record_bytes(params.tokens)};
+}
+
+template <typename AnyTeam>
+void stage(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t stream) {
+  ep_stage_kernel<<<params.num_sms, kThreads, kWarps * team.shape.num_experts, stream>>>(team, stage_args(params));
+}
+
+template <typename AnyTeam>
+void place_and_pull(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t stream) {
   if (params.finds_route) {
-    const int places = experts + 2 * (experts / team.shape.num_ranks) + 1;
-    ep_place_kernel<kNodes><<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, {params.route});
+    const int experts = team.shape.num_experts, places = experts + 2 * (experts / team.shape.num_ranks) + 1;
+    const PlaceArgs place{params.route};
+    ep_place_kernel<<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, place);
   }
-  const PullArgs pull{params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record};
-  if (weighted) {
-    ep_pull_kernel<true, kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, pull);
+  if (params.outputs == nullptr) {
+    ep_pull_kernel<false><<<params.num_sms, kThreads, 0, stream>>>(team, pull_args(params));
   } else {
-    ep_pull_kernel<false, kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, pull);
-  }
-  if constexpr (kNodes) release_inboxes(*rails_of(comm), team, weighted, stream);
-  if (weighted) {
-    ep_weight_grad_kernel<kNodes><<<1, kThreads, 0, stream>>>(team, params.weight_grad, params.route.rails,
-                                                              params.num_tokens * team.shape.top_k);
+    ep_pull_kernel<true><<<params.num_sms, kThreads, 0, stream>>>(team, pull_args(params));
   }
 }
 
-template <bool kNodes>
-void combine(const EpComm& comm, const EpCombineParams& params, cudaStream_t stream) {
-  const Team& team = team_of(comm);
-  const PushArgs push{params.route, static_cast<const char*>(params.rows)};
-  const ReduceArgs reduce{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
-  ep_push_kernel<kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, push);
-  if constexpr (kNodes) put_slots(*rails_of(comm), team, params.route.rails, params.num_sms, stream);
-  ep_reduce_kernel<kNodes><<<params.num_sms, kThreads, 0, stream>>>(team, reduce);
-  if constexpr (kNodes) release_slots(*rails_of(comm), team, stream);
+void dispatch_in_node(const Team& team, const EpDispatchParams& params, cudaStream_t stream) {
+  stage(team, params, stream);
+  place_and_pull(team, params, stream);
+  if (params.outputs == nullptr) return;
+  ep_weight_grad_kernel<<<1, kThreads, 0, stream>>>(team, params.weight_grad, params.num_tokens * team.shape.top_k);
+}
+
+void dispatch_between_nodes(const NodesTeam& team, const Rails& rails, const EpDispatchParams& params,
+                            cudaStream_t stream) {
+  const bool weighted = params.outputs != nullptr;
+  stage(team, params, stream);
+  const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record_bytes(params.tokens),
+                           params.rail_words};
+  put_tokens(rails, team, leaving, params.num_sms, stream);
+  if (params.finds_route) ep_mark_returning_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, params.rail_words);
+  place_and_pull(team, params, stream);
+  release_inboxes(rails, team, weighted, stream);
+  if (!weighted) return;
+  ep_rails_weight_grad_kernel<<<1, kThreads, 0, stream>>>(team, params.weight_grad, params.rail_words,
+                                                          params.num_tokens * team.shape.top_k);
+}
+
+template <typename AnyTeam>
+void push(const AnyTeam& team, const EpCombineParams& params, cudaStream_t stream) {
+  const PushArgs args{params.route, static_cast<const char*>(params.rows)};
+  ep_push_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
+}
+
+template <typename AnyTeam>
+void reduce(const AnyTeam& team, const EpCombineParams& params, cudaStream_t stream) {
+  const ReduceArgs args{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+  ep_reduce_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
+}
+
+void combine_between_nodes(const NodesTeam& team, const Rails& rails, const EpCombineParams& params,
+                           cudaStream_t stream) {
+  push(team, params, stream);
+  put_slots(rails, team, params.rail_words, params.num_sms, stream);
+  reduce(team, params, stream);
+  release_slots(rails, team, stream);
 }
 
 }  // namespace
@@ -56,7 +88,11 @@ const char* ep_dispatch(EpComm* comm, const EpDispatchParams& params, void* stre
   const DeviceGuard guard(ep_device(comm));
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  rails_of(*comm) != nullptr ? dispatch<true>(*comm, params, cuda_stream) : dispatch<false>(*comm, params, cuda_stream);
+  if (const Rails* rails = rails_of(*comm)) {
+    dispatch_between_nodes(team_of(*comm), *rails, params, cuda_stream);
+  } else {
+    dispatch_in_node(team_of(*comm), params, cuda_stream);
+  }
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }
@@ -65,7 +101,13 @@ const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream
   const DeviceGuard guard(ep_device(comm));
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  rails_of(*comm) != nullptr ? combine<true>(*comm, params, cuda_stream) : combine<false>(*comm, params, cuda_stream);
+  if (const Rails* rails = rails_of(*comm)) {
+    combine_between_nodes(team_of(*comm), *rails, params, cuda_stream);
+  } else {
+    const Team& team = team_of(*comm);
+    push(team, params, cuda_stream);
+    reduce(team, params, cuda_stream);
+  }
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }

@@ -42,7 +42,6 @@ struct EpRoute {
   int* offsets;      // (X + 1,)
   int* origin;       // (P,) where a row came from: rank * T * K + token * K + k; -1 for padding
   int* rows_needed;  // (1,) P that would have sufficed
-  uint32_t* rails;   // (ep_rail_words,) which choices go to which node and come back from it; null within one node
   int64_t capacity;  // P, a multiple of block
   int block;
 };
@@ -71,6 +70,7 @@ struct EpDispatchParams {
   const int64_t* choice;  // (T, K) experts; null also where T is 0
   const float* weight;    // (T, K), with `outputs`
   EpRoute route;
+  uint32_t* rail_words;   // (ep_rail_words,) bits of what goes to which node and comes back; null within one node
   EpRows rows;            // P rows, contiguous
   const void* outputs;    // (P, D) BF16 or null. Given: rows are multiplied by their weights, and
   float* weight_grad;     // (T, K) gets the products of tokens and outputs
@@ -80,6 +80,7 @@ struct EpDispatchParams {
 struct EpCombineParams {
   const void* rows;       // (P, D) BF16, contiguous, 16-byte aligned
   EpRoute route;
+  const uint32_t* rail_words;  // of the dispatch
   const float* weight;    // (T, K); null: ones
   void* tokens;           // (T, D) BF16, contiguous
   int num_tokens;

@@ -9,23 +9,23 @@
 
 namespace dsv3rt {
 
-void put_tokens(const Rails& rails, const Team& team, const RailTokens& tokens, int num_sms, cudaStream_t stream) {
+void put_tokens(const Rails& rails, const NodesTeam& team, const RailTokens& tokens, int num_sms, cudaStream_t stream) {
   ep_put_tokens_kernel<<<std::min(num_sms, kRailBlocks), kRailThreads, 0, stream>>>(team, rails, tokens);
 }
 
-void release_inboxes(const Rails& rails, const Team& team, bool weighted, cudaStream_t stream) {
+void release_inboxes(const Rails& rails, const NodesTeam& team, bool weighted, cudaStream_t stream) {
   ep_release_inboxes_kernel<<<1, kRailThreads, 0, stream>>>(team, rails, weighted);
 }
 
-void put_slots(const Rails& rails, const Team& team, const uint32_t* words, int num_sms, cudaStream_t stream) {
+void put_slots(const Rails& rails, const NodesTeam& team, const uint32_t* words, int num_sms, cudaStream_t stream) {
   ep_put_slots_kernel<<<std::min(num_sms, kRailBlocks), kRailThreads, 0, stream>>>(team, rails, words);
 }
 
-void release_slots(const Rails& rails, const Team& team, cudaStream_t stream) {
+void release_slots(const Rails& rails, const NodesTeam& team, cudaStream_t stream) {
   ep_release_slots_kernel<<<1, kRailThreads, 0, stream>>>(team, rails);
 }
 
-void settle_rails(const Rails& rails, const Team& team, cudaStream_t stream) {
+void settle_rails(const Rails& rails, const NodesTeam& team, cudaStream_t stream) {
   ep_settle_rails_kernel<<<1, kRailThreads, 0, stream>>>(team, rails);
 }
 
@@ -35,11 +35,11 @@ void settle_rails(const Rails& rails, const Team& team, cudaStream_t stream) {
 
 namespace dsv3rt {
 
-void put_tokens(const Rails&, const Team&, const RailTokens&, int, cudaStream_t) {}
-void release_inboxes(const Rails&, const Team&, bool, cudaStream_t) {}
-void put_slots(const Rails&, const Team&, const uint32_t*, int, cudaStream_t) {}
-void release_slots(const Rails&, const Team&, cudaStream_t) {}
-void settle_rails(const Rails&, const Team&, cudaStream_t) {}
+void put_tokens(const Rails&, const NodesTeam&, const RailTokens&, int, cudaStream_t) {}
+void release_inboxes(const Rails&, const NodesTeam&, bool, cudaStream_t) {}
+void put_slots(const Rails&, const NodesTeam&, const uint32_t*, int, cudaStream_t) {}
+void release_slots(const Rails&, const NodesTeam&, cudaStream_t) {}
+void settle_rails(const Rails&, const NodesTeam&, cudaStream_t) {}
 
 }  // namespace dsv3rt
 

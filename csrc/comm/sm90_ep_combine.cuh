@@ -19,18 +19,18 @@ struct ReduceArgs {
   int num_tokens;
 };
 
-template <bool kNodes>
+template <typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
-    ep_push_kernel(const __grid_constant__ Team team, const __grid_constant__ PushArgs args) {
+    ep_push_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PushArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPush);
   const int row_bytes = team.shape.num_columns * 2;
-  if (await_ranks(team, node_mates(team.nodes), EpPhase::kReduce, epoch - 1)) {  // slots and outboxes have been read
+  if (await_mates(team, EpPhase::kReduce, epoch - 1)) {  // the slots have been read
     const int num_rows = __ldg(args.route.offsets + team.shape.num_experts / team.shape.num_ranks);
     const int max_choices = team.shape.max_tokens * team.shape.top_k;
     for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
       const int origin = __ldg(args.route.origin + row);
       if (origin < 0) continue;
-      char* slot = slots_towards<kNodes>(team, origin / max_choices) + int64_t(origin % max_choices) * row_bytes;
+      char* slot = slots_towards(team, origin / max_choices) + int64_t(origin % max_choices) * row_bytes;
       copy_row(reinterpret_cast<uint4*>(slot), reinterpret_cast<const uint4*>(args.rows + int64_t(row) * row_bytes),
                row_bytes / 16, threadIdx.x % 32);
     }
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!is_last_block(team, EpPhase::kPush)) return;
   const int needed = __ldg(args.route.rows_needed);
   const bool overflowed = needed > args.route.capacity;
-  for (int peer = threadIdx.x; peer < team.nodes.size; peer += kThreads) {
+  for (int peer = threadIdx.x; peer < num_mates(team); peer += kThreads) {
     int64_t* told = in_window<int64_t>(team.peers[peer], team.at.overflows) + 2 * team.shape.rank;
     told[0] = overflowed ? needed : 0;
     told[1] = overflowed ? args.route.capacity : 0;
@@ -96,12 +96,11 @@ __device__ __forceinline__ void reduce_column(const Team& team, const ReduceArgs
   reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = rounded;
 }
 
-template <bool kNodes>
+template <typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
-    ep_reduce_kernel(const __grid_constant__ Team team, const __grid_constant__ ReduceArgs args) {
+    ep_reduce_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ ReduceArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kReduce);
-  bool fine = await_ranks(team, node_mates(team.nodes), EpPhase::kPush, epoch);
-  if constexpr (kNodes) fine = await_ranks(team, rail_mates(team.nodes), EpPhase::kPush, epoch) && fine;
+  const bool fine = await_mates_and_rails(team, EpPhase::kPush, epoch);
   const bool complete = all_arrived(team) && fine;
   const auto* slots = in_window<const uint4>(team.self, team.at.slots);
   const int lane = threadIdx.x % 32, num_vectors = team.shape.num_columns / 8;

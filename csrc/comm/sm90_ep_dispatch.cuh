@@ -1,6 +1,7 @@
 // Dispatch in three kernels: `stage` lays this rank's tokens and choices out in its window, `place` finds the row of
 // every choice of every rank that this rank's experts serve, `pull` reads those tokens from their ranks' windows. Those
-// of other nodes are read where `put_tokens` (sm90_ep_rails.cuh) laid them, in a window of this node.
+// of other nodes are read where `put_tokens` (sm90_ep_rails.cuh) laid them, in a window of this node. A kernel takes a
+// Team or, in a group of several nodes, a NodesTeam.
 //
 // Rows of an expert lie in the order (rank, token, k). A row's number is a sum of counts: offset of the expert, choices
 // of earlier ranks, of earlier chunks of its rank, of earlier entries of its chunk. No step depends on who came first.
@@ -102,13 +103,14 @@ __device__ inline void stage_rows(const Team& team, const StageArgs& args) {
   }
 }
 
+template <typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
-    ep_stage_kernel(const __grid_constant__ Team team, const __grid_constant__ StageArgs args) {
+    ep_stage_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ StageArgs args) {
   extern __shared__ uint8_t warp_counts[];
   const uint64_t epoch = next_epoch(team, EpPhase::kStage);
   const int num_choices = args.num_tokens * team.shape.top_k;
   const int num_chunks = args.finds_route ? ceil_div(num_choices, kChunk) : 0;
-  if (await_ranks(team, node_mates(team.nodes), EpPhase::kPull, epoch - 1)) {  // the tokens before these have been read
+  if (await_mates(team, EpPhase::kPull, epoch - 1)) {  // nobody reads the tokens before these any more
     for (int chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) stage_chunk(team, args, chunk, warp_counts);
     if (args.weight != nullptr) {
       float* weight = in_window<float>(team.self, team.at.weight);
@@ -135,11 +137,11 @@ struct Places {
   int* offsets;  // [X + 1]
 };
 
-template <bool kNodes>
-__device__ inline void sum_counts(const Team& team, const Places& places, int block) {
+template <typename AnyTeam>
+__device__ inline void sum_counts(const AnyTeam& team, const Places& places, int block) {
   const int num_ranks = team.shape.num_ranks, num_local = team.shape.num_experts / num_ranks;
   for (int i = threadIdx.x; i < num_ranks * num_local; i += kThreads) {
-    const int* totals = in_window<int>(staged_by<kNodes>(team, i / num_local), team.at.totals);
+    const int* totals = in_window<int>(staged_by(team, i / num_local), team.at.totals);
     places.starts[i] = __ldcg(totals + team.shape.rank * num_local + i % num_local);
   }
   __syncthreads();
@@ -177,13 +179,13 @@ __device__ inline void write_layout(const Team& team, const PlaceArgs& args, con
   if (needed > capacity) report(team, {0, EpFault::kOverflow, EpPhase::kPull, team.shape.rank, capacity, needed});
 }
 
-template <bool kNodes>
-__device__ inline void place_choices(const Team& team, const PlaceArgs& args, const Places& places) {
+template <typename AnyTeam>
+__device__ inline void place_choices(const AnyTeam& team, const PlaceArgs& args, const Places& places) {
   const int num_experts = team.shape.num_experts, num_local = num_experts / team.shape.num_ranks;
   const int first = team.shape.rank * num_local;
   const int max_choices = team.shape.max_tokens * team.shape.top_k;
   for (int r = 0; r < team.shape.num_ranks; ++r) {
-    char* window = staged_by<kNodes>(team, r);
+    char* window = staged_by(team, r);
     const int num_choices = __ldcg(in_window<int>(window, team.at.num_tokens)) * team.shape.top_k;
     const uint32_t* choice = in_window<uint32_t>(window, team.at.choice);
     const int* chunk_starts = in_window<int>(window, team.at.chunk_starts);
@@ -203,38 +205,19 @@ __device__ inline void place_choices(const Team& team, const PlaceArgs& args, co
   }
 }
 
-// Marks the choices of this rank's rail that experts of this node serve: their rows go back through this rank.
-__device__ inline void mark_returning(const Team& team, uint32_t* rails) {
-  const int words = rail_words(team.shape), nodes = team.nodes.count;
-  for (int i = warp_in_grid(); i < nodes * words; i += warps_in_grid()) {
-    const int node = i / words;
-    if (node == team.nodes.node) continue;
-    char* window = staged_by<true>(team, node * team.nodes.size + team.nodes.rail);
-    const int num_choices = __ldcg(in_window<int>(window, team.at.num_tokens)) * team.shape.top_k;
-    const int entry = i % words * 32 + threadIdx.x % 32;
-    const uint32_t packed =
-        entry < num_choices ? __ldcg(in_window<uint32_t>(window, team.at.choice) + entry) : kNoExpert;
-    const unsigned here = __ballot_sync(0xffffffffu, node_of(team, packed) == team.nodes.node);
-    if (threadIdx.x % 32 == 0) rails[nodes * words + i] = here;
-  }
-}
-
-template <bool kNodes>
+template <typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
-    ep_place_kernel(const __grid_constant__ Team team, const __grid_constant__ PlaceArgs args) {
+    ep_place_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PlaceArgs args) {
   extern __shared__ int shared[];
   const int num_local = team.shape.num_experts / team.shape.num_ranks;
   Places places;
   places.starts = shared;
   places.counts = shared + team.shape.num_experts;
   places.offsets = places.counts + num_local;
-  const bool fine = await_ranks(team, everyone(team.nodes), EpPhase::kStage, next_epoch(team, EpPhase::kPull));
-  if (fine) sum_counts<kNodes>(team, places, args.route.block);
+  const bool fine = await_peers(team, EpPhase::kStage, next_epoch(team, EpPhase::kPull));
+  if (fine) sum_counts(team, places, args.route.block);
   if (blockIdx.x == 0) write_layout(team, args, places, fine);
-  if (fine) place_choices<kNodes>(team, args, places);
-  if constexpr (kNodes) {
-    if (fine) mark_returning(team, args.route.rails);
-  }
+  if (fine) place_choices(team, args, places);
 }
 
 // ---- pull ----
@@ -285,12 +268,12 @@ __device__ inline float weigh_row(uint4* target, const uint4* token, const uint4
   return dot;
 }
 
-template <bool kWeighted, bool kNodes>
-__device__ inline void pull_row(const Team& team, const PullArgs& args, int row, int lane) {
+template <bool kWeighted, typename AnyTeam>
+__device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int row, int lane) {
   const int origin = __ldg(args.route.origin + row);
   if (origin < 0) return zero_row(args, row, lane);
   const int max_choices = team.shape.max_tokens * team.shape.top_k;
-  char* window = staged_by<kNodes>(team, origin / max_choices);
+  char* window = staged_by(team, origin / max_choices);
   const int entry = origin % max_choices;
   const char* record = window + team.at.tokens + int64_t(entry / team.shape.top_k) * args.record_bytes;
   const auto* source = reinterpret_cast<const uint4*>(record);
@@ -310,38 +293,27 @@ __device__ inline void pull_row(const Team& team, const PullArgs& args, int row,
   }
 }
 
-template <bool kWeighted, bool kNodes>
+template <bool kWeighted, typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
-    ep_pull_kernel(const __grid_constant__ Team team, const __grid_constant__ PullArgs args) {
+    ep_pull_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PullArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPull);
-  if (await_ranks(team, everyone(team.nodes), EpPhase::kStage, epoch)) {
+  if (await_peers(team, EpPhase::kStage, epoch)) {
     const int num_local = team.shape.num_experts / team.shape.num_ranks;
     const int num_rows = __ldg(args.route.offsets + num_local);
     for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
-      pull_row<kWeighted, kNodes>(team, args, row, threadIdx.x % 32);
+      pull_row<kWeighted>(team, args, row, threadIdx.x % 32);
     }
   }
   if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);
 }
 
-// The weights' gradients that the experts' ranks left here, or that came along the rail from their node; NaN where some
-// are missing.
-template <bool kNodes>
-__global__ void __launch_bounds__(kThreads) ep_weight_grad_kernel(const __grid_constant__ Team team, float* weight_grad,
-                                                                  const uint32_t* rails, int num_choices) {
+// The weights' gradients that the experts' ranks left here; NaN where some did not.
+__global__ void __launch_bounds__(kThreads)
+    ep_weight_grad_kernel(const __grid_constant__ Team team, float* weight_grad, int num_choices) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPull) - 1;
-  bool fine = await_ranks(team, node_mates(team.nodes), EpPhase::kPull, epoch);
-  if constexpr (kNodes) fine = await_ranks(team, rail_mates(team.nodes), EpPhase::kPull, epoch) && fine;
-  const int max_choices = team.shape.max_tokens * team.shape.top_k;
+  const bool fine = await_peers(team, EpPhase::kPull, epoch);
+  const float* arrived = in_window<float>(team.self, team.at.weight_grad);
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_choices; i += gridDim.x * kThreads) {
-    const float* arrived = in_window<float>(team.self, team.at.weight_grad);
-    if constexpr (kNodes) {
-      for (int node = 0; node < team.nodes.count; ++node) {
-        if (node == team.nodes.node || !is_marked(rails + node * rail_words(team.shape), i)) continue;
-        arrived = in_window<float>(team.self, team.at.returned_weight_grad) +
-                  int64_t(area_of(team.nodes.node, node)) * max_choices;
-      }
-    }
     weight_grad[i] = fine ? __ldcg(arrived + i) : __int_as_float(0x7fffffff);
   }
 }

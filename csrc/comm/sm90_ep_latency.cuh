@@ -97,7 +97,7 @@ __device__ inline void send_columns(const Team& team, const SendArgs& args, uint
 __global__ void __launch_bounds__(kThreads, 1)
     ep_send_kernel(const __grid_constant__ Team team, const __grid_constant__ SendArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kSend);
-  if (await_ranks(team, everyone(team.nodes), EpPhase::kReceive, epoch_before_last(epoch))) {
+  if (await_peers(team, EpPhase::kReceive, epoch_before_last(epoch))) {
     send_choices(team, args, epoch);
     const int parts = ceil_div(team.shape.num_columns, kSendColumns);
     for (int i = warp_in_grid(); i < args.num_tokens * parts; i += warps_in_grid()) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t epoch = next_epoch(team, EpPhase::kReceive);
   const int num_local = team.shape.num_experts / team.shape.num_ranks;
   const int num_parts = max(1, int(gridDim.x) / num_local);
-  const bool fine = await_ranks(team, everyone(team.nodes), EpPhase::kSend, epoch);
+  const bool fine = await_peers(team, EpPhase::kSend, epoch);
   for (int i = blockIdx.x; i < num_local * num_parts; i += gridDim.x) {
     const int local = i % num_local, part = i / num_local;
     if (fine) {
@@ -192,7 +192,7 @@ struct SendBackArgs {
 __global__ void __launch_bounds__(kThreads)
     ep_send_back_kernel(const __grid_constant__ Team team, const __grid_constant__ SendBackArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kSendBack);
-  if (await_ranks(team, everyone(team.nodes), EpPhase::kCollect, epoch_before_last(epoch))) {
+  if (await_peers(team, EpPhase::kCollect, epoch_before_last(epoch))) {
     const int num_local = team.shape.num_experts / team.shape.num_ranks, warps = warps_in_grid();
     const int row_bytes = team.shape.num_columns * 2, max_choices = team.shape.max_tokens * team.shape.top_k;
     int mine = warp_in_grid();  // this warp's next row, counted from the expert's first
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     ep_collect_kernel(const __grid_constant__ Team team, const __grid_constant__ ReduceArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kCollect);
-  const bool fine = await_ranks(team, everyone(team.nodes), EpPhase::kSendBack, epoch);
+  const bool fine = await_peers(team, EpPhase::kSendBack, epoch);
   const auto* slots = reinterpret_cast<const uint4*>(returned_slots(team, team.self, epoch));
   const int num_vectors = team.shape.num_columns / 8, parts = ceil_div(num_vectors, 32);
   for (int i = warp_in_grid(); i < args.num_tokens * parts; i += warps_in_grid()) {

@@ -7,8 +7,8 @@
 // that they are taken before it posts more.
 #pragma once
 
+#include "comm/nodes.cuh"
 #include "comm/rails_nccl.h"
-#include "comm/team.cuh"
 
 namespace dsv3rt {
 
@@ -21,22 +21,22 @@ __device__ __forceinline__ int num_contexts(const Rails& rails) {
   return min(int(rails.device.ginContextCount), kRailContexts);
 }
 
-__device__ __forceinline__ ncclGinSignal_t rail_signal(const Team& team, EpPhase phase, int sender_node) {
+__device__ __forceinline__ ncclGinSignal_t rail_signal(const NodesTeam& team, EpPhase phase, int sender_node) {
   return ncclGinSignal_t(int(phase) * team.nodes.count + sender_node);
 }
 
-__device__ __forceinline__ int rank_on_rail(const Team& team, int node) {
+__device__ __forceinline__ int rank_on_rail(const NodesTeam& team, int node) {
   return node * team.nodes.size + team.nodes.rail;
 }
 
 // One warp's way to put: a context, and space for the descriptors of its lanes.
 struct Putter {
-  const Team& team;
+  const NodesTeam& team;
   const Rails& rails;
   ncclGinDescriptorSmem* descriptors;  // [32] in shared memory
   ncclGin gin;
 
-  __device__ Putter(const Team& team, const Rails& rails, int context, ncclGinDescriptorSmem* descriptors)
+  __device__ Putter(const NodesTeam& team, const Rails& rails, int context, ncclGinDescriptorSmem* descriptors)
       : team(team), rails(rails), descriptors(descriptors), gin(rails.device, context) {}
 
   __device__ ncclGin_DescriptorSmem descriptor() const { return {descriptors + threadIdx.x % 32}; }
@@ -58,7 +58,7 @@ struct Putter {
 };
 
 // By the first warp of a kernel's last block: all nodes but this hear of it.
-__device__ inline void tell_nodes(const Team& team, const Rails& rails, EpPhase phase,
+__device__ inline void tell_nodes(const NodesTeam& team, const Rails& rails, EpPhase phase,
                                   ncclGinDescriptorSmem* descriptors) {
   const int lane = threadIdx.x % 32, nodes = team.nodes.count;
   const ncclGin_StrongSignalInc told{rail_signal(team, phase, team.nodes.node)};
@@ -72,7 +72,7 @@ __device__ inline void tell_nodes(const Team& team, const Rails& rails, EpPhase 
 }
 
 // By one thread: whether `node` has told of `epoch`, in all contexts.
-__device__ inline bool await_node(const Team& team, const Rails& rails, EpPhase phase, int node, uint64_t epoch) {
+__device__ inline bool await_node(const NodesTeam& team, const Rails& rails, EpPhase phase, int node, uint64_t epoch) {
   const ncclGinSignal_t signal = rail_signal(team, phase, node);
   const uint64_t start = clock_ns();
   for (int context = 0; context < num_contexts(rails); ++context) {
@@ -91,7 +91,7 @@ __device__ inline bool await_node(const Team& team, const Rails& rails, EpPhase 
 }
 
 // By a warp: the same of all nodes.
-__device__ inline bool await_nodes(const Team& team, const Rails& rails, EpPhase phase, uint64_t epoch) {
+__device__ inline bool await_nodes(const NodesTeam& team, const Rails& rails, EpPhase phase, uint64_t epoch) {
   bool fine = !has_failed(team);
   for (int node = threadIdx.x % 32; node < team.nodes.count; node += 32) {
     if (node != team.nodes.node) fine = fine && await_node(team, rails, phase, node, epoch);
@@ -100,7 +100,7 @@ __device__ inline bool await_nodes(const Team& team, const Rails& rails, EpPhase
 }
 
 // By a warp: awaits all nodes and passes the word on, by signals in windows, to this rank or to all of its node.
-__device__ inline void relay(const Team& team, const Rails& rails, EpPhase phase, uint64_t epoch, bool to_mates) {
+__device__ inline void relay(const NodesTeam& team, const Rails& rails, EpPhase phase, uint64_t epoch, bool to_mates) {
   for (int node = threadIdx.x % 32; node < team.nodes.count; node += 32) {
     if (node == team.nodes.node || !await_node(team, rails, phase, node, epoch)) continue;
     const int sender = rank_on_rail(team, node);
@@ -115,7 +115,7 @@ __device__ inline void relay(const Team& team, const Rails& rails, EpPhase phase
 // ---- dispatch ----
 
 // Marks, for every node, which choices of 32 tokens have their experts there.
-__device__ inline void mark_leaving(const Team& team, const RailTokens& tokens, int group) {
+__device__ inline void mark_leaving(const NodesTeam& team, const RailTokens& tokens, int group) {
   const int top_k = team.shape.top_k, num_choices = tokens.num_tokens * top_k, words = rail_words(team.shape);
   const uint32_t* choice = in_window<uint32_t>(team.self, team.at.choice);
   for (int word = group * top_k; word < (group + 1) * top_k; ++word) {
@@ -129,7 +129,7 @@ __device__ inline void mark_leaving(const Team& team, const RailTokens& tokens, 
   __syncwarp();
 }
 
-__device__ __forceinline__ bool has_expert_at(const Team& team, const RailTokens& tokens, int token, int node) {
+__device__ __forceinline__ bool has_expert_at(const NodesTeam& team, const RailTokens& tokens, int token, int node) {
   const uint32_t* words = tokens.words + node * rail_words(team.shape);
   bool any = false;
   for (int k = 0; k < team.shape.top_k; ++k) any |= is_marked(words, token * team.shape.top_k + k);
@@ -139,7 +139,7 @@ __device__ __forceinline__ bool has_expert_at(const Team& team, const RailTokens
 // What `place` reads and what a weighted `pull` reads beside tokens: neighbours.
 __device__ inline void put_choices(const Putter& putter, const RailTokens& tokens, int node) {
   const WindowLayout& at = putter.team.at;
-  const int64_t inbox = at.inbox + area_of(node, putter.team.nodes.node) * at.staged_bytes - at.num_tokens;
+  const int64_t inbox = inbox_of(putter.team, node, putter.team.nodes.node) - at.num_tokens;
   const int64_t start = tokens.finds_route ? at.num_tokens : at.weight;
   const int64_t end = at.weight + (tokens.weighted ? int64_t(tokens.num_tokens) * putter.team.shape.top_k * 4 : 0);
   if (end > start) putter.put(node, inbox + start, start, end - start);
@@ -147,7 +147,7 @@ __device__ inline void put_choices(const Putter& putter, const RailTokens& token
 
 // A token once to every other node that has an expert of it.
 __device__ inline bool put_records(const Putter& putter, const RailTokens& tokens) {
-  const Team& team = putter.team;
+  const NodesTeam& team = putter.team;
   const WindowLayout& at = team.at;
   for (int group = blockIdx.x; group * 32 < tokens.num_tokens; group += gridDim.x) {
     if (tokens.finds_route) mark_leaving(team, tokens, group);
@@ -155,7 +155,7 @@ __device__ inline bool put_records(const Putter& putter, const RailTokens& token
     const int64_t offset = at.tokens + int64_t(token) * tokens.record_bytes;
     for (int node = 0; token < tokens.num_tokens && node < team.nodes.count; ++node) {
       if (node == team.nodes.node || !has_expert_at(team, tokens, token, node)) continue;
-      const int64_t inbox = at.inbox + area_of(node, team.nodes.node) * at.staged_bytes - at.num_tokens;
+      const int64_t inbox = inbox_of(team, node, team.nodes.node) - at.num_tokens;
       putter.put(node, inbox + offset, offset, tokens.record_bytes);
     }
     __syncwarp();
@@ -164,8 +164,8 @@ __device__ inline bool put_records(const Putter& putter, const RailTokens& token
   return putter.await_taken(EpPhase::kStage);
 }
 
-__global__ void __launch_bounds__(kRailThreads)
-    ep_put_tokens_kernel(const __grid_constant__ Team team, const __grid_constant__ Rails rails,
+__global__ void __launch_bounds__(kRailThreads, 1)
+    ep_put_tokens_kernel(const __grid_constant__ NodesTeam team, const __grid_constant__ Rails rails,
                          const __grid_constant__ RailTokens tokens) {
   __shared__ ncclGinDescriptorSmem descriptors[kRailThreads];
   const uint64_t epoch = next_epoch(team, EpPhase::kStage) - 1;
@@ -185,19 +185,21 @@ __global__ void __launch_bounds__(kRailThreads)
 }
 
 // Of one warp.
-__global__ void __launch_bounds__(kRailThreads)
-    ep_release_inboxes_kernel(const __grid_constant__ Team team, const __grid_constant__ Rails rails, bool weighted) {
+__global__ void __launch_bounds__(kRailThreads, 1)
+    ep_release_inboxes_kernel(const __grid_constant__ NodesTeam team, const __grid_constant__ Rails rails,
+                              bool weighted) {
   __shared__ ncclGinDescriptorSmem descriptors[kRailThreads];
   const uint64_t epoch = next_epoch(team, EpPhase::kPull) - 1;
-  if (!await_ranks(team, node_mates(team.nodes), EpPhase::kPull, epoch)) return;
+  if (!await_mates(team, EpPhase::kPull, epoch)) return;
   const WindowLayout& at = team.at;
   if (weighted) {
     const Putter putter(team, rails, 0, descriptors);
     const int64_t bytes = int64_t(team.shape.max_tokens) * team.shape.top_k * 4;
     for (int node = threadIdx.x; node < team.nodes.count; node += kRailThreads) {
       if (node == team.nodes.node) continue;
-      const int64_t inbox = at.inbox + area_of(team.nodes.node, node) * at.staged_bytes - at.num_tokens;
-      putter.put(node, at.returned_weight_grad + area_of(node, team.nodes.node) * bytes, inbox + at.weight_grad, bytes);
+      const int64_t inbox = inbox_of(team, team.nodes.node, node) - at.num_tokens;
+      const int64_t target = team.rails.returned_weight_grad + area_of(node, team.nodes.node) * bytes;
+      putter.put(node, target, inbox + at.weight_grad, bytes);
     }
     __syncwarp();
     if (!putter.await_taken(EpPhase::kPull)) return;
@@ -210,11 +212,11 @@ __global__ void __launch_bounds__(kRailThreads)
 
 // The rows of 32 choices of a rank on this rail.
 __device__ __forceinline__ void put_rows(const Putter& putter, uint32_t marked, int node, int word) {
-  const WindowLayout& at = putter.team.at;
+  const RailLayout& rails = putter.team.rails;
   const int64_t row_bytes = putter.team.shape.num_columns * 2;
   const int64_t row = (int64_t(word) * 32 + threadIdx.x % 32) * row_bytes;
-  const int64_t outbox = at.outbox + area_of(putter.team.nodes.node, node) * at.slots_bytes;
-  if (marked >> (threadIdx.x % 32) & 1) putter.put(node, at.slots + row, outbox + row, row_bytes);
+  const int64_t outbox = rails.outbox + area_of(putter.team.nodes.node, node) * rails.outbox_bytes;
+  if (marked >> (threadIdx.x % 32) & 1) putter.put(node, putter.team.at.slots + row, outbox + row, row_bytes);
   __syncwarp();
 }
 
@@ -236,11 +238,12 @@ __device__ inline bool put_outbox(const Putter& putter, const uint32_t* words) {
   return putter.await_taken(EpPhase::kPush);
 }
 
-__global__ void __launch_bounds__(kRailThreads)
-    ep_put_slots_kernel(const __grid_constant__ Team team, const __grid_constant__ Rails rails, const uint32_t* words) {
+__global__ void __launch_bounds__(kRailThreads, 1)
+    ep_put_slots_kernel(const __grid_constant__ NodesTeam team, const __grid_constant__ Rails rails,
+                        const uint32_t* words) {
   __shared__ ncclGinDescriptorSmem descriptors[kRailThreads];
   const uint64_t epoch = next_epoch(team, EpPhase::kPush) - 1;
-  const bool pushed = await_ranks(team, node_mates(team.nodes), EpPhase::kPush, epoch);
+  const bool pushed = await_mates(team, EpPhase::kPush, epoch);
   if (pushed && await_nodes(team, rails, EpPhase::kReduce, epoch - 1)) {  // the slots there have been read
     const Putter putter(team, rails, blockIdx.x % num_contexts(rails), descriptors);
     const int64_t overflows = team.at.overflows + int64_t(16) * team.nodes.node * team.nodes.size;
@@ -256,8 +259,8 @@ __global__ void __launch_bounds__(kRailThreads)
 }
 
 // Of one warp.
-__global__ void __launch_bounds__(kRailThreads)
-    ep_release_slots_kernel(const __grid_constant__ Team team, const __grid_constant__ Rails rails) {
+__global__ void __launch_bounds__(kRailThreads, 1)
+    ep_release_slots_kernel(const __grid_constant__ NodesTeam team, const __grid_constant__ Rails rails) {
   __shared__ ncclGinDescriptorSmem descriptors[kRailThreads];
   if (!has_failed(team)) tell_nodes(team, rails, EpPhase::kReduce, descriptors);
 }
@@ -265,8 +268,8 @@ __global__ void __launch_bounds__(kRailThreads)
 // ---- the end ----
 
 // Of one warp. Signals of the other phases were awaited when they were due.
-__global__ void __launch_bounds__(kRailThreads)
-    ep_settle_rails_kernel(const __grid_constant__ Team team, const __grid_constant__ Rails rails) {
+__global__ void __launch_bounds__(kRailThreads, 1)
+    ep_settle_rails_kernel(const __grid_constant__ NodesTeam team, const __grid_constant__ Rails rails) {
   __shared__ ncclGinDescriptorSmem descriptors[kRailThreads];
   for (int context = 0; context < num_contexts(rails); ++context) {
     if (!Putter(team, rails, context, descriptors).await_taken(EpPhase::kReduce)) return;

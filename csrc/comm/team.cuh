@@ -51,14 +51,11 @@ __device__ __forceinline__ bool has_failed(const Team& team) {
   return *reinterpret_cast<volatile unsigned*>(&local_state(team).failed) != 0;
 }
 
-// Whom a wait in vain for `peer` is for: the mate that would have passed on its word, if that has not come so far
-// itself.
-__device__ inline int missing_rank(const Team& team, EpPhase phase, int peer, uint64_t epoch) {
-  const int mate = team.nodes.node * team.nodes.size + peer % team.nodes.size;
-  return load_acquire_system(signal_of(team, team.self, phase, mate)) < epoch ? mate : peer;
-}
+// Whom a wait in vain for `peer` is for.
+__device__ __forceinline__ int missing_rank(const Team&, EpPhase, int peer, uint64_t) { return peer; }
 
-__device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uint64_t epoch) {
+template <typename AnyTeam>
+__device__ inline bool await_peer(const AnyTeam& team, EpPhase phase, int peer, uint64_t epoch) {
   const uint64_t* signal = signal_of(team, team.self, phase, peer);
   const uint64_t start = clock_ns();
   for (;;) {
@@ -73,11 +70,12 @@ __device__ inline bool await_peer(const Team& team, EpPhase phase, int peer, uin
   }
 }
 
-// Whether `ranks` have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible then.
-__device__ inline bool await_ranks(const Team& team, const Ranks& ranks, EpPhase phase, uint64_t epoch) {
+// Whether all ranks have finished `epoch` of `phase`, as the whole block sees it; what they wrote before is visible
+// then.
+__device__ inline bool await_peers(const Team& team, EpPhase phase, uint64_t epoch) {
   bool fine = !has_failed(team);
-  for (int i = threadIdx.x; i < ranks.count; i += blockDim.x) {
-    fine = fine && await_peer(team, phase, ranks.first + i * ranks.stride, epoch);
+  for (int peer = threadIdx.x; peer < team.shape.num_ranks; peer += blockDim.x) {
+    fine = fine && await_peer(team, phase, peer, epoch);
   }
   return __syncthreads_and(fine);
 }
@@ -96,54 +94,32 @@ __device__ inline bool is_last_block(const Team& team, EpPhase phase) {
   return __syncthreads_or(last);
 }
 
-// For the last block alone. Tells the ranks of this node; others hear of it along the rails (sm90_ep_rails.cuh).
-__device__ inline void tell_peers(const Team& team, EpPhase phase, uint64_t epoch) {
+__device__ __forceinline__ int num_mates(const Team& team) { return team.shape.num_ranks; }
+
+// For the last block alone. Tells the ranks of this node; others hear of it along the rails.
+template <typename AnyTeam>
+__device__ inline void tell_peers(const AnyTeam& team, EpPhase phase, uint64_t epoch) {
   __threadfence_system();
   __syncthreads();
   if (has_failed(team)) return;
   if (threadIdx.x == 0) local_state(team).epoch[int(phase)] = epoch;
-  for (int peer = threadIdx.x; peer < team.nodes.size; peer += blockDim.x) {
+  for (int peer = threadIdx.x; peer < num_mates(team); peer += blockDim.x) {
     store_release_system(signal_of(team, team.peers[peer], phase, team.shape.rank), epoch);
   }
 }
 
-// ---- where another rank's data lie ----
-
-// A pointer that stands for the window of `rank` where offsets of staged data are concerned: the window itself, or the
-// inbox of the node mate that got a copy.
-template <bool kNodes>
-__device__ __forceinline__ char* staged_by(const Team& team, int rank) {
-  if constexpr (kNodes) {
-    const int node = rank / team.nodes.size;
-    char* window = team.peers[rank % team.nodes.size];
-    if (node == team.nodes.node) return window;
-    return window + team.at.inbox - team.at.num_tokens + area_of(team.nodes.node, node) * team.at.staged_bytes;
-  } else {
-    return team.peers[rank];
-  }
+// What differs between one node and several (nodes.cuh): whom to wait for, and where the data of a rank lie.
+__device__ inline bool await_mates(const Team& team, EpPhase phase, uint64_t epoch) {
+  return await_peers(team, phase, epoch);
 }
 
-// Where rows for the tokens of `rank` go: its slots, or the outbox from which a node mate will send them on.
-template <bool kNodes>
-__device__ __forceinline__ char* slots_towards(const Team& team, int rank) {
-  if constexpr (kNodes) {
-    const int node = rank / team.nodes.size;
-    char* window = team.peers[rank % team.nodes.size];
-    if (node == team.nodes.node) return window + team.at.slots;
-    return window + team.at.outbox + area_of(team.nodes.node, node) * team.at.slots_bytes;
-  } else {
-    return team.peers[rank] + team.at.slots;
-  }
+__device__ inline bool await_mates_and_rails(const Team& team, EpPhase phase, uint64_t epoch) {
+  return await_peers(team, phase, epoch);
 }
 
-__device__ __forceinline__ bool is_marked(const uint32_t* words, int choice) {
-  return words[choice / 32] >> (choice % 32) & 1;
-}
+__device__ __forceinline__ char* staged_by(const Team& team, int rank) { return team.peers[rank]; }
 
-// The node of a packed choice's expert; past all nodes where there is none.
-__device__ __forceinline__ int node_of(const Team& team, uint32_t packed) {
-  return int(packed >> 16) / (team.shape.num_experts / team.nodes.count);
-}
+__device__ __forceinline__ char* slots_towards(const Team& team, int rank) { return team.peers[rank] + team.at.slots; }
 
 // Bytes that a peer may have written: past the L1, which is not coherent.
 __device__ __forceinline__ uint4 load_shared_memory(const uint4* pointer) { return __ldcg(pointer); }

@@ -124,7 +124,7 @@ const char* check(ncclResult_t result, const char* step, ncclComm_t comm = nullp
 
 class EpComm {
  public:
-  Team team{};
+  NodesTeam team{};
   int device = 0;
 
   static const char* create(const EpShape& shape, const uint8_t id[kUniqueIdBytes], int device, int64_t timeout_us,
@@ -140,8 +140,10 @@ class EpComm {
     DSV3RT_NCCL_CHECK(nccl().init_rank(&comm->comm_, shape.num_ranks, unique, shape.rank), "ncclCommInitRank");
     const ncclTeam_t node = nccl().lsa_team(comm->comm_);
     comm->team.nodes = nodes_of(shape, node.nRanks);
-    comm->team.at = layout_of(shape, comm->team.nodes.count);
+    comm->team.at = layout_of(shape);
+    comm->team.rails.bytes = comm->team.at.bytes;
     if (comm->team.nodes.count > 1) {
+      comm->team.rails = rail_layout_of(shape, comm->team.at, comm->team.nodes.count);
       if (const char* error = check_nodes(shape, node)) return error;
       if (const char* error = comm->make_rails()) return error;
     }
@@ -223,9 +225,9 @@ class EpComm {
 
   const char* make_window() {
     EpComm* comm = this;
-    DSV3RT_NCCL_CHECK(nccl().mem_alloc(&base_, team.at.bytes), "ncclMemAlloc");
-    DSV3RT_CUDA_CHECK(cudaMemset(base_, 0, team.at.bytes));
-    DSV3RT_NCCL_CHECK(nccl().window_register(comm_, base_, team.at.bytes, &window_, NCCL_WIN_COLL_SYMMETRIC),
+    DSV3RT_NCCL_CHECK(nccl().mem_alloc(&base_, team.rails.bytes), "ncclMemAlloc");
+    DSV3RT_CUDA_CHECK(cudaMemset(base_, 0, team.rails.bytes));
+    DSV3RT_NCCL_CHECK(nccl().window_register(comm_, base_, team.rails.bytes, &window_, NCCL_WIN_COLL_SYMMETRIC),
                       "ncclCommWindowRegister");
     std::vector<void*> peers(team.nodes.size);
     for (int rank = 0; rank < team.nodes.size; ++rank) {
@@ -278,7 +280,7 @@ const char* ep_create(const EpShape& shape, const uint8_t id[kUniqueIdBytes], in
 
 class EpComm {
  public:
-  Team team{};
+  NodesTeam team{};
   int device = 0;
   const Rails* rails() const { return nullptr; }
 };
@@ -299,7 +301,7 @@ const char* ep_create(const EpShape&, const uint8_t[kUniqueIdBytes], int, int64_
 
 #endif
 
-const Team& team_of(const EpComm& comm) { return comm.team; }
+const NodesTeam& team_of(const EpComm& comm) { return comm.team; }
 const Rails* rails_of(const EpComm& comm) { return comm.rails(); }
 
 const char* ep_destroy(EpComm* comm) {
@@ -309,7 +311,7 @@ const char* ep_destroy(EpComm* comm) {
 
 const EpShape& ep_shape(const EpComm* comm) { return comm->team.shape; }
 int ep_device(const EpComm* comm) { return comm->device; }
-int64_t ep_window_bytes(const EpComm* comm) { return comm->team.at.bytes; }
+int64_t ep_window_bytes(const EpComm* comm) { return comm->team.rails.bytes; }
 int ep_num_nodes(const EpComm* comm) { return comm->team.nodes.count; }
 int64_t ep_rail_words(const EpComm* comm) {
   const int nodes = comm->team.nodes.count;

@@ -4,7 +4,7 @@
 
 namespace dsv3rt {
 
-const Team& team_of(const EpComm& comm);
+const NodesTeam& team_of(const EpComm& comm);
 const Rails* rails_of(const EpComm& comm);  // null within one node
 
 }  // namespace dsv3rt

@@ -23,7 +23,7 @@ struct WindowLayout {
   int64_t signals;       // u64 [phase][rank]: the epoch that a peer has finished
   int64_t overflows;  // i64 [rank][2]: rows that a peer's experts needed, and its capacity; zeros where it sufficed
   int64_t local;  // LocalState
-  // What a rank stages for others, in one piece: it lies in other nodes' inboxes as it lies here.
+  // What a rank stages for others, in one piece up to `slots`: it lies in other nodes' inboxes as it lies here.
   int64_t num_tokens;  // i32
   int64_t choice;  // u32 [T * K]: expert << 16 | place among its expert's choices of the chunk
   int64_t chunk_starts;  // i32 [chunk][E]: its expert's choices of this rank in earlier chunks
@@ -31,19 +31,22 @@ struct WindowLayout {
   int64_t weight;  // f32 [T * K]
   int64_t weight_grad;  // f32 [T * K], written by the ranks that hold the experts
   int64_t tokens;  // [T] rows, each followed by its scales
-  int64_t staged_bytes;  // of all that, from num_tokens on
   int64_t slots;  // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
-  int64_t slots_bytes;
-  // Between nodes, each once for every other node: what its rank on this rank's rail has staged, what goes back to it
-  // from all experts of this node, and the weights' gradients that it has sent.
-  int64_t inbox;
-  int64_t outbox;
-  int64_t returned_weight_grad;
   // Of the low-latency form, each twice: for epochs of even and of odd number.
   int64_t arrived_choice;  // u32 [2][R][T * K, padded]: all choices of every rank
   int64_t arrived_tokens;  // [2][R][T] rows in FP8, each followed by its scales
   int64_t returned_slots;  // bf16 [2][T * K][D]
   int64_t bytes;
+};
+
+// Where several nodes make up the group: more of the window, each part once for every other node.
+struct RailLayout {
+  int64_t inbox;  // what the node's rank on this rail has staged
+  int64_t inbox_bytes;  // of one node
+  int64_t outbox;  // bf16 [T * K][D]: what goes back to that rank from all experts here
+  int64_t outbox_bytes;
+  int64_t returned_weight_grad;  // f32 [T * K], from that node's experts
+  int64_t bytes;  // of the whole window
 };
 
 constexpr uint32_t kNoExpert = 0xffffffff;
@@ -83,53 +86,77 @@ DSV3RT_HOST_DEVICE inline int area_of(int owner, int other) { return other - (ot
 // every node those of its rank on this rail that come here.
 DSV3RT_HOST_DEVICE inline int rail_words(const EpShape& shape) { return ceil_div(shape.max_tokens, 32) * shape.top_k; }
 
-inline WindowLayout layout_of(const EpShape& shape, int num_nodes) {
-  WindowLayout at{};
-  const auto take = [&](int64_t bytes) {
-    const int64_t start = at.bytes;
-    at.bytes += round_up(bytes, int64_t(128));
+// Takes parts of a window, one after the other.
+class Areas {
+ public:
+  explicit Areas(int64_t start) : end_(start) {}
+
+  int64_t take(int64_t bytes) {
+    const int64_t start = end_;
+    end_ += round_up(bytes, int64_t(128));
     return start;
-  };
-  const int64_t choices = int64_t(shape.max_tokens) * shape.top_k;
-  at.signals = take(int64_t(kNumPhases) * kMaxEpRanks * 8);
-  at.overflows = take(int64_t(kMaxEpRanks) * 16);
-  at.local = take(sizeof(LocalState));
-  at.num_tokens = take(4);
-  at.choice = take(choices * 4);
-  at.chunk_starts = take(ceil_div(choices, int64_t(kChunk)) * shape.num_experts * 4);
-  at.totals = take(int64_t(shape.num_experts) * 4);
-  at.weight = take(choices * 4);
-  at.weight_grad = take(choices * 4);
-  at.tokens = take(int64_t(shape.max_tokens) * shape.num_columns * 2);
-  at.staged_bytes = at.bytes - at.num_tokens;
-  at.slots_bytes = round_up(choices * shape.num_columns * 2, int64_t(128));
-  at.slots = take(at.slots_bytes);
-  if (num_nodes > 1) {
-    const int64_t others = num_nodes - 1;
-    at.inbox = take(others * at.staged_bytes);
-    at.outbox = take(others * at.slots_bytes);
-    at.returned_weight_grad = take(others * choices * 4);
   }
+
+  int64_t window_bytes() const { return round_up(end_, int64_t(4096)); }  // as NCCL asks
+
+ private:
+  int64_t end_;
+};
+
+inline WindowLayout layout_of(const EpShape& shape) {
+  WindowLayout at{};
+  Areas areas(0);
+  const int64_t choices = int64_t(shape.max_tokens) * shape.top_k;
+  at.signals = areas.take(int64_t(kNumPhases) * kMaxEpRanks * 8);
+  at.overflows = areas.take(int64_t(kMaxEpRanks) * 16);
+  at.local = areas.take(sizeof(LocalState));
+  at.num_tokens = areas.take(4);
+  at.choice = areas.take(choices * 4);
+  at.chunk_starts = areas.take(ceil_div(choices, int64_t(kChunk)) * shape.num_experts * 4);
+  at.totals = areas.take(int64_t(shape.num_experts) * 4);
+  at.weight = areas.take(choices * 4);
+  at.weight_grad = areas.take(choices * 4);
+  at.tokens = areas.take(int64_t(shape.max_tokens) * shape.num_columns * 2);
+  at.slots = areas.take(choices * shape.num_columns * 2);
   if (shape.low_latency) {
     const int64_t ranks = shape.num_ranks;
-    at.arrived_choice = take(2 * ranks * padded_choices(shape) * 4);
-    at.arrived_tokens = take(2 * ranks * shape.max_tokens * latency_record_bytes(shape));
-    at.returned_slots = take(2 * choices * shape.num_columns * 2);
+    at.arrived_choice = areas.take(2 * ranks * padded_choices(shape) * 4);
+    at.arrived_tokens = areas.take(2 * ranks * shape.max_tokens * latency_record_bytes(shape));
+    at.returned_slots = areas.take(2 * choices * shape.num_columns * 2);
   }
-  at.bytes = round_up(at.bytes, int64_t(4096));  // what NCCL asks of a window
+  at.bytes = areas.window_bytes();
   return at;
+}
+
+// Behind the parts that a window of one node has.
+inline RailLayout rail_layout_of(const EpShape& shape, const WindowLayout& at, int num_nodes) {
+  RailLayout rails{};
+  Areas areas(at.bytes);
+  const int64_t others = num_nodes - 1, choices = int64_t(shape.max_tokens) * shape.top_k;
+  rails.inbox_bytes = at.slots - at.num_tokens;
+  rails.outbox_bytes = round_up(choices * shape.num_columns * 2, int64_t(128));
+  rails.inbox = areas.take(others * rails.inbox_bytes);
+  rails.outbox = areas.take(others * rails.outbox_bytes);
+  rails.returned_weight_grad = areas.take(others * choices * 4);
+  rails.bytes = areas.window_bytes();
+  return rails;
 }
 
 // What every kernel needs of the group. `self` is the address under which peers' tables know this window too: two
 // addresses of one memory would not be coherent inside a kernel.
 struct Team {
   char* self;
-  char* const* peers;  // on the device: windows of this node's ranks
+  char* const* peers;  // on the device: windows of all ranks, or of this node's
   EpError* error;  // in host memory
   WindowLayout at;
   EpShape shape;
-  Nodes nodes;
   int64_t timeout_ns;
+};
+
+// The same where not all ranks reach each other. Kernels for one node take a Team and know nothing of this.
+struct NodesTeam : Team {
+  Nodes nodes;
+  RailLayout rails;
 };
 
 }  // namespace dsv3rt

@@ -5,6 +5,7 @@
 // (before the kernels: their language)
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
+#include "comm/sm90_ep_nodes.cuh"
 #include "comm/sm90_ep_rails.cuh"
 
 namespace dsv3rt {
@@ -22,7 +23,7 @@ struct Options {
 };
 
 struct Rank {
-  Team team{};
+  NodesTeam team{};
   Rails rails{};
   std::vector<char> window;
   std::vector<char*> peers;
@@ -53,13 +54,14 @@ class World {
   explicit World(const Options& options) : options_(options), ranks_(options.num_nodes * options.node_size) {
     for (int rail = 0; rail < options.node_size; ++rail) rails_.push_back(std::make_unique<host::Rail>());
     for (int r = 0; r < int(ranks_.size()); ++r) {
-      Team& team = ranks_[r].team;
+      NodesTeam& team = ranks_[r].team;
       team.shape = {int(ranks_.size()), r, options.experts, options.max_tokens, options.top_k, options.columns, false};
       team.nodes = nodes_of(team.shape, options.node_size);
-      team.at = layout_of(team.shape, options.num_nodes);
+      team.at = layout_of(team.shape);
+      team.rails = rail_layout_of(team.shape, team.at, options.num_nodes);
       team.timeout_ns = 60'000'000'000;
       team.error = &ranks_[r].error;
-      ranks_[r].window.assign(team.at.bytes, 0);
+      ranks_[r].window.assign(team.rails.bytes, 0);
       team.self = ranks_[r].window.data();
     }
     for (int r = 0; r < int(ranks_.size()); ++r) {
@@ -71,7 +73,7 @@ class World {
       host::Rail& rail = *rails_[nodes.rail];
       rail.windows.push_back(rank.team.self);
       rail.signals.emplace_back(host::kContexts * host::kSignals);
-      rail.window_bytes = rank.team.at.bytes;
+      rail.window_bytes = rank.team.rails.bytes;
       rail.delay_us = options.delay_us;
       rail.random.seed(unsigned(options.seed * 100 + nodes.rail + 1));
       rank.rails.device = {&rail, nodes.node, host::kContexts};
@@ -199,7 +201,7 @@ class World {
     EpRoute route{};
   };
 
-  void make(Route& route, const Team& team, int capacity) const {
+  void make(Route& route, const NodesTeam& team, int capacity) const {
     route.counts.assign(num_local(), -1);
     route.offsets.assign(num_local() + 1, -1);
     route.origin.assign(capacity, -7);
@@ -215,51 +217,62 @@ class World {
   }
 
   // As launch.cu does it.
-  template <bool kNodes>
-  static void dispatch_in(const Rank& rank, const EpDispatchParams& params) {
-    const Team& team = rank.team;
+  template <typename AnyTeam>
+  static void dispatch_by(const AnyTeam& team, const Rails& rails, const EpDispatchParams& params) {
+    constexpr bool kNodes = std::is_same_v<AnyTeam, NodesTeam>;
     const int record = round_up(params.tokens.row_bytes + 4 * params.tokens.num_scales, 16);
     const bool weighted = params.outputs != nullptr;
     const StageArgs stage{params.tokens, params.finds_route, params.choice, params.weight, params.num_tokens, record};
     host::launch(kBlocks, kThreads, [=, &team] { ep_stage_kernel(team, stage); });
-    const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record, params.route.rails};
-    if (kNodes)
-      host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_tokens_kernel(rank.team, rank.rails, leaving); });
+    if constexpr (kNodes) {
+      const RailTokens leaving{params.finds_route, weighted, params.num_tokens, record, params.rail_words};
+      host::launch(kBlocks, kRailThreads, [=, &team, &rails] { ep_put_tokens_kernel(team, rails, leaving); });
+      if (params.finds_route) {
+        host::launch(kBlocks, kThreads, [=, &team] { ep_mark_returning_kernel(team, params.rail_words); });
+      }
+    }
     if (params.finds_route) {
       const PlaceArgs place{params.route};
-      host::launch(kBlocks, kThreads, [=, &team] { ep_place_kernel<kNodes>(team, place); });
+      host::launch(kBlocks, kThreads, [=, &team] { ep_place_kernel(team, place); });
     }
     const PullArgs pull{params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record};
-    host::launch(kBlocks, kThreads, [=, &team] {
-      weighted ? ep_pull_kernel<true, kNodes>(team, pull) : ep_pull_kernel<false, kNodes>(team, pull);
-    });
-    if (kNodes) {
-      host::launch(1, kRailThreads, [=, &rank] { ep_release_inboxes_kernel(rank.team, rank.rails, weighted); });
+    host::launch(kBlocks, kThreads,
+                 [=, &team] { weighted ? ep_pull_kernel<true>(team, pull) : ep_pull_kernel<false>(team, pull); });
+    if constexpr (kNodes) {
+      host::launch(1, kRailThreads, [=, &team, &rails] { ep_release_inboxes_kernel(team, rails, weighted); });
     }
     if (!weighted) return;
     host::launch(1, kThreads, [=, &team] {
-      ep_weight_grad_kernel<kNodes>(team, params.weight_grad, params.route.rails, params.num_tokens * team.shape.top_k);
+      const int num_choices = params.num_tokens * team.shape.top_k;
+      if constexpr (kNodes) {
+        ep_rails_weight_grad_kernel(team, params.weight_grad, params.rail_words, num_choices);
+      } else {
+        ep_weight_grad_kernel(team, params.weight_grad, num_choices);
+      }
     });
   }
 
-  template <bool kNodes>
-  static void combine_in(const Rank& rank, const EpCombineParams& params) {
-    const Team& team = rank.team;
+  template <typename AnyTeam>
+  static void combine_by(const AnyTeam& team, const Rails& rails, const EpCombineParams& params) {
+    constexpr bool kNodes = std::is_same_v<AnyTeam, NodesTeam>;
     const PushArgs push{params.route, static_cast<const char*>(params.rows)};
     const ReduceArgs reduce{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
-    const uint32_t* words = params.route.rails;
-    host::launch(kBlocks, kThreads, [=, &team] { ep_push_kernel<kNodes>(team, push); });
-    if (kNodes) host::launch(kBlocks, kRailThreads, [=, &rank] { ep_put_slots_kernel(rank.team, rank.rails, words); });
-    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel<kNodes>(team, reduce); });
-    if (kNodes) host::launch(1, kRailThreads, [=, &rank] { ep_release_slots_kernel(rank.team, rank.rails); });
+    host::launch(kBlocks, kThreads, [=, &team] { ep_push_kernel(team, push); });
+    if constexpr (kNodes) {
+      host::launch(kBlocks, kRailThreads, [=, &team, &rails] { ep_put_slots_kernel(team, rails, params.rail_words); });
+    }
+    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel(team, reduce); });
+    if constexpr (kNodes) host::launch(1, kRailThreads, [&team, &rails] { ep_release_slots_kernel(team, rails); });
   }
 
   void dispatch(const Rank& rank, const EpDispatchParams& params) const {
-    options_.num_nodes > 1 ? dispatch_in<true>(rank, params) : dispatch_in<false>(rank, params);
+    const Team& team = rank.team;
+    options_.num_nodes > 1 ? dispatch_by(rank.team, rank.rails, params) : dispatch_by(team, rank.rails, params);
   }
 
   void combine(const Rank& rank, const EpCombineParams& params) const {
-    options_.num_nodes > 1 ? combine_in<true>(rank, params) : combine_in<false>(rank, params);
+    const Team& team = rank.team;
+    options_.num_nodes > 1 ? combine_by(rank.team, rank.rails, params) : combine_by(team, rank.rails, params);
   }
 
   EpRows rows_view(std::vector<__nv_bfloat16>& data) const {
@@ -283,6 +296,7 @@ class World {
     params.finds_route = true;
     params.choice = batch.choice.data();
     params.route = route.route;
+    params.rail_words = route.rails.data();
     params.rows = rows_view(rows);
     dispatch(rank, params);
     if (route.counts != counts) differ("the counts", r, 0);
@@ -298,12 +312,13 @@ class World {
     }
     exchange_fp8(r, want);
     std::vector<__nv_bfloat16> y(size_t(batch.num_tokens) * columns), dx(y);
-    combine(rank, {out.data(), route.route, batch.weight.data(), y.data(), batch.num_tokens, columns, kBlocks});
+    combine(rank, {out.data(), route.route, route.rails.data(), batch.weight.data(), y.data(), batch.num_tokens,
+                   columns, kBlocks});
     // A second one at once, of other rows: its slots must not come before the first have been read.
     std::vector<__nv_bfloat16> negative(out.size()), y_negative(y.size());
     for (size_t i = 0; i < out.size(); ++i) negative[i] = __float2bfloat16(-number(out[i]));
-    combine(rank,
-            {negative.data(), route.route, batch.weight.data(), y_negative.data(), batch.num_tokens, columns, kBlocks});
+    combine(rank, {negative.data(), route.route, route.rails.data(), batch.weight.data(), y_negative.data(),
+                   batch.num_tokens, columns, kBlocks});
     check_sums(r, y, false);
     for (size_t i = 0; i < y.size(); ++i) {
       if (number(y[i]) != -number(y_negative[i])) differ("a second result", r, int64_t(i));
@@ -327,7 +342,8 @@ class World {
         if (number(drows[i * columns + c]) != expected) differ("a row of the gradient", r, int64_t(i));
       }
     }
-    combine(rank, {drows.data(), route.route, nullptr, dx.data(), batch.num_tokens, columns, kBlocks});
+    combine(rank,
+            {drows.data(), route.route, route.rails.data(), nullptr, dx.data(), batch.num_tokens, columns, kBlocks});
     check_sums(r, dx, true);
   }
 
@@ -345,6 +361,7 @@ class World {
     params.finds_route = true;
     params.choice = batch.choice.data();
     params.route = route.route;
+    params.rail_words = route.rails.data();
     params.rows = {rows.data(), row_scale.data(), columns, capacity, columns, scales};
     dispatch(ranks_[r], params);
     for (size_t i = 0; i < want.size(); ++i) {
@@ -406,6 +423,7 @@ class World {
     params.finds_route = true;
     params.choice = batch.choice.data();
     params.route = route.route;
+    params.rail_words = route.rails.data();
     params.rows = rows_view(rows);
     dispatch(ranks_[r], params);
     if (route.offsets.back() != 0) differ("the layout without a peer", r, route.offsets.back());
@@ -428,9 +446,11 @@ class World {
     params.finds_route = true;
     params.choice = batch.choice.data();
     params.route = route.route;
+    params.rail_words = route.rails.data();
     params.rows = rows_view(rows);
     dispatch(ranks_[r], params);
-    combine(ranks_[r], {rows.data(), route.route, nullptr, y.data(), batch.num_tokens, options_.columns, kBlocks});
+    combine(ranks_[r], {rows.data(), route.route, route.rails.data(), nullptr, y.data(), batch.num_tokens,
+                        options_.columns, kBlocks});
     for (size_t i = 0; i < y.size(); ++i) {
       if (!std::isnan(number(y[i]))) differ("a result of rows that did not fit", r, int64_t(i));
     }

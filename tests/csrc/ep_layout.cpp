@@ -15,7 +15,8 @@ int main(int argc, char** argv) {
   const int node_size = std::atoi(argv[2]);
   EpShape shape{std::atoi(argv[1]), 0,    std::atoi(argv[3]), std::atoi(argv[4]), std::atoi(argv[5]),
                 std::atoi(argv[6]), false};
-  const WindowLayout at = layout_of(shape, shape.num_ranks / node_size);
+  const WindowLayout at = layout_of(shape);
+  const RailLayout rails = rail_layout_of(shape, at, shape.num_ranks / node_size);
   const long long choices = static_cast<long long>(shape.max_tokens) * shape.top_k,
                   others = shape.num_ranks / node_size - 1;
   const auto area = [](const char* name, long long start, long long bytes) {
@@ -24,21 +25,21 @@ int main(int argc, char** argv) {
   area("signals", at.signals, 8LL * kNumPhases * kMaxEpRanks);
   area("overflows", at.overflows, 16LL * kMaxEpRanks);
   area("local", at.local, sizeof(LocalState));
-  area("staged", at.num_tokens, at.staged_bytes);
+  area("staged", at.num_tokens, rails.inbox_bytes);
   area("slots", at.slots, choices * shape.num_columns * 2);
   if (others > 0) {
-    area("inbox", at.inbox, others * at.staged_bytes);
-    area("outbox", at.outbox, others * at.slots_bytes);
-    area("returned_weight_grad", at.returned_weight_grad, others * choices * 4);
+    area("inbox", rails.inbox, others * rails.inbox_bytes);
+    area("outbox", rails.outbox, others * rails.outbox_bytes);
+    area("returned_weight_grad", rails.returned_weight_grad, others * choices * 4);
   }
-  area("window", 0, at.bytes);
+  area("window", 0, others > 0 ? rails.bytes : at.bytes);
   for (shape.rank = 0; shape.rank < shape.num_ranks; ++shape.rank) {
     const Nodes nodes = nodes_of(shape, node_size);
     for (int other = 0; other < nodes.count; ++other) {
       if (other == nodes.node) continue;
       const long long index = area_of(nodes.node, other);
-      std::printf("inbox %d %d %lld\n", shape.rank, other, at.inbox + index * at.staged_bytes);
-      std::printf("outbox %d %d %lld\n", shape.rank, other, at.outbox + index * at.slots_bytes);
+      std::printf("inbox %d %d %lld\n", shape.rank, other, rails.inbox + index * rails.inbox_bytes);
+      std::printf("outbox %d %d %lld\n", shape.rank, other, rails.outbox + index * rails.outbox_bytes);
     }
   }
   std::printf("words %d\n", rail_words(shape));
