@@ -207,13 +207,8 @@ class World {
     route.origin.assign(capacity, -7);
     route.rows_needed.assign(1, 0);
     route.rails.assign(size_t(2) * team.nodes.count * rail_words(team.shape), 0xdeadbeef);
-    route.route = {route.counts.data(),
-                   route.offsets.data(),
-                   route.origin.data(),
-                   route.rows_needed.data(),
-                   route.rails.data(),
-                   capacity,
-                   kBlock};
+    route.route = {
+        route.counts.data(), route.offsets.data(), route.origin.data(), route.rows_needed.data(), capacity, kBlock};
   }
 
   // As launch.cu does it.

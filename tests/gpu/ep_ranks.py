@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dsv3rt import ops
+from dsv3rt.ops.cuda.ep import KernelExchange
 from dsv3rt.ops.types import Routing
 from tests.gpu.ep_cases import Batch, Shape
 
@@ -35,7 +38,32 @@ class Ranks:
         limits = ops.EpLimits(
             shape.max_tokens, shape.top_k, shape.num_columns, num_sms, timeout_s, low_latency=low_latency
         )
-        return ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
+        group = ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
+        if self.num_nodes > 1:
+            assert group.kernels is not None
+            wait_after_each_exchange(group.kernels)
+        return group
+
+
+def wait_after_each_exchange(kernels: KernelExchange) -> None:
+    """Lets the host do nothing else while an exchange between nodes of one machine is under way.
+
+    The network there (gin_loopback.cc) copies by calls of CUDA in this process. Another thread's call that waits for
+    running kernels, as a first launch with more local memory or an allocation may, would hold up those copies, which the
+    kernels wait for. A network card knows no such thing.
+    """
+
+    def waiting(exchange: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = exchange(*args, **kwargs)
+            if not torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize()
+            return result
+
+        return run
+
+    for name in ("_pull", "sum_rows"):
+        setattr(kernels, name, waiting(getattr(kernels, name)))
 
 
 def equal(name: str, got: Tensor, want: Tensor) -> None:

@@ -9,7 +9,8 @@
 //                           allows but for a strong signal, which no earlier message of its context may follow
 //   GIN_LOOPBACK_SEED       of the delays
 //
-// Messages to a process that has ended vanish. gin.get is refused.
+// Messages to a process that has ended vanish. gin.get is refused. Copies are calls of CUDA in the ranks' processes: a
+// rank must not meanwhile make others that wait for its running kernels. A copy that took long says so.
 #include <cuda_runtime.h>
 #include <fcntl.h>
 #include <sys/socket.h>
@@ -204,11 +205,14 @@ class Network {
   }
 
   bool copy(void* target, const void* source, size_t num_bytes) {
-    if (cudaMemcpyAsync(target, source, num_bytes, cudaMemcpyDefault, stream_) == cudaSuccess &&
-        cudaStreamSynchronize(stream_) == cudaSuccess) {
-      return true;
+    const auto start = std::chrono::steady_clock::now();
+    if (cudaMemcpyAsync(target, source, num_bytes, cudaMemcpyDefault, stream_) != cudaSuccess ||
+        cudaStreamSynchronize(stream_) != cudaSuccess) {
+      return failed(cudaGetErrorString(cudaGetLastError()));
     }
-    return failed(cudaGetErrorString(cudaGetLastError()));
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (seconds > 0.5) fprintf(stderr, "gin_loopback: a copy was held up for %.2f s\n", seconds);
+    return true;
   }
 
   void send(Peer& peer) {
