@@ -49,8 +49,8 @@ def wait_after_each_exchange(kernels: KernelExchange) -> None:
     """Lets the host do nothing else while an exchange between nodes of one machine is under way.
 
     The network there (gin_loopback.cc) copies by calls of CUDA in this process. Another thread's call that waits for
-    running kernels, as a first launch with more local memory or an allocation may, would hold up those copies, which the
-    kernels wait for. A network card knows no such thing.
+    running kernels, as a first launch with more local memory or an allocation may, would hold up those copies, which
+    the kernels wait for. A network card knows no such thing.
     """
 
     def waiting(exchange: Callable[..., Any]) -> Callable[..., Any]:

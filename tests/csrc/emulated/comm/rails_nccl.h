@@ -33,32 +33,56 @@ enum memory_order { memory_order_acquire };
 namespace host {
 
 constexpr int kContexts = 4, kSignals = 512;
+constexpr int kQueue = 256;  // of NCCL's proxy, for a peer and a context
 
 // A rail: windows of its ranks, one a node, and what is under way between them.
 struct Rail {
   struct Message {
     int from, to, context, signal;  // signal -1: a put
     std::vector<char> bytes;
-    int64_t target;
+    int64_t source, target;
     std::chrono::steady_clock::time_point due;
   };
   std::vector<char*> windows;
   std::vector<std::vector<uint64_t>> signals;  // [node][context * kSignals + signal]
   std::mutex mutex;
-  std::vector<Message> under_way;
+  std::vector<Message> queued, under_way;  // not taken from their sender yet, and then
   std::minstd_rand random;
   int delay_us = 0;
   int64_t window_bytes = 0, num_puts = 0, put_bytes = 0;
 
+  // A full queue would do no harm by itself; the kernels' promise is that it never is.
   void post(Message message) {
     const std::lock_guard<std::mutex> lock(mutex);
-    message.due = std::chrono::steady_clock::now() + std::chrono::microseconds(delay_us ? random() % delay_us : 0);
-    under_way.push_back(std::move(message));
+    int ahead = 0;
+    for (const Message& one : queued) {
+      ahead += one.from == message.from && one.to == message.to && one.context == message.context;
+    }
+    if (ahead >= kQueue) {
+      std::printf("node %d has more than %d puts for node %d in context %d\n", message.from, kQueue, message.to,
+                  message.context);
+      std::exit(1);
+    }
+    queued.push_back(std::move(message));
+  }
+
+  bool has_queued(int from, int context) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return std::any_of(queued.begin(), queued.end(),
+                       [&](const Message& one) { return one.from == from && one.context == context; });
   }
 
   void deliver() {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto now = std::chrono::steady_clock::now();
+    const size_t taken = std::min<size_t>(queued.size(), random() % 16);
+    for (size_t i = 0; i < taken; ++i) {
+      const char* source = windows[queued[i].from] + queued[i].source;  // read when it is taken, not before
+      std::copy(source, source + queued[i].bytes.size(), queued[i].bytes.begin());
+      queued[i].due = now + std::chrono::microseconds(delay_us ? random() % delay_us : 0);
+      under_way.push_back(std::move(queued[i]));
+    }
+    queued.erase(queued.begin(), queued.begin() + long(taken));
     std::vector<Message> later;
     for (Message& one : under_way) {
       bool held = one.due > now;
@@ -104,17 +128,18 @@ struct ncclGin {
       std::printf("put of %zu bytes from %zu of node %d to %zu of node %d\n", bytes, source, comm.node, target, peer);
       std::exit(1);
     }
-    const char* from = rail.windows[comm.node] + source;
-    rail.post({comm.node, peer, context, -1, std::vector<char>(from, from + bytes), int64_t(target), {}});
+    rail.post({comm.node, peer, context, -1, std::vector<char>(bytes), int64_t(source), int64_t(target), {}});
     std::atomic_ref<int64_t>(rail.num_puts).fetch_add(1);
     std::atomic_ref<int64_t>(rail.put_bytes).fetch_add(int64_t(bytes));
   }
 
   void signal(ncclTeam, int peer, ncclGin_StrongSignalInc told, ncclCoopThread, ncclGin_DescriptorSmem) const {
-    comm.rail->post({comm.node, peer, context, int(told.signal), {}, 0, {}});
+    comm.rail->post({comm.node, peer, context, int(told.signal), {}, 0, 0, {}});
   }
 
   ncclResult_t flush(ncclCoopWarp, cuda::memory_order, ncclGin_None, uint64_t) const {
+    __syncwarp();
+    while (comm.rail->has_queued(comm.node, context)) host::step();
     __syncwarp();
     return ncclSuccess;
   }
