@@ -27,6 +27,7 @@ from benchmarks import provenance
 from benchmarks.timing import Case, Peer, figures
 from dsv3rt import ops
 from dsv3rt.ops.types import QuantTensor, Routing
+from tests.gpu.ep_ranks import captured
 
 REPS = 20
 
@@ -196,25 +197,11 @@ def measure_latency(bench: Bench, link: str) -> list[tuple[dict[str, Any], float
         ("ep_send + ep_receive", dispatch, chain.dispatch),
         ("ep_send_back + ep_collect", combine, lambda: chain.combine(sent, way)),
     ):
-        theirs_s, ours_s = bench.seconds(theirs), bench.seconds(captured(ours))
+        theirs_s, ours_s = bench.seconds(theirs), bench.seconds(captured(ours)[0].replay)
         line = figures(Case(op, shape, "us"), ours_s, Peer("all_to_all_single", lambda: None), theirs_s)
         bench.say(json.dumps(line))
         lines.append(({**line, "num_sms": bench.args.num_sms}, ours_s))
     return lines
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Its replay, after a first run on the stream of the capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay
 
 
 def main() -> None:

@@ -139,18 +139,17 @@ def compare(rows: Sequence[Row], base: Sequence[Row], loss: str = "loss") -> dic
     ours, theirs = [row[loss] for row in rows], [row[loss] for row in base]
     fifth = max(2, len(ours) // 5)
     ratios = [one / other - 1 for one, other in zip(ours, theirs, strict=True)]
-    curves = smooth(ours)[-fifth:], smooth(theirs)[-fifth:]
     return {
         "steps": fifth,
         "of_means": mean(ours[-fifth:]) / mean(theirs[-fifth:]) - 1,
         "error": stdev(ratios[-fifth:]) / fifth**0.5,
-        "furthest": max((one / other - 1 for one, other in zip(*curves, strict=True)), key=abs),
+        "furthest": max(ratios_of_curves(rows, base, loss)[-fifth:], key=abs),
     }
 
 
-def ratios_of_curves(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
+def ratios_of_curves(rows: Sequence[Row], base: Sequence[Row], loss: str = "loss") -> list[float]:
     """How the smoothed losses of paired runs differ at each step, relative to `base`."""
-    ours, theirs = smooth([row["loss"] for row in rows]), smooth([row["loss"] for row in base])
+    ours, theirs = smooth([row[loss] for row in rows]), smooth([row[loss] for row in base])
     return [one / other - 1 for one, other in zip(ours, theirs, strict=True)]
 
 

@@ -274,6 +274,19 @@ class World {
     return {data.data(), nullptr, options_.columns * 2, 0, options_.columns * 2, 0};
   }
 
+  // A dispatch that finds its route.
+  static EpDispatchParams by_choice(const Batch& batch, const EpRows& tokens, Route& route, const EpRows& rows) {
+    EpDispatchParams params{};
+    params.tokens = tokens;
+    params.num_tokens = batch.num_tokens;
+    params.finds_route = true;
+    params.choice = batch.choice.data();
+    params.route = route.route;
+    params.rail_words = route.rails.data();
+    params.rows = rows;
+    return params;
+  }
+
   // Dispatch, another of FP8 in between, combine, and both backwards by the first one's route.
   void exchange(int r) {
     const Rank& rank = ranks_[r];
@@ -285,14 +298,7 @@ class World {
     Route route;
     make(route, rank.team, capacity);
     std::vector<__nv_bfloat16> rows(size_t(capacity) * columns), out(rows), drows(rows);
-    EpDispatchParams params{};
-    params.tokens = rows_view(batch.x);
-    params.num_tokens = batch.num_tokens;
-    params.finds_route = true;
-    params.choice = batch.choice.data();
-    params.route = route.route;
-    params.rail_words = route.rails.data();
-    params.rows = rows_view(rows);
+    EpDispatchParams params = by_choice(batch, rows_view(batch.x), route, rows_view(rows));
     dispatch(rank, params);
     if (route.counts != counts) differ("the counts", r, 0);
     for (size_t i = 0; i < want.size(); ++i) {
@@ -349,16 +355,11 @@ class World {
     make(route, ranks_[r].team, capacity);
     std::vector<uint8_t> rows(size_t(capacity) * columns);
     std::vector<float> row_scale(size_t(capacity) * scales);
-    EpDispatchParams params{};
     // The high and low bytes of BF16 numbers are as good as any; a token is half of its row.
-    params.tokens = {batch.x.data(), batch.scale.data(), columns * 2, std::max(1, batch.num_tokens), columns, scales};
-    params.num_tokens = batch.num_tokens;
-    params.finds_route = true;
-    params.choice = batch.choice.data();
-    params.route = route.route;
-    params.rail_words = route.rails.data();
-    params.rows = {rows.data(), row_scale.data(), columns, capacity, columns, scales};
-    dispatch(ranks_[r], params);
+    const EpRows tokens{batch.x.data(), batch.scale.data(), columns * 2, std::max(1, batch.num_tokens), columns,
+                        scales};
+    dispatch(ranks_[r],
+             by_choice(batch, tokens, route, {rows.data(), row_scale.data(), columns, capacity, columns, scales}));
     for (size_t i = 0; i < want.size(); ++i) {
       if (want[i].rank < 0) continue;
       const Batch& from = batches_[want[i].rank];
@@ -412,15 +413,7 @@ class World {
     Route route;
     make(route, ranks_[r].team, capacity);
     std::vector<__nv_bfloat16> rows(size_t(capacity) * options_.columns);
-    EpDispatchParams params{};
-    params.tokens = rows_view(batch.x);
-    params.num_tokens = batch.num_tokens;
-    params.finds_route = true;
-    params.choice = batch.choice.data();
-    params.route = route.route;
-    params.rail_words = route.rails.data();
-    params.rows = rows_view(rows);
-    dispatch(ranks_[r], params);
+    dispatch(ranks_[r], by_choice(batch, rows_view(batch.x), route, rows_view(rows)));
     if (route.offsets.back() != 0) differ("the layout without a peer", r, route.offsets.back());
   }
 
@@ -435,15 +428,7 @@ class World {
     Route route;
     make(route, ranks_[r].team, r == 0 ? kBlock : round_up(capacity, kBlock));
     std::vector<__nv_bfloat16> rows(size_t(route.route.capacity) * options_.columns), y(batch.x.size());
-    EpDispatchParams params{};
-    params.tokens = rows_view(batch.x);
-    params.num_tokens = batch.num_tokens;
-    params.finds_route = true;
-    params.choice = batch.choice.data();
-    params.route = route.route;
-    params.rail_words = route.rails.data();
-    params.rows = rows_view(rows);
-    dispatch(ranks_[r], params);
+    dispatch(ranks_[r], by_choice(batch, rows_view(batch.x), route, rows_view(rows)));
     combine(ranks_[r], {rows.data(), route.route, route.rails.data(), nullptr, y.data(), batch.num_tokens,
                         options_.columns, kBlocks});
     for (size_t i = 0; i < y.size(); ++i) {

@@ -33,7 +33,7 @@ from tests.gpu.ep_cases import (
     rounded,
     row_factors,
 )
-from tests.gpu.ep_ranks import Ranks, equal, on
+from tests.gpu.ep_ranks import Ranks, captured, equal, on
 
 
 def check_layout(route: ops.EpRoute, whole: Whole, shape: Shape, rank: int) -> Tensor:
@@ -119,15 +119,7 @@ def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) ->
         _, y_TD, _ = forward(x_TD, routing, group, shape, ranks.rank)
         return (y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_TK), dy_TD))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = step()
+    graph, replayed = captured(step)
     for seed in seeds:
         batch = full_batch(shape, seed)
         whole, tokens = compute(shape, batch), batch.mine(ranks.rank)
@@ -136,9 +128,9 @@ def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) ->
             target.detach().copy_(source[tokens])
         graph.replay()
         torch.cuda.synchronize()
-        equal("replayed result", captured[0], whole.y_TD[tokens])
-        equal("replayed gradient", captured[1], whole.dx_TD[tokens])
-        check_weight_grad(captured[2], whole.dweight_TK[tokens], batch, whole, tokens)
+        equal("replayed result", replayed[0], whole.y_TD[tokens])
+        equal("replayed gradient", replayed[1], whole.dx_TD[tokens])
+        check_weight_grad(replayed[2], whole.dweight_TK[tokens], batch, whole, tokens)
 
 
 def fault_of(group: ops.EpGroup) -> str:
@@ -265,15 +257,7 @@ def check_latency_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: r
         first, second = (ops.ep_collect(one, weight_TK=weight_TK) for one in returned)
         return first, second
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        first, second = step()
+    graph, (first, second) = captured(step)
     for seed in seeds:
         batch = full_batch(shape, seed)
         tokens = batch.mine(ranks.rank)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from dsv3rt import ops
 from dsv3rt.ops.cuda.ep import KernelExchange
 from dsv3rt.ops.types import Routing
 from tests.gpu.ep_cases import Batch, Shape
+
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -86,3 +88,17 @@ def on(device: torch.device, batch: Batch, tokens: slice) -> tuple[Tensor, Routi
     weight = routing.weight_TK.to(device).requires_grad_()
     x_TD = batch.x_TD[tokens].to(device).requires_grad_()
     return x_TD, Routing(routing.idx_TK.to(device), weight, weight, weight), batch.dy_TD[tokens].to(device)
+
+
+def captured(step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of the step, and what its replays fill; all ranks run the step once before, on the capture's stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = step()
+    return graph, result

@@ -13,6 +13,23 @@ from dsv3rt.ops.types import round_up
 FP8 = torch.float8_e4m3fn
 GUARD = 512
 GUARD_BYTE = 0xA5
+# Of weights, and of experts' weights: inside a tile, whole tiles, ragged ones.
+MATRICES = [
+    (1, 1),
+    (1, 16),
+    (16, 16),
+    (8, 136),
+    (77, 130),
+    (128, 128),
+    (130, 77),
+    (129, 144),
+    (144, 129),
+    (576, 7168),
+    (2112, 512),
+    (3, 130, 200),
+    (5, 64, 272),
+    (2, 33, 7),
+]
 
 
 def random_rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int, decades: float = 12) -> Tensor:

@@ -10,31 +10,12 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.ops import AdamWHyper, AdamWSlot, QuantTensor, reference
-from tests.gpu.quant_cases import FP8, Guarded, assert_same_bits, random_rows
+from tests.gpu.quant_cases import FP8, MATRICES, Guarded, assert_same_bits, random_rows
 
 pytestmark = pytest.mark.gpu
 
 HYPER = AdamWHyper(lr=2.2e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-SHAPES = [
-    (1, 1),
-    (1, 16),
-    (16, 8),
-    (8, 136),
-    (77, 130),
-    (128, 128),
-    (130, 77),
-    (129, 144),
-    (144, 129),
-    (576, 7168),
-    (2112, 512),
-    (3, 130, 200),
-    (5, 64, 272),
-    (4, 256, 384),
-    (2, 33, 7),
-    (2, 128, 24),
-    (0, 128),
-    (3, 0, 64),
-]
+SHAPES = [*MATRICES, (16, 8), (4, 256, 384), (2, 128, 24), (0, 128), (3, 0, 64)]
 KINDS = [(grad, moment) for grad in (torch.float32, torch.bfloat16) for moment in (torch.float32, torch.bfloat16)]
 
 

@@ -8,31 +8,14 @@ import torch
 from dsv3rt import ops
 from dsv3rt.ops import reference
 from dsv3rt.ops.types import QuantTensor
-from tests.gpu.quant_cases import FP8, Guarded, assert_same_bits, random_rows
+from tests.gpu.quant_cases import FP8, MATRICES, Guarded, assert_same_bits, random_rows
 
 pytestmark = pytest.mark.gpu
-
-SHAPES = [
-    (1, 1),
-    (1, 16),
-    (16, 16),
-    (8, 136),
-    (77, 130),
-    (128, 128),
-    (130, 77),
-    (129, 144),
-    (144, 129),
-    (576, 7168),
-    (2112, 512),
-    (3, 130, 200),
-    (5, 64, 272),
-    (2, 33, 7),
-]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("pow2_scales", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_quantize_128x128_matches_reference(shape: tuple[int, ...], pow2_scales: bool, dtype: torch.dtype) -> None:
     w = random_rows(shape, dtype, seed=sum(shape))
     expected, expected_t = reference.quant.quantize_128x128(w, pow2_scales, True)
@@ -91,7 +74,7 @@ def test_quantize_128x128_handles_empty() -> None:
         assert q_t.shape == (*shape[:-2], shape[-1], shape[-2])
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (16, 256, 512), (0, 128), (3, 0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [*MATRICES, (16, 256, 512), (0, 128), (3, 0, 5)], ids=str)
 def test_transpose_128x128_is_the_other_orientation(shape: tuple[int, ...]) -> None:
     w = random_rows(shape, torch.bfloat16, seed=sum(shape))
     w.view(-1)[::1001] = torch.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,16 @@ def linear(x_TD: Tensor, stack: Stack, ledger: Ledger | None, *, keep_input: boo
     keep_input: keep x itself for the weight gradient instead of its FP8 tiles, as somebody else keeps it anyway. For
         the output of attention (the paper's exception: it keeps more bits of that); scales are then powers of two.
     """
-    cast_weight, weights = stack
-    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _LinearJob(cast_weight.of(*weights), weights if trains else (), ledger, keep_input)
-    return cast(Tensor, _Linear.apply(x_TD, job, *weights))
+    job = _LinearJob.of(stack, ledger, keep_input=keep_input)
+    return cast(Tensor, _Linear.apply(x_TD, job, *stack[1]))
 
 
 def norm_linear(x_TD: Tensor, norm: RMSNorm, stack: Stack, ledger: Ledger | None) -> Tensor:
     """`linear` of norm(x), which is never written in more than FP8; to the bit the same numbers and gradients."""
     if x_TD.dtype != torch.bfloat16 or (x_TD.is_cuda and x_TD.shape[1] not in KERNEL_WIDTHS):
         return linear(norm(x_TD), stack, ledger, keep_input=False)
-    cast_weight, weights = stack
-    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _LinearJob(cast_weight.of(*weights), weights if trains else (), ledger, keep_input=False)
-    return cast(Tensor, _NormLinear.apply(x_TD, norm.weight, norm.eps, job, *weights))
+    job = _LinearJob.of(stack, ledger, keep_input=False)
+    return cast(Tensor, _NormLinear.apply(x_TD, norm.weight, norm.eps, job, *stack[1]))
 
 
 def swiglu_mlp(
@@ -65,8 +61,7 @@ def swiglu_mlp(
         than FP8. The gates multiply the output of SwiGLU, so that no result of an expert is kept for their gradient.
     """
     weights = (*up[1], *down[1])
-    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    job = _MlpJob(up[0].of(*up[1]), down[0].of(*down[1]), weights if trains else (), ledger, layout, gather)
+    job = _MlpJob(up[0].of(*up[1]), down[0].of(*down[1]), _trained(weights), ledger, layout, gather)
     return cast(Tensor, _SwigluMlp.apply(x_TD, None if gather is None else gather.gate_TK, job, *weights))
 
 
@@ -100,6 +95,19 @@ class _LinearJob:
     ledger: Ledger | None
     keep_input: bool
 
+    @classmethod
+    def of(cls, stack: Stack, ledger: Ledger | None, *, keep_input: bool) -> Self:
+        cast_weight, weights = stack
+        return cls(cast_weight.of(*weights), _trained(weights), ledger, keep_input)
+
+    def backward(self, dy_TF: Tensor, x_t: QuantTensor | None, dtype: torch.dtype, *, wants_dx: bool) -> Tensor | None:
+        """Send the weight gradient on its way; x_t may be None without weights. Returns the input's."""
+        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TF), with_transpose=True)
+        if self.weights:
+            assert x_t is not None
+            _later(self.ledger, lambda: main_grad.accumulate(self.weights, _product(dy_t, x_t, None)))
+        return ops.fp8_gemm_nt(dy, transposed(self.cast), out_dtype=dtype) if wants_dx else None
+
 
 class _Linear(torch.autograd.Function):
     """Gradients of the weights go past autograd: for them it gets None."""
@@ -119,11 +127,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
         job: _LinearJob = ctx.job
-        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TF), with_transpose=True)
+        x_t = None
         if job.weights:
             x_t = _columns_of(*ctx.saved_tensors) if job.keep_input else _quant(*ctx.saved_tensors)
-            _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, x_t, None)))
-        dx = ops.fp8_gemm_nt(dy, transposed(job.cast), out_dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
+        dx = job.backward(dy_TF, x_t, ctx.dtype, wants_dx=ctx.needs_input_grad[0])
         return dx, None, *(None for _ in range(len(ctx.needs_input_grad) - 2))
 
 
@@ -144,10 +151,9 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, dy_TF: Tensor) -> tuple[Tensor | None, ...]:
         job: _LinearJob = ctx.job
         x_TD, norm_weight, rstd_T, *kept = ctx.saved_tensors
-        dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TF), with_transpose=True)
-        if job.weights:
-            _later(job.ledger, lambda: main_grad.accumulate(job.weights, _product(dy_t, _quant(*kept), None)))
-        dnormed = ops.fp8_gemm_nt(dy, transposed(job.cast), out_dtype=x_TD.dtype)
+        x_t = _quant(*kept) if job.weights else None
+        dnormed = job.backward(dy_TF, x_t, x_TD.dtype, wants_dx=True)
+        assert dnormed is not None
         dx, dnorm_weight = ops.rms_norm_backward(dnormed, x_TD, norm_weight, rstd_T)
         return dx, dnorm_weight.to(norm_weight.dtype), None, None, *(None for _ in ctx.needs_input_grad[4:])
 
@@ -205,6 +211,12 @@ class _SwigluMlp(torch.autograd.Function):
             assert grads.weight_T is not None
             dgate = grads.weight_T[job.gather.permutation.row_of_TK]
         return dx, dgate, None, *(None for _ in range(len(ctx.needs_input_grad) - 3))
+
+
+def _trained(weights: tuple[nn.Parameter, ...]) -> tuple[nn.Parameter, ...]:
+    """All, or none where no gradient is wanted of any."""
+    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    return weights if trains else ()
 
 
 def _by_rows_and_columns(
