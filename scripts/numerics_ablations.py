@@ -19,10 +19,11 @@ from torch.nn.functional import pad
 from dsv3rt import ops
 from dsv3rt.layers.weights import Copies
 from dsv3rt.ops.quant import quantize_128x128  # itself, whatever stands for it in ops
+from dsv3rt.ops.reference import norm
 from dsv3rt.ops.reference import swiglu_cast as reference
 from dsv3rt.ops.reference.common import rows_with_data, segments
 from dsv3rt.ops.reference.quant import E4M3_MAX
-from dsv3rt.ops.types import TILE, GroupLayout, QuantTensor, SwigluGradients, empty_row_scales, round_up
+from dsv3rt.ops.types import TILE, GroupLayout, NormQuant, QuantTensor, SwigluGradients, empty_row_scales, round_up
 
 # What each run name stands for, as docs/numerics.md says it.
 ABLATIONS = {
@@ -57,6 +58,7 @@ def ablation(name: str) -> Iterator[None]:
         replaced |= _products_without_promotion()
     replaced |= {
         "quantize_1x128": lambda x_TD, **options: _pair_or_one(rows(x_TD, **options)),
+        "rms_norm_quantize_1x128": _norm_quantize(rows),
         "swiglu_quantize_1x128": _swiglu_quantize,
         "swiglu_backward_quantize_1x128": _swiglu_backward_quantize,
     }
@@ -116,6 +118,19 @@ def _as_rows(blocks: QuantTensor, num_rows: int) -> QuantTensor:
 
 def _pair_or_one(quants: tuple[QuantTensor, ...]) -> Any:
     return quants if len(quants) > 1 else quants[0]
+
+
+def _norm_quantize(rows: Callable[..., tuple[QuantTensor, ...]]) -> Callable[..., NormQuant]:
+    """What MLA's latents need of the op: no residual, no output in BF16."""
+
+    def quantize(
+        x_TD: Tensor, weight_D: Tensor, eps: float, *, pow2_scales: bool = False, with_transpose: bool = False
+    ) -> NormQuant:
+        y_TD, rstd_T = norm.rms_norm(x_TD, weight_D, eps)
+        q, *transposed = rows(y_TD, pow2_scales=pow2_scales, with_transpose=with_transpose)
+        return NormQuant(None, None, q, transposed[0] if transposed else None, rstd_T)
+
+    return quantize
 
 
 def _swiglu_quantize(

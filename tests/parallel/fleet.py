@@ -100,7 +100,7 @@ def train(job: Sections, steps: int = STEPS, prepare: Callable[[Engine], None] |
     gradients = engine.optimizer.gradients
     reduce, early = gradients.reduce, []
 
-    def counting(idle: frozenset[str]) -> None:
+    def counting(idle: frozenset[str] = frozenset()) -> None:
         early.append(sum(bucket.started for queue in gradients._queues.values() for bucket in queue))
         reduce(idle)
 

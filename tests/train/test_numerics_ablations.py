@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -145,6 +146,29 @@ def test_swiglu_is_scaled_by_regions(name: str, kept_in_fp8: bool) -> None:
     terms = grad.double() * product / weight[:, None].double()
     error = (found.weight_T - terms.sum(dim=1)).abs()
     assert (error <= (128 + 8) * 2**-24 * terms.abs().sum(dim=1)).all()
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_normed_rows_are_scaled_by_regions(name: str) -> None:
+    x, weight = spread(300, 272), torch.rand(272).bfloat16()
+    y = ops.rms_norm(x, weight, 1e-6)
+    with ablation(name):
+        normed = ops.rms_norm_quantize_1x128(x, weight, 1e-6, with_transpose=True)
+    assert normed.q_t is not None
+    assert_stands_for(normed.q, *expected(name, y))
+    values_t, scales_t = expected(name, padded(y))
+    assert_stands_for(normed.q_t, values_t.t(), scales_t.t())
+    assert torch.equal(normed.rstd_T, ops.rms_norm_quantize_1x128(x, weight, 1e-6).rstd_T)
+
+
+def test_every_cast_of_activations_is_replaced() -> None:
+    """A cast that an ablation does not know of would keep its finer scales, and go unseen."""
+    layers = Path(str(ops.__file__)).parents[1] / "layers"
+    used = {name for file in layers.glob("*.py") for name in re.findall(r"ops\.(\w*quantize_1x128)", file.read_text())}
+    before = dict(vars(ops))
+    assert used
+    with ablation("block_128x128"):
+        assert [name for name in used if getattr(ops, name) is before[name]] == []
 
 
 @pytest.mark.parametrize("experts", [(), (3,)])

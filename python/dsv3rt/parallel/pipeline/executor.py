@@ -12,10 +12,10 @@ from torch import Tensor
 from dsv3rt.layers.ledger import WeightGrads
 from dsv3rt.model.transformer import Transformer
 from dsv3rt.parallel.mesh import Mesh
-from dsv3rt.parallel.pipeline.action import Action, Overlap, Step
+from dsv3rt.parallel.pipeline.action import Action, Op, Overlap, Step
 from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule, Stage
 from dsv3rt.parallel.pipeline.lanes import Lanes, Phase, Walk, run_into_each_other
-from dsv3rt.parallel.pipeline.p2p import Inbox, Message, Outbox, connect
+from dsv3rt.parallel.pipeline.p2p import AHEAD, Inbox, Message, Outbox, connect
 from dsv3rt.parallel.pipeline.schedule import Schedule
 from dsv3rt.parallel.placement import Layout
 from dsv3rt.parallel.zero import Gradients
@@ -56,6 +56,7 @@ class Executor:
             for stage in layout.stages_on(mesh.pp_rank)
         }
         self._tables: dict[int, Schedule] = {}
+        self._rehearsed = mesh.config.pp == 1
         self._groups = _channels(layout, mesh)
         if like.is_cuda:
             for wire, group in self._groups.items():
@@ -71,6 +72,9 @@ class Executor:
         """Forward and backward of all micro-batches; their gradients go to `gradients`."""
         schedule = self.table(len(batches))
         row = schedule.steps[self._mesh.pp_rank]
+        if not self._rehearsed:
+            self._rehearse(schedule, batches, rule)
+            self._rehearsed = True
         self.gradients.expect(self._contributions(schedule, rule))
         run = _Run(self, schedule, row, batches, rule)
         for step in row:
@@ -88,6 +92,27 @@ class Executor:
             run.do(step)
         return run.close()
 
+    def _rehearse(self, schedule: Schedule, batches: Sequence[MicroBatch], rule: Rule) -> None:
+        """A micro-batch forward and backward through each copy of the model, one stage at a time; leaves no gradients.
+
+        CUDA and its libraries load a kernel when it is first launched, and that may wait for all work of the device. In
+        a table, receives wait on the device for ranks that load kernels themselves, and so round in a circle. Here a
+        receive is posted when its message is needed, so that every wait is for a stage before.
+        """
+        ops = {part.op for row in schedule.steps for step in row for part in step.parts}
+        backwards: tuple[tuple[Op, ...], ...] = (("B",), ("I", "W"))
+        for backward in backwards:
+            for chain in schedule.chains if ops.issuperset(backward) else ():
+                mine = [stage for stage in chain.stages if self.is_here(stage)]
+                row = [Action(stage, "F", chain.micro_batches[0]) for stage in mine]
+                row += [Action(stage, op, chain.micro_batches[0]) for stage in reversed(mine) for op in backward]
+                run = _Run(self, schedule, row, batches, rule, ahead=0)
+                for action in row:
+                    run.do(action)
+                run.close()
+        self.gradients.reduce()
+        self.gradients.drop()
+
     def stage(self, table_stage: int) -> Stage:
         return self._stages[self._layout.model_stage(table_stage)]
 
@@ -97,8 +122,8 @@ class Executor:
     def chunk(self, action: Action, batch: MicroBatch, rule: Rule, weight_grads: WeightGrads | None) -> Chunk:
         return Chunk(self.stage(action.stage), batch, rule, self._lanes, weight_grads)
 
-    def inbox(self, wire: Wire, messages: Sequence[Message]) -> Inbox:
-        return Inbox(self._groups[wire], self._peer(wire[1]), messages, self._like)
+    def inbox(self, wire: Wire, messages: Sequence[Message], ahead: int) -> Inbox:
+        return Inbox(self._groups[wire], self._peer(wire[1]), messages, self._like, ahead)
 
     def send(self, outbox: Outbox, wire: Wire, tensor: Tensor) -> None:
         """A stage's output is read by the next stage alone, but its backward's graph refers to it."""
@@ -142,8 +167,15 @@ class _Run:
     """One row of a table on its way: what is in flight."""
 
     def __init__(
-        self, executor: Executor, schedule: Schedule, row: Sequence[Step], batches: Sequence[MicroBatch], rule: Rule
+        self,
+        executor: Executor,
+        schedule: Schedule,
+        row: Sequence[Step],
+        batches: Sequence[MicroBatch],
+        rule: Rule,
+        ahead: int = AHEAD,
     ) -> None:
+        """ahead: receives that each channel has waiting."""
         self._executor = executor
         self._schedule = schedule
         self._batches = batches
@@ -156,7 +188,7 @@ class _Run:
         self._tally = Tally(losses)
         actions = [part for step in row for part in step.parts]
         self._cut_in_two = {(action.stage, action.micro_batch) for action in actions if action.op == "I"}
-        self._inboxes = self._open(actions)
+        self._inboxes = self._open(actions, ahead)
 
     def do(self, step: Step) -> None:
         if isinstance(step, Overlap):
@@ -228,7 +260,7 @@ class _Run:
         else:
             self._executor.send(self._outbox, wire, tensor)
 
-    def _open(self, actions: Sequence[Action]) -> dict[Wire, Inbox]:
+    def _open(self, actions: Sequence[Action], ahead: int) -> dict[Wire, Inbox]:
         """An inbox a channel, with what is going to come through it, in the order of the row."""
         expected: dict[Wire, list[Message]] = {}
         for action in actions:
@@ -239,7 +271,7 @@ class _Run:
             if source is not None and not self._executor.is_here(source):
                 message = Message(action.micro_batch, self._shape(action.micro_batch))
                 expected.setdefault((kind, source, action.stage), []).append(message)
-        return {wire: self._executor.inbox(wire, messages) for wire, messages in expected.items()}
+        return {wire: self._executor.inbox(wire, messages, ahead) for wire, messages in expected.items()}
 
     def _shape(self, micro_batch: int) -> tuple[int, ...]:
         return (self._batches[micro_batch].tokens_BT.numel(), self._executor.dim)

@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from dsv3rt.parallel.pipeline.trace import MESSAGES
 
-_WAITING = 2  # receives posted ahead: one arrives while the other is used
+AHEAD = 2  # receives that wait at any time: one arrives while the other is used
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,28 @@ def connect(group: Any, peer: int, like: Tensor, *, sends: bool) -> None:
 class Inbox:
     """The receiving end of a channel for one step: messages arrive in the order in which they are going to be used."""
 
-    def __init__(self, group: Any, peer: int, messages: Sequence[Message], like: Tensor) -> None:
+    def __init__(self, group: Any, peer: int, messages: Sequence[Message], like: Tensor, ahead: int = AHEAD) -> None:
+        """ahead: receives that wait already when their message is asked for."""
         self._group = group
         self._peer = peer
         self._like = like
+        self._ahead = ahead
         self._to_post = deque(messages)
         self._posted: deque[tuple[Message, Tensor, Any]] = deque()
-        self._post()
+        self._post(ahead)
 
     def receive(self, micro_batch: int) -> Tensor:
         """The message, waited for: on a GPU by the current stream, elsewhere by the caller."""
-        message, tensor, work = self._posted.popleft()
-        assert message.micro_batch == micro_batch, (message, micro_batch)
         with record_function(MESSAGES):
-            self._post()
+            self._post(max(1, self._ahead))
+            message, tensor, work = self._posted.popleft()
+            assert message.micro_batch == micro_batch, (message, micro_batch)
+            self._post(self._ahead)
             work.wait()
         return tensor
 
-    def _post(self) -> None:
-        while self._to_post and len(self._posted) < _WAITING:
+    def _post(self, room: int) -> None:
+        while self._to_post and len(self._posted) < room:
             message = self._to_post.popleft()
             tensor = self._like.new_empty(message.shape)
             work = dist.irecv(tensor, self._peer, group=self._group)
