@@ -44,6 +44,10 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engin
     return one
 
 
+def requested_bytes() -> int:
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
+
 def run_steps(made: Engine, steps: int) -> Seen:
     state, seen = RunState(), []
     for _ in range(steps):
@@ -71,24 +75,23 @@ def test_released_weights_train_to_the_same_bits(make: Callable[..., Engine]) ->
 
 @pytest.mark.parametrize("orientations", [1, 2])
 def test_released_weights_take_no_memory(make: Callable[..., Engine], orientations: int) -> None:
-    """Between steps masters, moments, casts and what is not in FP8 are allocated, within what the allocator rounds up,
-    512 bytes a tensor, and little more."""
+    """Between steps masters, moments, casts and what is not in FP8 are allocated, and little more: as asked for, since
+    the allocator gives a large tensor up to a megabyte that it does not split off."""
     run_steps(make(weight_orientations=orientations), 1)  # what is made once, and kept, is made here
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     made = make(weight_orientations=orientations)
     run_steps(made, 2)
     torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream that multiplied
-    held = torch.cuda.memory_allocated() - before
+    held = requested_bytes() - before
     state = list(made.tensors().values())
     weights = [weight for cast in casts_of(made.model) for weight in cast.weights]
     assert all(map(is_released, weights))
     counted = sum(tensor.nbytes for tensor in state) + weight_bytes(made.model)
-    num_tensors = len(state) + 5 * len(list(made.model.parameters()))
-    assert counted <= held < counted + 512 * num_tensors + 2**18
-    assert sum(weight.numel() for weight in weights) / 4 > 512 * num_tensors + 2**18, "copies would be seen"
+    assert counted <= held < counted + 2**18
+    assert sum(weight.numel() for weight in weights) / 4 > 2**18, "copies would be seen"
 
 
 def test_the_optimizer_makes_no_copies(make: Callable[..., Engine]) -> None:
