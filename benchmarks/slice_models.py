@@ -95,7 +95,7 @@ def ours(shape: Slice, precision: Precision) -> Subject:
     """This package; gradients are dropped after each step, or used up by its optimizer. Weights in FP8 have no copy in
     BF16, as in training, where the optimizer keeps their numbers; without one nobody does."""
     before = torch.cuda.memory_allocated()
-    model = _build(shape)
+    model = build(shape)
     set_precision(model, precision, orientations=shape.orientations)
     tokens_BT, labels_BT = shape.batch()
     optimizer = None
@@ -127,7 +127,8 @@ def drop_gradients(model: torch.nn.Module) -> None:
             kept.grad = None
 
 
-def _build(shape: Slice) -> Transformer:
+def build(shape: Slice) -> Transformer:
+    """In BF16, on the device, with random weights."""
     torch.manual_seed(0)
     if not shape.one_rank:
         return Transformer(shape.config, dtype=torch.bfloat16, device="cuda")

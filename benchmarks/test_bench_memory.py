@@ -70,6 +70,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
     engine.step(state)
     end.record()
     torch.cuda.synchronize()
+    engine.tensors()  # waits for the average, which holds the masters as long as it runs
     held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     kept = {name: tensor for name, tensor in engine.optimizer.tensors().items() if tensor.is_cuda}
     moments = sum(tensor.nbytes for name, tensor in kept.items() if name.startswith("exp_avg"))
