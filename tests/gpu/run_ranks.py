@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED_GPU = {
     "NCCL_MULTI_RANK_GPU_ENABLE": "1",
     "NCCL_NVLS_ENABLE": "0",
-    "NCCL_MAX_CTAS": "2",
+    "NCCL_MAX_CTAS": "1",  # blocks that wait leave no room on their multiprocessors for those of products
     "NCCL_MAX_NCHANNELS": "2",
     "NCCL_MAX_P2P_NCHANNELS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "8",  # the service has no more queues than that for eight

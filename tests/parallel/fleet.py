@@ -90,7 +90,8 @@ def _together(seen: list[tuple[int, int, torch.Tensor]], engine: Engine) -> list
 def train(job: Sections, steps: int = STEPS, prepare: Callable[[Engine], None] | None = None) -> dict[str, Any]:
     """steps: loss, MTP loss, balance loss, gradient norm and expert load of each; val_loss after them; early: how many
     buckets of gradients set out while the last backward was still running; choices: of each step, tokens per expert by
-    micro-batch and layer. prepare: is given the engine before the first step."""
+    micro-batch and layer; norms: of the first step's gradients, by parameter. prepare: is given the engine before the
+    first step."""
     config = configuration(job)
     stream = np.random.RandomState(3).randint(0, 258, 9000).astype("uint16")
     samples = Samples(stream, config.train.seq_len, config.train.seed)
@@ -105,6 +106,13 @@ def train(job: Sections, steps: int = STEPS, prepare: Callable[[Engine], None] |
         reduce(idle)
 
     gradients.reduce = counting  # type: ignore[method-assign]
+    norm, norms = engine.optimizer.norm, []
+
+    def noting(squares: torch.Tensor) -> torch.Tensor:
+        norms.append(squares.sqrt().tolist())
+        return norm(squares)
+
+    engine.optimizer.norm = noting  # type: ignore[method-assign]
     state, seen, choices = RunState(), [], []
     if prepare is not None:
         prepare(engine)
@@ -114,7 +122,9 @@ def train(job: Sections, steps: int = STEPS, prepare: Callable[[Engine], None] |
         choices.append(_together(chosen, engine))
         load = result.max_expert_load
         seen.append([result.loss, result.mtp_loss, result.balance_loss, result.grad_norm, load])
-    return {"steps": seen, "val_loss": engine.evaluate(samples, 7), "early": early[-1], "choices": choices}
+    val_loss = engine.evaluate(samples, 7)
+    by_name = dict(zip(engine._shapes, norms[0], strict=True))
+    return {"steps": seen, "val_loss": val_loss, "early": early[-1], "choices": choices, "norms": by_name}
 
 
 def other_lengths(parallel: ParallelConfig) -> list[list[float]]:

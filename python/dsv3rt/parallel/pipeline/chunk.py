@@ -154,6 +154,9 @@ class Chunk:
         with torch.set_grad_enabled(keeps):
             dispatched = block.dispatch(routed)
             assert dispatched is not None
+            # Made on one stream, read on the other: by weight gradients that are put off, for which nobody waits.
+            layout, rows_TK = dispatched.layout, dispatched.permutation.row_of_TK
+            self._lanes.share((layout.counts_X, layout.offsets, rows_TK))
             (rows_PD,) = tape.cut("dispatch", dispatched.rows_PD)
             dispatched = dataclasses.replace(dispatched, rows_PD=rows_PD)
         yield "experts"

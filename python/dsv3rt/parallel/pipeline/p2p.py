@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from dsv3rt.parallel.pipeline.trace import MESSAGES
 
-AHEAD = 2  # receives that wait at any time: one arrives while the other is used
+AHEAD = 1  # receives that wait while the message before is used; each holds a multiprocessor of a GPU
 
 
 @dataclass(frozen=True)
