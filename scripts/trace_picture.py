@@ -21,6 +21,8 @@ COLORS = {
     "messages": "#333333", "buckets": "#c9a227",
 }  # fmt: skip
 INK = "#333333"
+# Each rank's, by top and height: messages are thin, as most of their time is that of receives posted ahead.
+LINES = {(0.0, 0.4): COMPUTES, (0.42, 0.34): (*EXCHANGES, BUCKETS), (0.78, 0.08): (MESSAGES,)}
 
 
 def main() -> None:
@@ -67,15 +69,17 @@ def draw(work: Mapping[str, Sequence[Bar]], out: Path, window: tuple[float, floa
     figure = Figure(figsize=(14, 1.4 + 0.55 * len(work)), dpi=130, layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(work.values()):
-        for height, kinds in ((0.0, COMPUTES), (0.42, CARRIES)):
+        for (top, height), kinds in LINES.items():
             for kind in kinds:
                 stretches = [((b.start - first) / 1e3, (b.end - b.start) / 1e3) for b in row if b.kind == kind]
-                axes.broken_barh(stretches, (place + height, 0.4), facecolors=COLORS[kind], linewidth=0)
+                axes.broken_barh(stretches, (place + top, height), facecolors=COLORS[kind], linewidth=0)
     axes.set_xlim(window[0], (last - first) / 1e3 if window[1] is None else window[1])
     axes.set_ylim(len(work), -0.1)
     axes.set_yticks([place + 0.41 for place in range(len(work))], list(work))
     axes.tick_params(colors=INK, length=0)
-    axes.set_xlabel("ms; above: computation, below: communication", color=INK)
+    axes.set_xlabel(
+        "ms; of each rank: computation, exchange of experts' rows and buckets, messages between stages", color=INK
+    )
     axes.set_title(title, loc="left", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     used = {bar.kind for row in work.values() for bar in row}
