@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import peer_of, with_chains
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 from dsv3rt.ops import balance, expert_rows
@@ -18,19 +19,9 @@ from dsv3rt.ops.types import QuantTensor, Routing
 Versus = Callable[..., dict[str, Any]]
 EXPERTS, GROUPS, KEPT, TOP_K, DIM = 256, 8, 4, 8, 7168
 TOKENS = [4096, 16384]
-CASES = [(tokens, peer) for tokens in TOKENS for peer in ("copy", "torch_eager")]
-COMPILED = [*CASES, (TOKENS[0], "torch_compile")]  # takes long, and minutes where the chain waits for the host
+CASES = with_chains(TOKENS)
 RULE = reference.RouteRule(TOP_K, GROUPS, KEPT, 2.5, True)
 ALPHA = 1e-4
-
-
-def peer_of(name: str, copy_peer: Peer, chain: Callable[[], object]) -> Peer:
-    if name == "copy":
-        return copy_peer
-    if name == "torch_compile":
-        torch._dynamo.reset()
-        chain = torch.compile(chain, dynamic=False)
-    return Peer(name, chain)
 
 
 def routed(tokens: int) -> tuple[Tensor, Routing]:
@@ -51,7 +42,7 @@ class Placed:
         self.num_padded = int(layout.offsets[-1])  # rows up to the last segment's end
 
 
-@pytest.mark.parametrize(("tokens", "peer"), COMPILED)
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_route(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     logits, _ = routed(tokens)
     bias = torch.zeros(EXPERTS, device="cuda")
@@ -135,7 +126,7 @@ def test_bench_permute_fp8(versus: Versus, copy_peer: Peer, tokens: int, peer: s
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["unpermute", "permute-backward"])
-@pytest.mark.parametrize(("tokens", "peer"), COMPILED)
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_unpermute(versus: Versus, copy_peer: Peer, tokens: int, peer: str, weighted: bool) -> None:
     """Without weights it is the backward pass of permute."""
     placed = Placed(tokens)

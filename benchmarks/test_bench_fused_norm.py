@@ -9,28 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import peer_of, with_chains
 from benchmarks.shapes import NORMS, TOKENS, Matrix
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 
 Versus = Callable[..., dict[str, Any]]
-Chain = Callable[..., object]
 
 EPS = 1e-6
-PEERS = ["copy", "torch_eager", "torch_compile"]
 STREAMS = NORMS[:2]  # of the model's width
-# The chains are timed where they matter, over the residual stream; compiled, which takes long, at one size.
-CASES = [(shape, peer) for shape in NORMS for peer in (PEERS if shape is NORMS[0] else PEERS[:1])]
-STREAM_CASES = [(shape, peer) for shape in STREAMS for peer in (PEERS if shape is NORMS[0] else PEERS[:2])]
-
-
-def peer_of(name: str, copy_peer: Peer, chain: Chain, *arguments: Tensor) -> Peer:
-    if name == "copy":
-        return copy_peer
-    if name == "torch_compile":
-        torch._dynamo.reset()
-        chain = torch.compile(chain, dynamic=False)
-    return Peer(name, lambda: chain(*arguments))
+# The chains are timed where they matter, over the residual stream.
+STREAM_CASES = with_chains(STREAMS)
+CASES = [*STREAM_CASES, *((shape, "copy") for shape in NORMS[2:])]
+TOKEN_CASES = with_chains([TOKENS, 4 * TOKENS])
 
 
 def random(*shape: int) -> Tensor:
@@ -118,8 +109,7 @@ def test_bench_rms_norm_quantize_of_a_sum(
     )
 
 
-@pytest.mark.parametrize("peer", PEERS[:2])
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+@pytest.mark.parametrize(("tokens", "peer"), TOKEN_CASES)
 def test_bench_rope_in_place(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     """The 64 rope columns of 128 heads of 192, where they lie."""
     q = random(tokens, 128, 192)[..., 128:]
@@ -132,8 +122,7 @@ def test_bench_rope_in_place(versus: Versus, copy_peer: Peer, tokens: int, peer:
     )
 
 
-@pytest.mark.parametrize("peer", PEERS[:2])
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+@pytest.mark.parametrize(("tokens", "peer"), TOKEN_CASES)
 def test_bench_embedding_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     """Frequencies as Zipf's law has them; the table's gradient is written once, zeros included."""
     vocab, dim = 129280, 7168

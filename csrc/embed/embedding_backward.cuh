@@ -1,15 +1,38 @@
-// The gradient of an embedding table. A block takes a row of the table and adds up the gradients of its tokens, in
-// their order, in FP32; rows without a token become zero. So every row is written once, and by one block.
+// The gradient of an embedding table: every row of it is the sum of its tokens' gradients, in their order, in FP32,
+// rounded once, and is written by one block of threads. Three kinds of blocks, by how much work a row is:
+// - long runs, of tokens that occur often: a block takes some columns and has many gradients under way;
+// - runs of few tokens: a block takes all columns;
+// - rows without a token: the copy engine writes zeros, a row a thread.
 #pragma once
 
 #include <cuda_bf16.h>
 
+#include "common/math.h"
 #include "embed/params.h"
+#include "hopper/tma.cuh"
 
 namespace dsv3rt {
 
-constexpr int kEmbeddingThreads = 512;
-constexpr int kEmbeddingSteps = 4;  // gradients in flight a thread: the most frequent tokens set the pace
+constexpr int kEmbeddingThreads = 256;
+constexpr int kLongRun = 32;          // tokens, and more
+constexpr int kLongRunSteps = 16;     // gradients a thread has under way
+constexpr int kShortRunOctets = 4;    // that a thread takes of a row
+constexpr int kEmptyRows = 64;        // of a block
+constexpr int kZeroBytes = 16384;
+
+struct EmbeddingBlocks {
+  int slices;         // of columns, of a long run
+  int64_t long_runs;  // blocks of each kind
+  int64_t short_runs;
+  int64_t empty_rows;
+
+  explicit EmbeddingBlocks(const EmbeddingBackwardParams& params)
+      : slices(ceil_div(params.num_columns / 8, kEmbeddingThreads)),
+        long_runs(ceil_div(params.num_tokens, int64_t(kLongRun)) * slices),
+        short_runs(params.num_tokens),
+        empty_rows(ceil_div(params.num_rows, int64_t(kEmptyRows))) {}
+  int64_t all() const { return long_runs + short_runs + empty_rows; }
+};
 
 __device__ __forceinline__ void add_octet(float (&sums)[8], const uint4& octet) {
   const uint32_t words[4] = {octet.x, octet.y, octet.z, octet.w};
@@ -28,27 +51,106 @@ __device__ __forceinline__ uint4 round_sums(const float (&sums)[8]) {
   return words;
 }
 
-__global__ void __launch_bounds__(kEmbeddingThreads) embedding_backward_kernel(const EmbeddingBackwardParams params) {
-  const int64_t begin = params.offsets[blockIdx.x], end = params.offsets[blockIdx.x + 1];
-  const int num_octets = params.num_columns / 8;
-  auto* target = static_cast<uint4*>(params.weight_grad) + blockIdx.x * int64_t(num_octets);
-  for (int octet = threadIdx.x; octet < num_octets; octet += kEmbeddingThreads) {
-    const auto* grad = static_cast<const __nv_bfloat16*>(params.grad) + octet * 8;
-    float sums[8] = {};
-    for (int64_t first = begin; first < end; first += kEmbeddingSteps) {
-      uint4 octets[kEmbeddingSteps];
+// Where the tokens of one row of the table lie in `order`.
+struct Run {
+  int64_t row, begin, end;
+
+  __device__ __forceinline__ Run(const EmbeddingBackwardParams& params, int64_t position) {
+    row = params.tokens[position];
+    begin = params.offsets[row];
+    end = params.offsets[row + 1];
+  }
+  __device__ __forceinline__ int64_t length() const { return end - begin; }
+};
+
+__device__ __forceinline__ const uint4* gradient_of(const EmbeddingBackwardParams& params, int64_t position) {
+  return reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(params.grad) +
+                                        params.order[position] * params.grad_stride);
+}
+
+__device__ __forceinline__ uint4* row_of_table(const EmbeddingBackwardParams& params, int64_t row) {
+  return static_cast<uint4*>(params.weight_grad) + row * (params.num_columns / 8);
+}
+
+// A long run holds a position that is a multiple of kLongRun; the first such one stands for it.
+__device__ __forceinline__ void add_long_run(const EmbeddingBackwardParams& params, int64_t index, int slice) {
+  const int64_t position = index * kLongRun;
+  const Run run(params, position);
+  if (run.length() < kLongRun || position - run.begin >= kLongRun) return;
+  const int num_octets = params.num_columns / 8, octet = slice * kEmbeddingThreads + threadIdx.x;
+  const auto* grad = static_cast<const __nv_bfloat16*>(params.grad) + min(octet, num_octets - 1) * 8;
+  const int lane = threadIdx.x % 32;
+  static_assert(kLongRunSteps <= 32);
+  // Lane i knows where the i-th gradient of a step is. Past the end it is the last one again, which is not added.
+  int64_t offset = params.order[min(run.begin + lane, run.end - 1)] * params.grad_stride;
+  float sums[8] = {};
+  for (int64_t first = run.begin; first < run.end; first += kLongRunSteps) {
+    const int64_t next = params.order[min(first + kLongRunSteps + lane, run.end - 1)] * params.grad_stride;
+    uint4 octets[kLongRunSteps];
 #pragma unroll
-      for (int i = 0; i < kEmbeddingSteps; ++i) {
-        octets[i] = make_uint4(0, 0, 0, 0);
-        if (first + i < end) {
-          octets[i] = *reinterpret_cast<const uint4*>(grad + params.order[first + i] * params.grad_stride);
-        }
+    for (int i = 0; i < kLongRunSteps; ++i) {
+      octets[i] = *reinterpret_cast<const uint4*>(grad + __shfl_sync(~0u, offset, i));
+    }
+#pragma unroll
+    for (int i = 0; i < kLongRunSteps; ++i) {
+      if (first + i < run.end) add_octet(sums, octets[i]);
+    }
+    offset = next;
+  }
+  if (octet < num_octets) row_of_table(params, run.row)[octet] = round_sums(sums);
+}
+
+__device__ __forceinline__ void add_short_run(const EmbeddingBackwardParams& params, int64_t position) {
+  const Run run(params, position);
+  if (position != run.begin || run.length() >= kLongRun) return;
+  const int num_octets = params.num_columns / 8;
+  for (int first = threadIdx.x; first < num_octets; first += kEmbeddingThreads * kShortRunOctets) {
+    float sums[kShortRunOctets][8] = {};
+    const uint4* next = gradient_of(params, run.begin);
+    for (int64_t at = run.begin; at < run.end; ++at) {
+      const uint4* gradient = next;
+      if (at + 1 < run.end) next = gradient_of(params, at + 1);
+      uint4 octets[kShortRunOctets];
+#pragma unroll
+      for (int i = 0; i < kShortRunOctets; ++i) {
+        const int octet = first + i * kEmbeddingThreads;
+        octets[i] = octet < num_octets ? gradient[octet] : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
-      for (int i = 0; i < kEmbeddingSteps; ++i) add_octet(sums, octets[i]);  // a zero changes no sum
+      for (int i = 0; i < kShortRunOctets; ++i) add_octet(sums[i], octets[i]);
     }
-    target[octet] = round_sums(sums);
+#pragma unroll
+    for (int i = 0; i < kShortRunOctets; ++i) {
+      const int octet = first + i * kEmbeddingThreads;
+      if (octet < num_octets) row_of_table(params, run.row)[octet] = round_sums(sums[i]);
+    }
   }
+}
+
+__device__ __forceinline__ void clear_empty_rows(const EmbeddingBackwardParams& params, int64_t index, uint4* zeros) {
+  for (int i = threadIdx.x; i < kZeroBytes / 16; i += kEmbeddingThreads) zeros[i] = make_uint4(0, 0, 0, 0);
+  fence_async_proxy();
+  __syncthreads();
+  const int64_t row = index * kEmptyRows + threadIdx.x;
+  if (threadIdx.x >= kEmptyRows || row >= params.num_rows || params.offsets[row] < params.offsets[row + 1]) return;
+  char* target = reinterpret_cast<char*>(row_of_table(params, row));
+  const int row_bytes = params.num_columns * 2;
+  for (int done = 0; done < row_bytes; done += kZeroBytes) {
+    bulk_store(target + done, zeros, min(kZeroBytes, row_bytes - done));
+  }
+  tma_store_commit();
+  tma_store_wait_all();
+}
+
+__global__ void __launch_bounds__(kEmbeddingThreads)
+    embedding_backward_kernel(const __grid_constant__ EmbeddingBackwardParams params,
+                              const __grid_constant__ EmbeddingBlocks blocks) {
+  __shared__ alignas(128) uint4 zeros[kZeroBytes / 16];
+  int64_t index = blockIdx.x;
+  if (index < blocks.long_runs) return add_long_run(params, index / blocks.slices, index % blocks.slices);
+  index -= blocks.long_runs;
+  if (index < blocks.short_runs) return add_short_run(params, index);
+  clear_empty_rows(params, index - blocks.short_runs, zeros);
 }
 
 }  // namespace dsv3rt

@@ -3,6 +3,7 @@
 
 #include "common/launch.h"
 #include "moe/balance.cuh"
+#include "moe/permute.cuh"
 #include "moe/place.cuh"
 #include "moe/route.cuh"
 #include "moe/rows.cuh"
@@ -34,15 +35,18 @@ void with_experts_a_lane(int num_experts, Launch launch) {
 }  // namespace
 
 const char* route(const RouteParams& params, void* stream) {
-  if (params.num_tokens == 0) return nullptr;
   if (params.num_tokens > kMaxBlocks) return "logits has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
+    clear_counts_kernel<<<1, kMaxExperts, 0, cuda_stream>>>(params.counts, params.num_experts);
+    if (params.num_tokens == 0) return nullptr;
+    cudaError_t status = cudaSuccess;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
       const auto kernel =
           params.logits_bf16 ? route_kernel<__nv_bfloat16, per_lane.value> : route_kernel<float, per_lane.value>;
       const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
-      kernel<<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params, group_shape(params));
+      status = launch_early(kernel, grid, kTokenWarps * 32, 0, cuda_stream, params, group_shape(params));
     });
+    DSV3RT_CUDA_CHECK(status);
     return nullptr;
   });
 }
@@ -64,14 +68,18 @@ const char* balance_loss(const BalanceParams& params, void* stream) {
   const int64_t blocks = int64_t(params.num_sequences) * params.num_parts;
   if (params.num_tokens > kMaxBlocks || blocks > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    if (blocks > 0) {
-      with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-        const auto grid = static_cast<unsigned>(blocks);
-        balance_parts_kernel<per_lane.value><<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params);
-      });
-      balance_sequences_kernel<<<params.num_sequences, kSequenceThreads, 0, cuda_stream>>>(params);
-    }
-    balance_total_kernel<<<1, 32, 0, cuda_stream>>>(params);
+    clear_tickets_kernel<<<1, kTicketThreads, 0, cuda_stream>>>(params.tickets, params.num_sequences + 1);
+    const unsigned grid = std::max(static_cast<unsigned>(blocks), 1u);  // one at least writes the loss
+    cudaError_t status = cudaSuccess;
+    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+      const auto kernel = balance_kernel<per_lane.value>;
+      constexpr int kSharedBytes = sizeof(BalanceSums<per_lane.value>);
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      if (status == cudaSuccess) {
+        status = launch_early(kernel, grid, kBalanceThreads, kSharedBytes, cuda_stream, params);
+      }
+    });
+    DSV3RT_CUDA_CHECK(status);
     return nullptr;
   });
 }
@@ -89,26 +97,35 @@ const char* balance_loss_backward(const BalanceBackwardParams& params, void* str
 }
 
 const char* place(const PlaceParams& params, void* stream) {
-  const int64_t blocks = ceil_div(params.num_choices, int64_t(kPlaceChoices));
   if (params.num_choices >= int64_t(1) << 30) return "idx has 2^30 choices or more";
+  PlaceParams shared = params;
+  const auto turns_of_all = static_cast<int>(ceil_div(params.num_choices, int64_t(kPlaceThreads)));
+  shared.turns = ceil_div(turns_of_all, kMaxPlaceBlocks);
+  shared.num_blocks = shared.turns == 0 ? 0 : ceil_div(turns_of_all, shared.turns);
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto grid = static_cast<unsigned>(blocks);
-    if (grid > 0) count_choices_kernel<<<grid, kPlaceChoices, 0, cuda_stream>>>(params);
-    scan_choices_kernel<<<1, kMaxExperts, 0, cuda_stream>>>(params);
-    if (grid > 0) assign_rows_kernel<<<grid, kPlaceChoices, 0, cuda_stream>>>(params);
+    if (shared.num_blocks > 0) count_choices_kernel<<<shared.num_blocks, kPlaceThreads, 0, cuda_stream>>>(shared);
+    const unsigned blocks = std::max(shared.num_blocks, 1);  // one at least, for the offsets
+    DSV3RT_CUDA_CHECK(launch_early(assign_rows_kernel, blocks, kPlaceThreads, 0, cuda_stream, shared));
     return nullptr;
   });
 }
 
 const char* permute(const PermuteParams& params, void* stream) {
-  const int64_t blocks = params.num_tokens + int64_t(params.num_experts) * kPaddingBlocks;
-  if (blocks > kMaxBlocks) return "x has 2^31 rows or more";
+  const int64_t inverting = params.num_experts + ceil_div(params.num_tokens * params.top_k, int64_t(kInvertThreads));
+  if (inverting > kMaxBlocks) return "x has 2^31 rows or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    permute_kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
-    const auto scale_blocks = static_cast<unsigned>(ceil_div(params.num_rows, int64_t(kScaleRows)));
-    if (params.scale != nullptr && scale_blocks > 0) {
-      permute_scales_kernel<<<scale_blocks, kRowThreads, 0, cuda_stream>>>(params);
+    const PermuteShape shape(params.row_bytes);
+    int num_sms;
+    DSV3RT_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, params.device));
+    DSV3RT_CUDA_CHECK(
+        cudaFuncSetAttribute(permute_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPermuteSharedBytes));
+    if (params.scale == nullptr) {
+      permute_kernel<<<num_sms, 32 * kPermuteWarps, shape.shared_bytes(), cuda_stream>>>(params, shape);
+      return nullptr;
     }
+    invert_rows_kernel<<<static_cast<unsigned>(inverting), kInvertThreads, 0, cuda_stream>>>(params);
+    DSV3RT_CUDA_CHECK(
+        launch_early(permute_kernel, num_sms, 32 * kPermuteWarps, shape.shared_bytes(), cuda_stream, params, shape));
     return nullptr;
   });
 }

@@ -2,6 +2,7 @@
 // the biased scores (NaN above everything), so that a maximum and its lowest index are two warp reductions.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "moe/params.h"
 #include "moe/warp.cuh"
 
@@ -113,6 +114,12 @@ __device__ __forceinline__ Choices choose(uint32_t (&key)[kPerLane], const float
   return chosen;
 }
 
+// So that `route_kernel`, which starts beside it, can add.
+__global__ void __launch_bounds__(kMaxExperts) clear_counts_kernel(int64_t* counts, int num_experts) {
+  let_next_grid_start();
+  if (threadIdx.x < num_experts) counts[threadIdx.x] = 0;
+}
+
 template <typename Element, int kPerLane>
 __global__ void __launch_bounds__(32 * kTokenWarps)
     route_kernel(const __grid_constant__ RouteParams params, const GroupShape shape) {
@@ -143,6 +150,7 @@ __global__ void __launch_bounds__(32 * kTokenWarps)
     }
     __syncwarp();
   }
+  wait_for_prior_grid();
   __syncthreads();
   for (int e = threadIdx.x; e < params.num_experts; e += 32 * kTokenWarps) {
     if (loads[e] > 0) {

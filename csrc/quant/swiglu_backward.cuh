@@ -148,20 +148,18 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
   differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage);
   TileOctets<BFloat16> octets;
   load_slots(octets, storage.up);
-  write_tile_rows<BFloat16>(params.out, place, octets);
-  write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
   if (kWithProduct) {
     QuantOutput out = params.out;
     out.data_t = params.output_t;
     out.scale_t = params.output_scale_t;
     out.scale_t_stride = params.output_scale_t_stride;
     load_slots(octets, storage.gate);
-    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns);
+    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns, [] {});
   }
   place.first_column += params.in.hidden;
   load_slots(octets, storage.grad);
-  write_tile_rows<BFloat16>(params.out, place, octets);
-  write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
 }
 
 }  // namespace dsv3rt

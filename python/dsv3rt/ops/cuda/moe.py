@@ -9,7 +9,7 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
-TOKENS_OF_PART, MAX_PARTS = 64, 128  # of a sequence, for the balance loss: a block takes a part
+TOKENS_OF_PART, MAX_PARTS = 32, 128  # of a sequence, for the balance loss: a block takes a part
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
@@ -20,7 +20,7 @@ def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int
     idx_TK = torch.empty((T, top_k), dtype=torch.int64, device=device)
     weight_TK = torch.empty((T, top_k), dtype=torch.float32, device=device)
     scores_TE = torch.empty((T, E), dtype=torch.float32, device=device)
-    counts_E = torch.zeros(E, dtype=torch.int64, device=device)
+    counts_E = torch.empty(E, dtype=torch.int64, device=device)
     load().route(
         logits_TE.contiguous(),
         bias_E.contiguous(),
@@ -71,6 +71,7 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
 
     loss, slope_BE = floats(1), floats(num_sequences, E)
     load_parts = torch.empty((num_sequences, parts, E), dtype=torch.int32, device=scores_TE.device)
+    tickets = torch.empty(num_sequences + 1, dtype=torch.int32, device=scores_TE.device)
     load().balance_loss(
         scores_TE.contiguous(),
         idx_TK.contiguous(),
@@ -80,6 +81,7 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
         floats(num_sequences),
         floats(num_sequences, parts, E),
         load_parts,
+        tickets,
         alpha=alpha,
     )
     return loss.squeeze(0), slope_BE
@@ -101,8 +103,7 @@ def place(idx_TK: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor,
     row_of_TK = torch.empty(idx_TK.shape, dtype=torch.int64, device=device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    blocks = ceil_div(idx_TK.numel(), kernels.place_choices)
-    partial = torch.empty(blocks * num_experts, dtype=torch.int32, device=device)
+    partial = torch.empty(kernels.max_place_blocks * num_experts, dtype=torch.int32, device=device)
     kernels.place(idx_TK.contiguous(), row_of_TK, counts, offsets, partial, block=block)
     return counts, offsets, row_of_TK
 
@@ -118,18 +119,8 @@ def permute(
         load().permute(data, row_of_TK, *segments, target)
         return [rows]
     rows_scale = empty_row_scales(num_rows, scale.shape[1], x.device)
-    packed_scale = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
     token_of_row = torch.empty(num_rows, dtype=torch.int32, device=x.device)
-    load().permute(
-        data,
-        row_of_TK,
-        *segments,
-        target,
-        scale=scale,
-        rows_scale=rows_scale,
-        packed_scale=packed_scale,
-        token_of_row=token_of_row,
-    )
+    load().permute(data, row_of_TK, *segments, target, scale=scale, rows_scale=rows_scale, token_of_row=token_of_row)
     return [rows, rows_scale]
 
 
