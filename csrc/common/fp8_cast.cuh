@@ -125,23 +125,6 @@ struct Octet<float> {
   }
 };
 
-// BF16 whose FP32 values are kept beside it, for those who need them often and have registers.
-struct WideBFloat16;
-
-template <>
-struct Octet<WideBFloat16> : Octet<__nv_bfloat16> {
-  float values[8];
-
-  __device__ __forceinline__ explicit Octet(const Octet<__nv_bfloat16>& narrow) : Octet<__nv_bfloat16>(narrow) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      values[i] = narrow.get(i);
-      asm volatile("" : "+f"(values[i]));  // or the compiler makes it again for every use
-    }
-  }
-  __device__ __forceinline__ float get(int i) const { return values[i]; }
-};
-
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);

@@ -66,15 +66,17 @@ void bound_embedding_backward(const TensorView& grad, const TensorView& order, c
       .strides({columns, 1})
       .aligned(16);
   const int64_t rows = weight_grad.shape[0];
-  for (const auto& [name, view] : {std::pair{"order", &order}, std::pair{"tokens", &tokens}}) {
-    ArgCheck(kOp, name, *view).on_device_of(grad, "grad").dtype({DataType::kInt64}).shape({grad.shape[0]}).strides({1});
-  }
-  ArgCheck(kOp, "offsets", offsets).on_device_of(grad, "grad").dtype({DataType::kInt64}).shape({rows + 1}).strides({1});
+  const auto vector = [&](const char* name, const TensorView& view, DataType dtype, int64_t size) {
+    ArgCheck(kOp, name, view).on_device_of(grad, "grad").dtype({dtype}).shape({size}).strides({1});
+  };
+  vector("order", order, DataType::kInt64, grad.shape[0]);
+  vector("tokens", tokens, DataType::kInt32, grad.shape[0]);
+  vector("offsets", offsets, DataType::kInt32, rows + 1);
   EmbeddingBackwardParams params{};
   params.grad = grad.data;
   params.order = static_cast<const int64_t*>(order.data);
-  params.tokens = static_cast<const int64_t*>(tokens.data);
-  params.offsets = static_cast<const int64_t*>(offsets.data);
+  params.tokens = static_cast<const int32_t*>(tokens.data);
+  params.offsets = static_cast<const int32_t*>(offsets.data);
   params.weight_grad = weight_grad.data;
   params.grad_stride = grad.strides[0];
   params.num_tokens = grad.shape[0];

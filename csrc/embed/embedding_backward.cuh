@@ -1,8 +1,10 @@
 // The gradient of an embedding table: every row of it is the sum of its tokens' gradients, in their order, in FP32,
-// rounded once, and is written by one block of threads. Three kinds of blocks, by how much work a row is:
+// rounded once. Three kinds of blocks, by how much work a row is:
 // - long runs, of tokens that occur often: a block takes some columns and has many gradients under way;
-// - runs of few tokens: a block takes all columns;
-// - rows without a token: the copy engine writes zeros, a row a thread.
+// - runs of few tokens: a warp takes a row;
+// - rows without a token: the copy engine writes zeros, a row a thread. These blocks and those before alternate, so
+// that
+//   memory is never idle.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,22 +16,22 @@
 namespace dsv3rt {
 
 constexpr int kEmbeddingThreads = 256;
-constexpr int kLongRun = 32;          // tokens, and more
-constexpr int kLongRunSteps = 16;     // gradients a thread has under way
-constexpr int kShortRunOctets = 4;    // that a thread takes of a row
+constexpr int kLongRun = 16;        // tokens, and more
+constexpr int kLongRunSteps = 12;   // gradients a thread has under way
+constexpr int kShortRunOctets = 4;  // that a thread takes of a row at a time
+constexpr int kShortRuns = kEmbeddingThreads / 32;  // positions of a block
 constexpr int kEmptyRows = 64;        // of a block
 constexpr int kZeroBytes = 16384;
 
+// How many blocks of each kind.
 struct EmbeddingBlocks {
-  int slices;         // of columns, of a long run
-  int64_t long_runs;  // blocks of each kind
-  int64_t short_runs;
-  int64_t empty_rows;
+  int slices;  // of columns, of a long run
+  int64_t long_runs, short_runs, empty_rows;
 
   explicit EmbeddingBlocks(const EmbeddingBackwardParams& params)
       : slices(ceil_div(params.num_columns / 8, kEmbeddingThreads)),
         long_runs(ceil_div(params.num_tokens, int64_t(kLongRun)) * slices),
-        short_runs(params.num_tokens),
+        short_runs(ceil_div(params.num_tokens, int64_t(kShortRuns))),
         empty_rows(ceil_div(params.num_rows, int64_t(kEmptyRows))) {}
   int64_t all() const { return long_runs + short_runs + empty_rows; }
 };
@@ -100,29 +102,26 @@ __device__ __forceinline__ void add_long_run(const EmbeddingBackwardParams& para
   if (octet < num_octets) row_of_table(params, run.row)[octet] = round_sums(sums);
 }
 
+// By a warp.
 __device__ __forceinline__ void add_short_run(const EmbeddingBackwardParams& params, int64_t position) {
+  if (position >= params.num_tokens) return;
   const Run run(params, position);
   if (position != run.begin || run.length() >= kLongRun) return;
   const int num_octets = params.num_columns / 8;
-  for (int first = threadIdx.x; first < num_octets; first += kEmbeddingThreads * kShortRunOctets) {
+  for (int first = threadIdx.x % 32; first < num_octets; first += 32 * kShortRunOctets) {
     float sums[kShortRunOctets][8] = {};
-    const uint4* next = gradient_of(params, run.begin);
+#pragma unroll 2
     for (int64_t at = run.begin; at < run.end; ++at) {
-      const uint4* gradient = next;
-      if (at + 1 < run.end) next = gradient_of(params, at + 1);
+      const uint4* gradient = gradient_of(params, at);
       uint4 octets[kShortRunOctets];
 #pragma unroll
-      for (int i = 0; i < kShortRunOctets; ++i) {
-        const int octet = first + i * kEmbeddingThreads;
-        octets[i] = octet < num_octets ? gradient[octet] : make_uint4(0, 0, 0, 0);
-      }
+      for (int i = 0; i < kShortRunOctets; ++i) octets[i] = gradient[min(first + i * 32, num_octets - 1)];
 #pragma unroll
       for (int i = 0; i < kShortRunOctets; ++i) add_octet(sums[i], octets[i]);
     }
 #pragma unroll
     for (int i = 0; i < kShortRunOctets; ++i) {
-      const int octet = first + i * kEmbeddingThreads;
-      if (octet < num_octets) row_of_table(params, run.row)[octet] = round_sums(sums[i]);
+      if (first + i * 32 < num_octets) row_of_table(params, run.row)[first + i * 32] = round_sums(sums[i]);
     }
   }
 }
@@ -142,15 +141,19 @@ __device__ __forceinline__ void clear_empty_rows(const EmbeddingBackwardParams& 
   tma_store_wait_all();
 }
 
-__global__ void __launch_bounds__(kEmbeddingThreads)
+__global__ void __launch_bounds__(kEmbeddingThreads, 3)
     embedding_backward_kernel(const __grid_constant__ EmbeddingBackwardParams params,
                               const __grid_constant__ EmbeddingBlocks blocks) {
   __shared__ alignas(128) uint4 zeros[kZeroBytes / 16];
-  int64_t index = blockIdx.x;
-  if (index < blocks.long_runs) return add_long_run(params, index / blocks.slices, index % blocks.slices);
-  index -= blocks.long_runs;
-  if (index < blocks.short_runs) return add_short_run(params, index);
-  clear_empty_rows(params, index - blocks.short_runs, zeros);
+  if (blockIdx.x < blocks.long_runs) {
+    return add_long_run(params, blockIdx.x / blocks.slices, static_cast<int>(blockIdx.x % blocks.slices));
+  }
+  const int64_t index = blockIdx.x - blocks.long_runs, others = blocks.short_runs + blocks.empty_rows;
+  const int64_t runs_before = index * blocks.short_runs / others;
+  if ((index + 1) * blocks.short_runs / others > runs_before) {
+    return add_short_run(params, runs_before * kShortRuns + threadIdx.x / 32);
+  }
+  clear_empty_rows(params, index - runs_before, zeros);
 }
 
 }  // namespace dsv3rt

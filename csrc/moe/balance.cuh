@@ -11,7 +11,6 @@ namespace dsv3rt {
 
 constexpr int kBalanceThreads = 1024;
 constexpr int kBalanceWarps = kBalanceThreads / 32;
-constexpr int kTicketThreads = 256;
 
 struct Span {
   int begin, end;
@@ -22,12 +21,6 @@ struct Span {
     end = max(begin, min(cu_seqlens[sequence + 1], limit));
   }
 };
-
-// So that `balance_kernel`, which starts beside it, can count.
-__global__ void __launch_bounds__(kTicketThreads) clear_tickets_kernel(int32_t* tickets, int count) {
-  let_next_grid_start();
-  for (int i = threadIdx.x; i < count; i += kTicketThreads) tickets[i] = 0;
-}
 
 // What a block adds up: a row a warp; then, of a sequence, a row a group of threads.
 template <int kPerLane>

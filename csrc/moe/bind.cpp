@@ -91,6 +91,9 @@ void bound_route(const TensorView& logits, const TensorView& bias, const TensorV
   params.scale = scale;
   params.renormalize = renormalize;
   params.logits_bf16 = logits.dtype == DataType::kBFloat16;
+  for (const auto& [name, view] : {std::pair{"logits", &logits}, {"bias", &bias}, {"scores", &scores}}) {
+    ArgCheck("route", name, *view).aligned(16);
+  }
   params.device = logits.device.index;
   throw_on_error("route", route(params, stream_for("route", logits, stream)));
 }

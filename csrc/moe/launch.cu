@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/clear.cuh"
 #include "common/launch.h"
 #include "moe/balance.cuh"
 #include "moe/permute.cuh"
@@ -22,6 +23,13 @@ GroupShape group_shape(const RouteParams& params) {
   return {size, lanes, ceil_div(1u << kGroupShift, static_cast<unsigned>(size))};
 }
 
+ChoiceShape choice_shape(const RouteParams& params) {
+  const bool grouped = params.groups_kept < params.num_groups;
+  const int size = grouped ? params.num_experts / params.num_groups : params.num_experts;
+  const int count = grouped ? size * params.groups_kept : size;
+  return {grouped, size, static_cast<uint32_t>(count), ceil_div(1u << kGroupShift, static_cast<unsigned>(size))};
+}
+
 // Calls launch(std::integral_constant) with the experts that a lane holds, a power of two.
 template <class Launch>
 void with_experts_a_lane(int num_experts, Launch launch) {
@@ -32,19 +40,34 @@ void with_experts_a_lane(int num_experts, Launch launch) {
   return launch(std::integral_constant<int, 16>());
 }
 
+// few: half as many experts a lane may be chosen; whole: every lane has all of its experts or none.
+template <typename Element, int kPerLane>
+cudaError_t launch_route(const RouteParams& params, const ChoiceShape& choices, bool few, bool whole,
+                         cudaStream_t stream) {
+  constexpr int kFew = std::max(kPerLane / 2, 1);
+  constexpr bool kMayBeWhole = kPerLane >= 4;
+  const auto kernel = few ? (whole && kMayBeWhole ? route_kernel<Element, kPerLane, kFew, kMayBeWhole>
+                                                  : route_kernel<Element, kPerLane, kFew, false>)
+                          : (whole && kMayBeWhole ? route_kernel<Element, kPerLane, kPerLane, kMayBeWhole>
+                                                  : route_kernel<Element, kPerLane, kPerLane, false>);
+  const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
+  return launch_early(kernel, grid, kTokenWarps * 32, 0, stream, params, group_shape(params), choices);
+}
+
 }  // namespace
 
 const char* route(const RouteParams& params, void* stream) {
   if (params.num_tokens > kMaxBlocks) return "logits has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    clear_counts_kernel<<<1, kMaxExperts, 0, cuda_stream>>>(params.counts, params.num_experts);
+    clear_kernel<<<1, kClearThreads, 0, cuda_stream>>>(params.counts, params.num_experts);
     if (params.num_tokens == 0) return nullptr;
+    const ChoiceShape choices = choice_shape(params);
     cudaError_t status = cudaSuccess;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-      const auto kernel =
-          params.logits_bf16 ? route_kernel<__nv_bfloat16, per_lane.value> : route_kernel<float, per_lane.value>;
-      const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
-      status = launch_early(kernel, grid, kTokenWarps * 32, 0, cuda_stream, params, group_shape(params));
+      const bool few = choices.count * 2 <= 32 * per_lane.value, whole = params.num_experts % per_lane.value == 0;
+      status = params.logits_bf16
+                   ? launch_route<__nv_bfloat16, per_lane.value>(params, choices, few, whole, cuda_stream)
+                   : launch_route<float, per_lane.value>(params, choices, few, whole, cuda_stream);
     });
     DSV3RT_CUDA_CHECK(status);
     return nullptr;
@@ -68,7 +91,7 @@ const char* balance_loss(const BalanceParams& params, void* stream) {
   const int64_t blocks = int64_t(params.num_sequences) * params.num_parts;
   if (params.num_tokens > kMaxBlocks || blocks > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    clear_tickets_kernel<<<1, kTicketThreads, 0, cuda_stream>>>(params.tickets, params.num_sequences + 1);
+    clear_kernel<<<1, kClearThreads, 0, cuda_stream>>>(params.tickets, params.num_sequences + 1);
     const unsigned grid = std::max(static_cast<unsigned>(blocks), 1u);  // one at least writes the loss
     cudaError_t status = cudaSuccess;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
@@ -111,21 +134,17 @@ const char* place(const PlaceParams& params, void* stream) {
 }
 
 const char* permute(const PermuteParams& params, void* stream) {
+  const PermuteBlocks blocks(params);
   const int64_t inverting = params.num_experts + ceil_div(params.num_tokens * params.top_k, int64_t(kInvertThreads));
-  if (inverting > kMaxBlocks) return "x has 2^31 rows or more";
+  if (blocks.rows + blocks.scales > kMaxBlocks || inverting > kMaxBlocks) return "x has 2^31 rows or more";
+  const auto grid = static_cast<unsigned>(blocks.rows + blocks.scales);
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const PermuteShape shape(params.row_bytes);
-    int num_sms;
-    DSV3RT_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, params.device));
-    DSV3RT_CUDA_CHECK(
-        cudaFuncSetAttribute(permute_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPermuteSharedBytes));
     if (params.scale == nullptr) {
-      permute_kernel<<<num_sms, 32 * kPermuteWarps, shape.shared_bytes(), cuda_stream>>>(params, shape);
+      permute_kernel<<<grid, kRowThreads, 0, cuda_stream>>>(params, blocks);
       return nullptr;
     }
     invert_rows_kernel<<<static_cast<unsigned>(inverting), kInvertThreads, 0, cuda_stream>>>(params);
-    DSV3RT_CUDA_CHECK(
-        launch_early(permute_kernel, num_sms, 32 * kPermuteWarps, shape.shared_bytes(), cuda_stream, params, shape));
+    DSV3RT_CUDA_CHECK(launch_early(permute_kernel, grid, kRowThreads, 0, cuda_stream, params, blocks));
     return nullptr;
   });
 }

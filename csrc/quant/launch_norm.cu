@@ -1,68 +1,32 @@
 #include <algorithm>
-#include <atomic>
 
+#include "common/clear.cuh"
 #include "common/launch.h"
 #include "quant/norm_backward.cuh"
 #include "quant/norm_both.cuh"
-#include "quant/quantize_1x128.cuh"
 
 namespace dsv3rt {
 namespace {
 
 template <class Shape, typename Weight>
 const char* launch_rows(const NormParams& params, cudaStream_t stream) {
-  const unsigned blocks = ceil_div(params.out.num_rows, int64_t(kNormThreads / Shape::kThreads));
-  norm_rows_kernel<Shape, Weight><<<blocks, kNormThreads, 0, stream>>>(params);
+  const unsigned blocks = ceil_div(params.out.num_rows, int64_t(Shape::kRows));
+  norm_rows_kernel<Shape, Weight><<<blocks, Shape::kBlockThreads, 0, stream>>>(params);
   return nullptr;
 }
 
-// How many clusters run at once, asked of each device once. `which` tells apart the shapes of one kernel.
-template <typename Weight>
-const char* clusters_at_once(const cudaLaunchConfig_t& config, int device, int which, int& count) {
-  constexpr int kDevices = 64, kShapes = TileGroups::kMostGroups + 1;
-  static std::atomic<int> known[kDevices][kShapes];
-  if (device < kDevices && (count = known[device][which].load()) > 0) return nullptr;
-  DSV3RT_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, norm_both_kernel<Weight>, &config));
-  if (count == 0) return "no cluster of CTAs fits the device";
-  if (device < kDevices) known[device][which].store(count);
-  return nullptr;
-}
-
-template <typename Weight>
-const char* launch_both(const NormParams& params, cudaStream_t stream) {
-  const auto kernel = norm_both_kernel<Weight>;
-  NormStrips strips{static_cast<int>(ceil_div(params.out.num_rows, int64_t(kTile))), 0,
-                    TileGroups(params.out.num_columns)};
-  DSV3RT_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, NormStrips::kMostKeptBytes));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(strips.tiles.count), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(strips.tiles.count);
-  config.blockDim = dim3(kTileThreads);
-  config.dynamicSmemBytes = NormStrips::kMostKeptBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  const char* error = clusters_at_once<Weight>(config, params.device, strips.tiles.count, strips.num_clusters);
-  if (error != nullptr) return error;
-  strips.num_clusters = std::min(strips.num_clusters, strips.num_strips);
-  config.gridDim = dim3(strips.num_clusters * strips.tiles.count);
-  DSV3RT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, strips));
-  return nullptr;
-}
-
-// Rows too wide for a cluster: the norm goes through memory.
 template <class Shape, typename Weight>
-const char* launch_both_through_memory(const NormParams& params, cudaStream_t stream) {
-  NormParams norm = params;
-  norm.out.data = nullptr;
-  launch_rows<Shape, Weight>(norm, stream);
-  const unsigned blocks = ceil_div(params.out.num_rows, int64_t(kTile)) * ceil_div(params.out.num_columns, kTile);
-  using Source = PlainSource<__nv_bfloat16>;
-  quantize_both_kernel<Source>
-      <<<blocks, kTileThreads, 0, stream>>>({params.y, params.out.num_columns}, RowGroups{}, params.out);
+const char* launch_both(const NormParams& params, cudaStream_t stream) {
+  constexpr int kBlocksAtOnce = 2 * 132;  // of an H100
+  NormStages stages{};
+  stages.row_blocks = kTile / kRootRows<Shape>;
+  static_assert(kTile % kRootRows<Shape> == 0);
+  stages.tile_blocks = ceil_div(params.out.num_columns, kTile);
+  stages.lag = ceil_div(kBlocksAtOnce, stages.blocks()) + 1;  // what is waited for is done, as a rule
+  stages.num_strips = static_cast<int>(ceil_div(params.out.num_rows, int64_t(kTile)));
+  clear_kernel<<<1, kClearThreads, 0, stream>>>(params.row_blocks_done, stages.num_strips);
+  const unsigned blocks = unsigned(stages.num_strips + stages.lag) * stages.blocks();
+  DSV3RT_CUDA_CHECK(launch_early(norm_both_kernel<Shape, Weight>, blocks, kTileThreads, 0, stream, params, stages));
   return nullptr;
 }
 
@@ -71,14 +35,12 @@ template <typename Weight>
 const char* launch_norm(const NormParams& params, cudaStream_t stream) {
   const int columns = params.out.num_columns;
   const bool both = params.out.data_t != nullptr;
-  if (both && columns <= kMaxNormBothColumns) return launch_both<Weight>(params, stream);
   const auto launch = [&]<class Shape>(Shape) {
-    return both ? launch_both_through_memory<Shape, Weight>(params, stream)
-                : launch_rows<Shape, Weight>(params, stream);
+    return both ? launch_both<Shape, Weight>(params, stream) : launch_rows<Shape, Weight>(params, stream);
   };
   using Narrow = RowShape<32, 1>;
   using Latent = RowShape<32, 2>;
-  using Hidden = RowShape<128, 2>;
+  using Hidden = RowShape<224, 1>;
   using Wide = RowShape<256, 2>;
   static_assert(Wide::kMaxColumns == kMaxNormColumns);
   return columns <= Narrow::kMaxColumns   ? launch(Narrow{})

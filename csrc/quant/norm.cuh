@@ -12,6 +12,9 @@ struct RowShape {
   static constexpr int kThreads = kThreadsOfRow;
   static constexpr int kFours = kFoursOfThread;
   static constexpr int kMaxColumns = kThreads * kFours * 4 * 8;
+  static constexpr int kRows = kThreads < 128 ? 256 / kThreads : 1;  // of a block that norms rows alone
+  static constexpr int kBlockThreads = kRows * kThreads;
+  static constexpr int kBlocks = kFours == 1 ? 1024 / kBlockThreads : 3;  // a multiprocessor, at least
 };
 
 // One thread's part of a row, and where it lies.
@@ -64,87 +67,40 @@ __device__ __forceinline__ void load_row(const NormParams& params, RowPart<Shape
   }
 }
 
-// The order in which squares are added, which the width alone decides: those of eight neighbours one after the other,
-// the sixteen sums of a tile by halves, the tiles of a group one after the other, the groups by halves.
-struct TileGroups {
-  int count;  // a power of two
-  int tiles;  // of a group
-
-  DSV3RT_HOST_DEVICE explicit TileGroups(int num_columns) : count(kMostGroups) {
-    const int all = ceil_div(num_columns, kTile);
-    while (count > 1 && all % count != 0 && ceil_div(all, count / 2) <= kMostTilesKept) count /= 2;
-    tiles = ceil_div(all, count);
+// Sums over the threads of each row; a row is whole warps of the block. Every thread of the block calls it.
+template <int kThreadsOfRow>
+__device__ __forceinline__ float sum_over_row(float part, float* warp_sums) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) part += __shfl_xor_sync(~0u, part, distance);
+  if constexpr (kThreadsOfRow > 32) {
+    constexpr int kWarps = kThreadsOfRow / 32;
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = part;
+    __syncthreads();
+    const float* own = warp_sums + threadIdx.x / kThreadsOfRow * kWarps;
+    part = own[0];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) part += own[warp];
   }
-
-  static constexpr int kMostGroups = 8;     // CTAs of a cluster share a row
-  static constexpr int kMostTilesKept = 7;  // of 128 rows, in a CTA's shared memory and registers
-};
-
-// Of the squares of each octet, over the sixteen lanes of a tile. Lanes exchange half of their octets as long as they
-// have several: those of lane l end up with the octet of number l / (16 / kOctets) % kOctets.
-template <int kOctets>
-__device__ __forceinline__ float sum_over_tile(float (&squares)[kOctets]) {
-  int kept = kOctets;
-#pragma unroll
-  for (int distance = 8; distance > 0; distance /= 2) {
-    if (kept > 1) {
-      kept /= 2;
-      const bool upper = threadIdx.x & distance;
-#pragma unroll
-      for (int i = 0; i < kept; ++i) {
-        const float given = upper ? squares[i] : squares[i + kept], own = upper ? squares[i + kept] : squares[i];
-        squares[i] = __fadd_rn(own, __shfl_xor_sync(~0u, given, distance));
-      }
-    } else {
-      squares[0] = __fadd_rn(squares[0], __shfl_xor_sync(~0u, squares[0], distance));
-    }
-  }
-  return squares[0];
-}
-
-__device__ __forceinline__ float sum_of_squares(const Octet<__nv_bfloat16>& x) {
-  float squares = 0.0f;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) squares = __fmaf_rn(x.get(k), x.get(k), squares);
-  return squares;
+  return part;
 }
 
 // 1 / sqrt(mean(x^2) + eps)
-__device__ __forceinline__ float rstd_of(const NormParams& params, float squares) {
-  return __frsqrt_rn(__fadd_rn(__fdiv_rn(squares, static_cast<float>(params.out.num_columns)), params.eps));
-}
-
-// The sums of a row's tiles: kMaxNormColumns / kTile of them, for each row of a block.
-using RowTileSums = float[kMaxNormColumns / kTile];
-
-// Every thread of the block calls it.
 template <class Shape>
-__device__ __forceinline__ float row_rstd(const NormParams& params, const RowPart<Shape>& part, RowTileSums* sums) {
-  constexpr int kOctets = Shape::kFours * 4, kLanes = 16 / kOctets;
-  float squares[kOctets];
+__device__ __forceinline__ float row_rstd(const NormParams& params, const RowPart<Shape>& part, float* warp_sums) {
+  float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kOctets; ++i) squares[i] = sum_of_squares(part.octets[i / 4][i % 4]);
-  const float of_tile = sum_over_tile(squares);
-  float* own = sums[threadIdx.x / Shape::kThreads];
-  const int lane = threadIdx.x % 16, tile = part.index(0, lane / kLanes) / 16;
-  if (lane % kLanes == 0) own[tile] = of_tile;
-  if constexpr (Shape::kThreads == 32) {
-    __syncwarp();
-  } else {
-    __syncthreads();
-  }
-  const TileGroups groups(params.out.num_columns);
-  const int group = threadIdx.x % TileGroups::kMostGroups;
-  float sum = 0.0f;
-  for (int i = 0; i < groups.tiles; ++i) {
-    const int index = group * groups.tiles + i;
-    if (group < groups.count && index * kTile < params.out.num_columns) sum = __fadd_rn(sum, own[index]);
-  }
+  for (int four = 0; four < Shape::kFours; ++four) {
 #pragma unroll
-  for (int distance = TileGroups::kMostGroups / 2; distance > 0; distance /= 2) {
-    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, distance));
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float x = part.octets[four][i].get(k);
+        squares = __fmaf_rn(x, x, squares);
+      }
+    }
   }
-  return rstd_of(params, sum);
+  squares = sum_over_row<Shape::kThreads>(squares, warp_sums);
+  return __frsqrt_rn(__fadd_rn(__fdiv_rn(squares, static_cast<float>(params.out.num_columns)), params.eps));
 }
 
 template <typename Weight>
@@ -174,37 +130,44 @@ __device__ __forceinline__ void quantize_four(const QuantOutput& out, const RowP
 // The rows that the threads of a block share, from first_row: everything about them but the column form. Every thread
 // of the block calls it.
 template <class Shape, typename Weight>
-__device__ __forceinline__ void norm_rows(const NormParams& params, int64_t first_row, RowTileSums* sums) {
+__device__ __forceinline__ void norm_rows(const NormParams& params, int64_t first_row, float* warp_sums) {
   RowPart<Shape> part;
   part.row = first_row + threadIdx.x / Shape::kThreads;
   part.exists = part.row < params.out.num_rows;
   load_row(params, part);
-  const float rstd = row_rstd(params, part, sums);
+  const int num_octets = params.out.num_columns / 8;
+  TileOctets<Weight> weights;
+  const auto load_weights = [&](int four) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      weights[i].clear();
+      const int index = part.index(four, i);
+      if (index < num_octets) weights[i].load(static_cast<const Weight*>(params.weight) + index * 8);
+    }
+  };
+  load_weights(0);  // while the row is on its way
+  const float rstd = row_rstd(params, part, warp_sums);
   if (!part.exists) return;
   if (part.thread() == 0) params.rstd[part.row] = rstd;
-  const int num_octets = params.out.num_columns / 8;
   auto* y = static_cast<uint4*>(params.y) + part.row * num_octets;
 #pragma unroll
   for (int four = 0; four < Shape::kFours; ++four) {
+    if (four > 0) load_weights(four);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int index = part.index(four, i);
-      Octet<Weight> weight;
-      weight.clear();
-      if (index < num_octets) weight.load(static_cast<const Weight*>(params.weight) + index * 8);
-      part.octets[four][i] = norm_octet(part.octets[four][i], rstd, weight);
+      part.octets[four][i] = norm_octet(part.octets[four][i], rstd, weights[i]);
       if (params.y != nullptr && index < num_octets) y[index] = part.octets[four][i].words;
     }
     if (params.out.data != nullptr) quantize_four(params.out, part, four);
   }
 }
 
-constexpr int kNormThreads = 256;
-
 template <class Shape, typename Weight>
-__global__ void __launch_bounds__(kNormThreads, 3) norm_rows_kernel(const NormParams params) {
-  __shared__ RowTileSums sums[kNormThreads / Shape::kThreads];
-  norm_rows<Shape, Weight>(params, blockIdx.x * int64_t(kNormThreads / Shape::kThreads), sums);
+__global__ void __launch_bounds__(Shape::kBlockThreads, Shape::kBlocks)
+    norm_rows_kernel(const __grid_constant__ NormParams params) {
+  __shared__ float warp_sums[Shape::kBlockThreads / 32];
+  norm_rows<Shape, Weight>(params, blockIdx.x * int64_t(Shape::kRows), warp_sums);
 }
 
 }  // namespace dsv3rt

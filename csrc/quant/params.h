@@ -109,8 +109,9 @@ struct NormParams {
   const void* residual;      // like x, rows residual_stride apart; null: none
   const void* weight;        // (D,) BF16 or FP32, 16-byte aligned
   void* sum;                 // (T, D) BF16, contiguous: x + residual; given if and only if the residual is
-  void* y;                   // (T, D) BF16, contiguous; null: not wanted, D <= kMaxNormBothColumns with out.data_t
+  void* y;                   // (T, D) BF16, contiguous; null: not wanted
   float* rstd;               // (T,)
+  int* row_blocks_done;      // scratch, ceil(T / 128) numbers; given if and only if out.data_t is
   int64_t x_stride;
   int64_t residual_stride;
   float eps;
@@ -120,7 +121,6 @@ struct NormParams {
 };
 
 constexpr int kMinNormColumns = 64, kMaxNormColumns = 16384;
-constexpr int kMaxNormBothColumns = 7168;  // that are cast in both forms without y
 
 struct NormBackwardParams {
   const void* grad;           // (T, D) BF16, rows grad_stride elements apart, 16-byte aligned, as all inputs

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
     out.scale_t = params.output_scale_t;
     out.scale_t_stride = params.output_scale_t_stride;
     load_slots(octets, storage.gate);
-    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns, [] {});
+    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns);
   }
   place.first_column += params.in.hidden;
   load_slots(octets, storage.grad);

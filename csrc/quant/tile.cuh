@@ -105,12 +105,10 @@ __device__ __forceinline__ void write_tile_rows(const QuantOutput& out, const Ti
                               place.rows_to_write(), octets);
 }
 
-// Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales. Calls meanwhile()
-// while some warps find them.
-template <typename Element, bool kWhole, class Meanwhile>
+// Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales.
+template <typename Element, bool kWhole>
 __device__ __forceinline__ void reduce_columns(const QuantOutput& out, const TilePlace& place,
-                                               const TileOctets<Element>& octets, ColumnScales<Element>& storage,
-                                               Meanwhile meanwhile) {
+                                               const TileOctets<Element>& octets, ColumnScales<Element>& storage) {
   using Part = Octet<Element>;
   uint32_t words[Part::kPatternWords];
 #pragma unroll
@@ -138,7 +136,6 @@ __device__ __forceinline__ void reduce_columns(const QuantOutput& out, const Til
       out.scale_t[place.first_row / kTile * out.scale_t_stride + column] = tile.scale;
     }
   }
-  meanwhile();
   __syncthreads();
 }
 
@@ -149,11 +146,11 @@ __device__ __forceinline__ uint32_t row_mask(int rows_left) {
 
 // Calls may follow each other with the same storage: two barriers lie between the last read and the next write of a
 // part. kWhole: every row and column of the tile exists.
-template <typename Element, bool kWhole = false, class Meanwhile>
+template <typename Element, bool kWhole = false>
 __device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const TilePlace& place,
                                                    const TileOctets<Element>& octets, TransposedTile& tile,
-                                                   ColumnScales<Element>& storage, Meanwhile meanwhile) {
-  reduce_columns<Element, kWhole>(out, place, octets, storage, meanwhile);
+                                                   ColumnScales<Element>& storage) {
+  reduce_columns<Element, kWhole>(out, place, octets, storage);
   const uint32_t mask = kWhole ? ~0u : row_mask(place.rows_to_read());
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -177,8 +174,8 @@ template <typename Element, bool kWhole = false>
 __device__ __forceinline__ void write_tile(const QuantOutput& out, const TilePlace& place,
                                            const TileOctets<Element>& octets, TransposedTile& tile,
                                            ColumnScales<Element>& storage) {
-  write_tile_columns<Element, kWhole>(out, place, octets, tile, storage,
-                                      [&] { write_tile_rows<Element, kWhole>(out, place, octets); });
+  write_tile_rows<Element, kWhole>(out, place, octets);
+  write_tile_columns<Element, kWhole>(out, place, octets, tile, storage);
 }
 
 }  // namespace dsv3rt

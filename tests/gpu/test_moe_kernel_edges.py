@@ -56,6 +56,15 @@ def test_route_kernel_takes_nan_and_infinity_as_the_reference() -> None:
     assert torch.equal(got.weight_TK.isnan().any(dim=1), torch.tensor([True, False, False, True] + [False] * 4).cuda())
 
 
+@pytest.mark.parametrize(("groups", "kept"), [(4, 1), (4, 3), (1, 1)])
+def test_route_kernel_falls_back_to_the_lowest_index_among_minus_infinities(groups: int, kept: int) -> None:
+    logits, bias = torch.randn((50, 64), device="cuda"), torch.full((64,), -torch.inf, device="cuda")
+    bias[::20] = 0.0  # four experts of finite scores, one in each group
+    got = ops.route(logits, bias, top_k=6, num_groups=groups, groups_kept=kept)
+    rule = reference.RouteRule(6, groups, kept, 1.0, True)
+    assert torch.equal(got.idx_TK, reference._select(got.scores_TE + bias, rule))
+
+
 def test_route_kernel_survives_scores_that_all_underflow() -> None:
     logits = torch.full((5, 64), -200.0, device="cuda", requires_grad=True)
     got = ops.route(logits, torch.zeros(64, device="cuda"), top_k=6)

@@ -46,8 +46,8 @@ def test_rms_norm_kernel_matches_fp64(T: int, D: int, weight_dtype: torch.dtype)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want, rtol=BF16_ROUNDING, atol=1e-30)
     torch.testing.assert_close(
-        rstd.double(), want_rstd, rtol=2**-19, atol=0
-    )  # 8 + 4 + 16 + 3 additions in a row and three roundings more, halved by the root
+        rstd.double(), want_rstd, rtol=2**-18, atol=0
+    )  # 77 roundings in a row, halved by the root
 
 
 def test_rms_norm_kernel_takes_slices_and_any_leading_dimensions() -> None:
@@ -208,7 +208,9 @@ def test_norm_kernels_write_every_element_and_no_other(rows: int, D: int) -> Non
         total, y = room.halves(rows, D), room.halves(rows, D)
         transposed = {}
         if with_transpose:
-            transposed = {"data_t": room.codes(D, padded), "scale_t": room.row_scales(D, padded // 128)}
+            done = torch.full((padded // 128,), -7, dtype=torch.int32, device="cuda")
+            scale_t = room.row_scales(D, padded // 128)
+            transposed = {"data_t": room.codes(D, padded), "scale_t": scale_t, "row_blocks_done": done}
         extension.rms_norm_quantize_1x128(
             x, weight, rstd, data, scale, eps=EPS, residual=residual, sum=total, y=y, **transposed
         )
@@ -303,10 +305,5 @@ def test_norm_kernels_reject_what_they_cannot_take() -> None:
     rstd = torch.zeros(4, device="cuda")
     with pytest.raises(ValueError, match=r"^rms_norm: x must have a multiple of 8 columns, 64 to 16384, got 60$"):
         extension.rms_norm(x[:, :60], weight[:60], x, rstd, eps=EPS)
-    wide, codes = inputs(4, 7296, seed=21)[0], torch.empty(4, 7296, dtype=torch.uint8, device="cuda")
-    arguments = (wide, wide[0].float(), rstd, codes, torch.empty_strided((4, 57), (1, 4), device="cuda"))
-    scale_t = torch.empty_strided((7296, 1), (1, 7296), device="cuda")
-    with pytest.raises(ValueError, match=r"^rms_norm_quantize_1x128: y must be given with data_t for more than 7168"):
-        extension.rms_norm_quantize_1x128(*arguments, eps=EPS, data_t=codes.new_empty(7296, 128), scale_t=scale_t)
     with pytest.raises(ValueError, match=r"^rms_norm_backward: dx must have shape \(4, 144\), got \(3, 144\)$"):
         extension.rms_norm_backward(x, x, weight, rstd, x[:3], weight, rstd)

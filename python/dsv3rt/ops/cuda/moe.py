@@ -9,7 +9,7 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
-TOKENS_OF_PART, MAX_PARTS = 32, 128  # of a sequence, for the balance loss: a block takes a part
+TOKENS_OF_PART, MAX_PARTS = 32, 264  # of sequences, for the balance loss: a block takes a part
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
@@ -22,8 +22,8 @@ def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int
     scores_TE = torch.empty((T, E), dtype=torch.float32, device=device)
     counts_E = torch.empty(E, dtype=torch.int64, device=device)
     load().route(
-        logits_TE.contiguous(),
-        bias_E.contiguous(),
+        _packed(logits_TE),
+        _packed(bias_E),
         idx_TK,
         weight_TK,
         scores_TE,
@@ -64,7 +64,8 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
     """The loss, and its slope (B, E) by the normalised scores of a sequence's tokens."""
     T, E = scores_TE.shape
     num_sequences = cu_seqlens.shape[0] - 1
-    parts = min(max(ceil_div(T, TOKENS_OF_PART * max(num_sequences, 1)), 1), MAX_PARTS)
+    sequences = max(num_sequences, 1)
+    parts = max(min(ceil_div(T, TOKENS_OF_PART * sequences), MAX_PARTS // sequences), 1)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=scores_TE.device)

@@ -9,8 +9,8 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.cuda.quant import as_bytes
 from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.reference.norm import empty_norm_quant
+from dsv3rt.ops.types import TILE, ceil_div
 
-MOST_COLUMNS_KEPT = 7168  # that the kernel casts in both layouts without writing the norm
 MOST_PARTS = 132  # blocks that share the weight's gradient: one a multiprocessor of an H100
 
 
@@ -52,9 +52,7 @@ def rms_norm_quantize_1x128(
     data, scale, *rest = as_bytes(results)
     data_t, scale_t = (rest.pop(0), rest.pop(0)) if with_transpose else (None, None)
     rstd, *outputs = rest
-    y = outputs[0] if with_output else None
-    if with_transpose and y is None and x_TD.shape[1] > MOST_COLUMNS_KEPT:
-        y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)  # scratch
+    strips = ceil_div(x_TD.shape[0], TILE)
     load().rms_norm_quantize_1x128(
         x_TD,
         aligned(weight_D),
@@ -64,9 +62,10 @@ def rms_norm_quantize_1x128(
         eps=eps,
         residual=residual_TD,
         sum=outputs[-1] if with_sum else None,
-        y=y,
+        y=outputs[0] if with_output else None,
         data_t=data_t,
         scale_t=scale_t,
+        row_blocks_done=torch.empty(strips, dtype=torch.int32, device=x_TD.device) if with_transpose else None,
         pow2_scales=pow2_scales,
     )
     return results
