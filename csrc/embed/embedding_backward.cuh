@@ -1,39 +1,30 @@
 // The gradient of an embedding table: every row of it is the sum of its tokens' gradients, in their order, in FP32,
-// rounded once. Three kinds of blocks, by how much work a row is:
-// - long runs, of tokens that occur often: a block takes some columns and has many gradients under way;
-// - runs of few tokens: a warp takes a row;
-// - rows without a token: the copy engine writes zeros, a row a thread. These blocks and those before alternate, so
-// that
-//   memory is never idle.
+// rounded once. Tokens that occur often have blocks of their own, which take some columns and have many gradients under
+// way; the others, and zeros for rows without a token, are written row by row.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "common/math.h"
 #include "embed/params.h"
-#include "hopper/tma.cuh"
 
 namespace dsv3rt {
 
 constexpr int kEmbeddingThreads = 256;
-constexpr int kLongRun = 16;        // tokens, and more
-constexpr int kLongRunSteps = 12;   // gradients a thread has under way
-constexpr int kShortRunOctets = 4;  // that a thread takes of a row at a time
-constexpr int kShortRuns = kEmbeddingThreads / 32;  // positions of a block
-constexpr int kEmptyRows = 64;        // of a block
-constexpr int kZeroBytes = 16384;
+constexpr int kLongRun = 16;  // tokens, and more
+constexpr int kLongRunSteps = 12;  // gradients a thread has under way
+constexpr int kTableRows = 4;  // of a block
+constexpr int kOctetsAtOnce = 4;  // of a row, a thread
 
 // How many blocks of each kind.
 struct EmbeddingBlocks {
   int slices;  // of columns, of a long run
-  int64_t long_runs, short_runs, empty_rows;
+  int64_t long_runs, table;
 
   explicit EmbeddingBlocks(const EmbeddingBackwardParams& params)
       : slices(ceil_div(params.num_columns / 8, kEmbeddingThreads)),
         long_runs(ceil_div(params.num_tokens, int64_t(kLongRun)) * slices),
-        short_runs(ceil_div(params.num_tokens, int64_t(kShortRuns))),
-        empty_rows(ceil_div(params.num_rows, int64_t(kEmptyRows))) {}
-  int64_t all() const { return long_runs + short_runs + empty_rows; }
+        table(ceil_div(params.num_rows, int64_t(kTableRows))) {}
 };
 
 __device__ __forceinline__ void add_octet(float (&sums)[8], const uint4& octet) {
@@ -55,17 +46,15 @@ __device__ __forceinline__ uint4 round_sums(const float (&sums)[8]) {
 
 // Where the tokens of one row of the table lie in `order`.
 struct Run {
-  int64_t row, begin, end;
+  int64_t row;
+  int begin, end;
 
-  __device__ __forceinline__ Run(const EmbeddingBackwardParams& params, int64_t position) {
-    row = params.tokens[position];
-    begin = params.offsets[row];
-    end = params.offsets[row + 1];
-  }
-  __device__ __forceinline__ int64_t length() const { return end - begin; }
+  __device__ __forceinline__ Run(const EmbeddingBackwardParams& params, int64_t row)
+      : row(row), begin(params.offsets[row]), end(params.offsets[row + 1]) {}
+  __device__ __forceinline__ int length() const { return end - begin; }
 };
 
-__device__ __forceinline__ const uint4* gradient_of(const EmbeddingBackwardParams& params, int64_t position) {
+__device__ __forceinline__ const uint4* gradient_of(const EmbeddingBackwardParams& params, int position) {
   return reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(params.grad) +
                                         params.order[position] * params.grad_stride);
 }
@@ -76,8 +65,8 @@ __device__ __forceinline__ uint4* row_of_table(const EmbeddingBackwardParams& pa
 
 // A long run holds a position that is a multiple of kLongRun; the first such one stands for it.
 __device__ __forceinline__ void add_long_run(const EmbeddingBackwardParams& params, int64_t index, int slice) {
-  const int64_t position = index * kLongRun;
-  const Run run(params, position);
+  const int position = static_cast<int>(index * kLongRun);
+  const Run run(params, params.tokens[position]);
   if (run.length() < kLongRun || position - run.begin >= kLongRun) return;
   const int num_octets = params.num_columns / 8, octet = slice * kEmbeddingThreads + threadIdx.x;
   const auto* grad = static_cast<const __nv_bfloat16*>(params.grad) + min(octet, num_octets - 1) * 8;
@@ -86,7 +75,7 @@ __device__ __forceinline__ void add_long_run(const EmbeddingBackwardParams& para
   // Lane i knows where the i-th gradient of a step is. Past the end it is the last one again, which is not added.
   int64_t offset = params.order[min(run.begin + lane, run.end - 1)] * params.grad_stride;
   float sums[8] = {};
-  for (int64_t first = run.begin; first < run.end; first += kLongRunSteps) {
+  for (int first = run.begin; first < run.end; first += kLongRunSteps) {
     const int64_t next = params.order[min(first + kLongRunSteps + lane, run.end - 1)] * params.grad_stride;
     uint4 octets[kLongRunSteps];
 #pragma unroll
@@ -102,58 +91,37 @@ __device__ __forceinline__ void add_long_run(const EmbeddingBackwardParams& para
   if (octet < num_octets) row_of_table(params, run.row)[octet] = round_sums(sums);
 }
 
-// By a warp.
-__device__ __forceinline__ void add_short_run(const EmbeddingBackwardParams& params, int64_t position) {
-  if (position >= params.num_tokens) return;
-  const Run run(params, position);
-  if (position != run.begin || run.length() >= kLongRun) return;
+// A row of the table, but for a long run.
+__device__ __forceinline__ void write_row(const EmbeddingBackwardParams& params, const Run& run) {
+  if (run.length() >= kLongRun) return;
   const int num_octets = params.num_columns / 8;
-  for (int first = threadIdx.x % 32; first < num_octets; first += 32 * kShortRunOctets) {
-    float sums[kShortRunOctets][8] = {};
-#pragma unroll 2
-    for (int64_t at = run.begin; at < run.end; ++at) {
+  uint4* target = row_of_table(params, run.row);
+  for (int first = threadIdx.x; first < num_octets; first += kEmbeddingThreads * kOctetsAtOnce) {
+    float sums[kOctetsAtOnce][8] = {};
+    for (int at = run.begin; at < run.end; ++at) {
       const uint4* gradient = gradient_of(params, at);
-      uint4 octets[kShortRunOctets];
+      uint4 octets[kOctetsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kShortRunOctets; ++i) octets[i] = gradient[min(first + i * 32, num_octets - 1)];
+      for (int i = 0; i < kOctetsAtOnce; ++i) octets[i] = gradient[min(first + i * kEmbeddingThreads, num_octets - 1)];
 #pragma unroll
-      for (int i = 0; i < kShortRunOctets; ++i) add_octet(sums[i], octets[i]);
+      for (int i = 0; i < kOctetsAtOnce; ++i) add_octet(sums[i], octets[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kShortRunOctets; ++i) {
-      if (first + i * 32 < num_octets) row_of_table(params, run.row)[first + i * 32] = round_sums(sums[i]);
+    for (int i = 0; i < kOctetsAtOnce; ++i) {
+      const int octet = first + i * kEmbeddingThreads;
+      if (octet < num_octets) target[octet] = round_sums(sums[i]);
     }
   }
-}
-
-__device__ __forceinline__ void clear_empty_rows(const EmbeddingBackwardParams& params, int64_t index, uint4* zeros) {
-  for (int i = threadIdx.x; i < kZeroBytes / 16; i += kEmbeddingThreads) zeros[i] = make_uint4(0, 0, 0, 0);
-  fence_async_proxy();
-  __syncthreads();
-  const int64_t row = index * kEmptyRows + threadIdx.x;
-  if (threadIdx.x >= kEmptyRows || row >= params.num_rows || params.offsets[row] < params.offsets[row + 1]) return;
-  char* target = reinterpret_cast<char*>(row_of_table(params, row));
-  const int row_bytes = params.num_columns * 2;
-  for (int done = 0; done < row_bytes; done += kZeroBytes) {
-    bulk_store(target + done, zeros, min(kZeroBytes, row_bytes - done));
-  }
-  tma_store_commit();
-  tma_store_wait_all();
 }
 
 __global__ void __launch_bounds__(kEmbeddingThreads, 3)
     embedding_backward_kernel(const __grid_constant__ EmbeddingBackwardParams params,
                               const __grid_constant__ EmbeddingBlocks blocks) {
-  __shared__ alignas(128) uint4 zeros[kZeroBytes / 16];
   if (blockIdx.x < blocks.long_runs) {
     return add_long_run(params, blockIdx.x / blocks.slices, static_cast<int>(blockIdx.x % blocks.slices));
   }
-  const int64_t index = blockIdx.x - blocks.long_runs, others = blocks.short_runs + blocks.empty_rows;
-  const int64_t runs_before = index * blocks.short_runs / others;
-  if ((index + 1) * blocks.short_runs / others > runs_before) {
-    return add_short_run(params, runs_before * kShortRuns + threadIdx.x / 32);
-  }
-  clear_empty_rows(params, index - runs_before, zeros);
+  const int64_t first = (blockIdx.x - blocks.long_runs) * kTableRows;
+  for (int64_t row = first; row < min(first + kTableRows, params.num_rows); ++row) write_row(params, Run(params, row));
 }
 
 }  // namespace dsv3rt

@@ -244,15 +244,16 @@ void fill_segments(const Arguments& arguments, const TensorView& counts, const T
 
 void bound_permute(const TensorView& x, const TensorView& row_of, const TensorView& counts, const TensorView& offsets,
                    const TensorView& rows, const MaybeView& scale, const MaybeView& rows_scale,
-                   const MaybeView& token_of_row, py::handle stream) {
+                   const MaybeView& packed_scale, const MaybeView& token_of_row, py::handle stream) {
   const Arguments arguments("permute", x);
   ArgCheck("permute", "x", x).shape({kAny, kAny});
   ArgCheck("permute", "rows", rows).shape({kAny, kAny});
   ArgCheck("permute", "row_of", row_of).shape({kAny, kAny});
   const bool has_scale = scale.has_value();
-  for (const MaybeView* other : {&rows_scale, &token_of_row}) {
+  for (const MaybeView* other : {&rows_scale, &packed_scale, &token_of_row}) {
     if (other->has_value() != has_scale) {
-      throw py::value_error("permute: scale, rows_scale and token_of_row must be given all or not at all, got some");
+      throw py::value_error(
+          "permute: scale, rows_scale, packed_scale and token_of_row must be given all or not at all, got some");
     }
   }
   const int64_t tokens = x.shape[0], columns = x.shape[1], num_rows = rows.shape[0];
@@ -268,6 +269,8 @@ void bound_permute(const TensorView& x, const TensorView& row_of, const TensorVi
     const int64_t tiles = scale->shape[1];
     params.scale = static_cast<const float*>(arguments.scales("scale", *scale, tokens, tiles));
     params.rows_scale = static_cast<float*>(arguments.scales("rows_scale", *rows_scale, num_rows, tiles));
+    params.packed_scale =
+        static_cast<float*>(arguments.matrix("packed_scale", *packed_scale, {DataType::kFloat32}, tokens, tiles));
     params.token_of_row =
         static_cast<int32_t*>(arguments.vector("token_of_row", *token_of_row, DataType::kInt32, num_rows));
     params.scale_stride = scale->strides[1];
@@ -352,8 +355,8 @@ void bind_moe(py::module_& module) {
              "Writes the row of every choice and the experts' segments, on a stream; partial is scratch.");
   module.def("permute", &bound_permute, py::arg("x"), py::arg("row_of"), py::arg("counts"), py::arg("offsets"),
              py::arg("rows"), py::kw_only(), py::arg("scale") = none, py::arg("rows_scale") = none,
-             py::arg("token_of_row") = none, py::arg("stream") = none,
-             "Writes the rows of all segments, padding with zeros, on a stream; token_of_row is scratch.");
+             py::arg("packed_scale") = none, py::arg("token_of_row") = none, py::arg("stream") = none,
+             "Writes the rows of all segments, padding with zeros, on a stream; the last two arrays are scratch.");
   module.def("unpermute", &bound_unpermute, py::arg("rows"), py::arg("weight"), py::arg("row_of"), py::arg("y"),
              py::kw_only(), py::arg("stream") = none, "Writes every token's weighted sum of rows, on a stream.");
   module.def("unpermute_backward", &bound_unpermute_backward, py::arg("grad"), py::arg("rows"), py::arg("weight"),

@@ -18,9 +18,9 @@ unsigned token_blocks(int64_t num_tokens) { return static_cast<unsigned>(ceil_di
 
 GroupShape group_shape(const RouteParams& params) {
   const int size = params.num_experts / params.num_groups;
-  int lanes = 1;
-  while (2 * lanes * params.num_groups <= 32) lanes *= 2;
-  return {size, lanes, ceil_div(1u << kGroupShift, static_cast<unsigned>(size))};
+  int shift = 0;
+  while ((2 << shift) * params.num_groups <= 32) ++shift;
+  return {size, shift};
 }
 
 ChoiceShape choice_shape(const RouteParams& params) {
@@ -40,18 +40,22 @@ void with_experts_a_lane(int num_experts, Launch launch) {
   return launch(std::integral_constant<int, 16>());
 }
 
-// few: half as many experts a lane may be chosen; whole: every lane has all of its experts or none.
 template <typename Element, int kPerLane>
-cudaError_t launch_route(const RouteParams& params, const ChoiceShape& choices, bool few, bool whole,
-                         cudaStream_t stream) {
-  constexpr int kFew = std::max(kPerLane / 2, 1);
-  constexpr bool kMayBeWhole = kPerLane >= 4;
-  const auto kernel = few ? (whole && kMayBeWhole ? route_kernel<Element, kPerLane, kFew, kMayBeWhole>
-                                                  : route_kernel<Element, kPerLane, kFew, false>)
-                          : (whole && kMayBeWhole ? route_kernel<Element, kPerLane, kPerLane, kMayBeWhole>
-                                                  : route_kernel<Element, kPerLane, kPerLane, false>);
+cudaError_t launch_route(const RouteParams& params, cudaStream_t stream) {
+  const ChoiceShape choices = choice_shape(params);
+  GroupShape groups = group_shape(params);
+  constexpr int kFew = std::max(kPerLane / 2, 1);  // experts a lane that may be chosen
+  const bool few = choices.count <= 32 * kFew;
+  auto kernel = few ? route_kernel<Element, kPerLane, kFew, false> : route_kernel<Element, kPerLane, kPerLane, false>;
+  if constexpr (kPerLane >= 4) {
+    const int lanes = choices.size / kPerLane;
+    if (choices.size % kPerLane == 0 && (!choices.grouped || (lanes & (lanes - 1)) == 0)) {
+      kernel = few ? route_kernel<Element, kPerLane, kFew, true> : route_kernel<Element, kPerLane, kPerLane, true>;
+      for (groups.lane_shift = 0; 1 << groups.lane_shift < lanes;) ++groups.lane_shift;
+    }
+  }
   const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
-  return launch_early(kernel, grid, kTokenWarps * 32, 0, stream, params, group_shape(params), choices);
+  return launch_early(kernel, grid, kTokenWarps * 32, 0, stream, params, groups, choices);
 }
 
 }  // namespace
@@ -61,13 +65,10 @@ const char* route(const RouteParams& params, void* stream) {
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
     clear_kernel<<<1, kClearThreads, 0, cuda_stream>>>(params.counts, params.num_experts);
     if (params.num_tokens == 0) return nullptr;
-    const ChoiceShape choices = choice_shape(params);
     cudaError_t status = cudaSuccess;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-      const bool few = choices.count * 2 <= 32 * per_lane.value, whole = params.num_experts % per_lane.value == 0;
-      status = params.logits_bf16
-                   ? launch_route<__nv_bfloat16, per_lane.value>(params, choices, few, whole, cuda_stream)
-                   : launch_route<float, per_lane.value>(params, choices, few, whole, cuda_stream);
+      status = params.logits_bf16 ? launch_route<__nv_bfloat16, per_lane.value>(params, cuda_stream)
+                                  : launch_route<float, per_lane.value>(params, cuda_stream);
     });
     DSV3RT_CUDA_CHECK(status);
     return nullptr;
@@ -135,15 +136,16 @@ const char* place(const PlaceParams& params, void* stream) {
 
 const char* permute(const PermuteParams& params, void* stream) {
   const PermuteBlocks blocks(params);
-  const int64_t inverting = params.num_experts + ceil_div(params.num_tokens * params.top_k, int64_t(kInvertThreads));
-  if (blocks.rows + blocks.scales > kMaxBlocks || inverting > kMaxBlocks) return "x has 2^31 rows or more";
+  const PrepareBlocks preparing(params);
+  const int64_t prepare_grid = preparing.tokens + preparing.choices + params.num_experts;
+  if (blocks.rows + blocks.scales > kMaxBlocks || prepare_grid > kMaxBlocks) return "x has 2^31 rows or more";
   const auto grid = static_cast<unsigned>(blocks.rows + blocks.scales);
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
     if (params.scale == nullptr) {
       permute_kernel<<<grid, kRowThreads, 0, cuda_stream>>>(params, blocks);
       return nullptr;
     }
-    invert_rows_kernel<<<static_cast<unsigned>(inverting), kInvertThreads, 0, cuda_stream>>>(params);
+    prepare_scales_kernel<<<static_cast<unsigned>(prepare_grid), kRowThreads, 0, cuda_stream>>>(params, preparing);
     DSV3RT_CUDA_CHECK(launch_early(permute_kernel, grid, kRowThreads, 0, cuda_stream, params, blocks));
     return nullptr;
   });

@@ -94,7 +94,8 @@ struct PermuteParams {
   void* rows;              // (P,) rows: those that choices name, and zeros in the padding of every segment
   const float* scale;      // (T, tiles), each tile's scales scale_stride apart, or null
   float* rows_scale;       // (P, tiles)
-  int32_t* token_of_row;   // (P,) scratch where there are scales
+  float* packed_scale;     // (T, tiles) scratch, contiguous
+  int32_t* token_of_row;   // (P,) scratch
   const int64_t* row_of;   // (T, K)
   const int32_t* counts;   // (E,)
   const int32_t* offsets;  // (E + 1,)

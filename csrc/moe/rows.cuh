@@ -21,7 +21,7 @@ __device__ __forceinline__ void clear_padding(void* rows, int row_bytes, int64_t
   const int chunks = row_bytes / 16;
   for (int64_t row = offsets[expert] + counts[expert] + index % kPaddingBlocks; row < end; row += kPaddingBlocks) {
     auto* target = reinterpret_cast<uint4*>(static_cast<char*>(rows) + row * row_bytes);
-    for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) target[chunk] = make_uint4(0, 0, 0, 0);
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) __stcs(target + chunk, make_uint4(0, 0, 0, 0));
   }
 }
 

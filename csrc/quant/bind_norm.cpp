@@ -64,6 +64,7 @@ NormParams norm_of(const char* op, const TensorView& x, const TensorView& weight
   params.weight_type = input_of(weight.dtype);
   params.rstd = statistics(op, rstd, x);
   params.eps = eps;
+  params.inverse_columns = 1.0f / static_cast<float>(x.shape[1]);
   params.out.num_rows = x.shape[0];
   params.out.num_columns = static_cast<int>(x.shape[1]);
   params.device = x.device.index;
@@ -81,8 +82,8 @@ void bound_rms_norm(const TensorView& x, const TensorView& weight, const TensorV
 void bound_rms_norm_quantize_1x128(const TensorView& x, const TensorView& weight, const TensorView& rstd,
                                    const TensorView& data, const TensorView& scale, float eps,
                                    const OptionalView& residual, const OptionalView& sum, const OptionalView& y,
-                                   const OptionalView& data_t, const OptionalView& scale_t,
-                                   const OptionalView& row_blocks_done, bool pow2_scales, py::handle stream) {
+                                   const OptionalView& data_t, const OptionalView& scale_t, bool pow2_scales,
+                                   py::handle stream) {
   constexpr char kOp[] = "rms_norm_quantize_1x128";
   NormParams params = norm_of(kOp, x, weight, rstd, eps);
   const int64_t num_rows = x.shape[0], num_columns = x.shape[1];
@@ -98,16 +99,9 @@ void bound_rms_norm_quantize_1x128(const TensorView& x, const TensorView& weight
   }
   if (y) params.y = contiguous_like(kOp, "y", *y, x);
   both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
-  both_or_none(kOp, "data_t and row_blocks_done", data_t.has_value(), row_blocks_done.has_value());
   if (data_t) {
     set_transposed(kOp, "", x, num_rows, num_columns, *data_t, *scale_t, params.out.data_t, params.out.scale_t,
                    params.out.scale_t_stride);
-    ArgCheck(kOp, "row_blocks_done", *row_blocks_done)
-        .on_device_of(x, "x")
-        .dtype({DataType::kInt32})
-        .shape({ceil_div(num_rows, kTile)})
-        .strides({1});
-    params.row_blocks_done = static_cast<int*>(row_blocks_done->data);
   }
   throw_on_error(kOp, rms_norm(params, stream_for(kOp, x, stream)));
 }
@@ -166,11 +160,9 @@ void bind_norm(py::module_& module) {
   module.def("rms_norm_quantize_1x128", &bound_rms_norm_quantize_1x128, py::arg("x"), py::arg("weight"),
              py::arg("rstd"), py::arg("data"), py::arg("scale"), py::kw_only(), py::arg("eps"),
              py::arg("residual") = none, py::arg("sum") = none, py::arg("y") = none, py::arg("data_t") = none,
-             py::arg("scale_t") = none, py::arg("row_blocks_done") = none, py::arg("pow2_scales") = false,
-             py::arg("stream") = none,
+             py::arg("scale_t") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
              "Writes the normed rows of x, or of x + residual, quantised, into data and scale (and transposed into "
-             "data_t and scale_t), on a stream; on request also the sum and the normed rows. row_blocks_done is "
-             "scratch.");
+             "data_t and scale_t), on a stream; on request also the sum and the normed rows.");
   module.def("rms_norm_backward", &bound_rms_norm_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
              py::arg("rstd"), py::arg("dx"), py::arg("weight_grad"), py::arg("weight_parts"), py::kw_only(),
              py::arg("grad_residual") = none, py::arg("stream") = none,

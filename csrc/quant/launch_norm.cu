@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "common/clear.cuh"
 #include "common/launch.h"
 #include "quant/norm_backward.cuh"
 #include "quant/norm_both.cuh"
@@ -18,34 +17,41 @@ const char* launch_rows(const NormParams& params, cudaStream_t stream) {
 template <class Shape, typename Weight>
 const char* launch_both(const NormParams& params, cudaStream_t stream) {
   constexpr int kBlocksAtOnce = 2 * 132;  // of an H100
+  constexpr int kMostStages = 65535;      // rows of a grid
+  static_assert(kTile % RootShape<Shape>::kRows == 0);
   NormStages stages{};
-  stages.row_blocks = kTile / kRootRows<Shape>;
-  static_assert(kTile % kRootRows<Shape> == 0);
-  stages.tile_blocks = ceil_div(params.out.num_columns, kTile);
-  stages.lag = ceil_div(kBlocksAtOnce, stages.blocks()) + 1;  // what is waited for is done, as a rule
-  stages.num_strips = static_cast<int>(ceil_div(params.out.num_rows, int64_t(kTile)));
-  clear_kernel<<<1, kClearThreads, 0, stream>>>(params.row_blocks_done, stages.num_strips);
-  const unsigned blocks = unsigned(stages.num_strips + stages.lag) * stages.blocks();
-  DSV3RT_CUDA_CHECK(launch_early(norm_both_kernel<Shape, Weight>, blocks, kTileThreads, 0, stream, params, stages));
+  stages.row_blocks = kTile / RootShape<Shape>::kRows;
+  const unsigned blocks = stages.row_blocks + ceil_div(params.out.num_columns, kTile);
+  stages.lag = ceil_div(kBlocksAtOnce, static_cast<int>(blocks)) + 1;  // what is waited for is done, as a rule
+  const int64_t num_strips = ceil_div(params.out.num_rows, int64_t(kTile));
+  if (num_strips + stages.lag > kMostStages) return "x has 2^23 rows or more";
+  stages.num_strips = static_cast<int>(num_strips);
+  const unsigned forgetting = ceil_div(params.out.num_rows, int64_t(kForgetThreads));
+  forget_roots_kernel<<<forgetting, kForgetThreads, 0, stream>>>(params);
+  const dim3 grid(blocks, stages.num_strips + stages.lag);
+  DSV3RT_CUDA_CHECK(launch_early(norm_both_kernel<Shape, Weight>, grid, kTileThreads, 0, stream, params, stages));
   return nullptr;
 }
 
-// The same shape for the same width in every kernel: it fixes the order of the sums.
+// The same number of threads a row for the same width in every kernel: it fixes the order of the sums.
 template <typename Weight>
 const char* launch_norm(const NormParams& params, cudaStream_t stream) {
   const int columns = params.out.num_columns;
   const bool both = params.out.data_t != nullptr;
   const auto launch = [&]<class Shape>(Shape) {
-    return both ? launch_both<Shape, Weight>(params, stream) : launch_rows<Shape, Weight>(params, stream);
+    return both ? launch_both<RowShape<Shape::kThreads>, Weight>(params, stream)
+                : launch_rows<Shape, Weight>(params, stream);
   };
-  using Narrow = RowShape<32, 1>;
-  using Latent = RowShape<32, 2>;
-  using Hidden = RowShape<224, 1>;
-  using Wide = RowShape<256, 2>;
+  using Narrow = RowShape<32>;
+  using Latent = RowShape<64>;
+  using Hidden = RowShape<224>;
+  using WholeHidden = RowShape<224, true>;
+  using Wide = RowShape<512>;
   static_assert(Wide::kMaxColumns == kMaxNormColumns);
   return columns <= Narrow::kMaxColumns   ? launch(Narrow{})
          : columns <= Latent::kMaxColumns ? launch(Latent{})
-         : columns <= Hidden::kMaxColumns ? launch(Hidden{})
+         : columns < Hidden::kMaxColumns  ? launch(Hidden{})
+         : columns == Hidden::kMaxColumns ? launch(WholeHidden{})
                                           : launch(Wide{});
 }
 

@@ -6,42 +6,77 @@
 
 #include <cuda/atomic>
 
+#include "hopper/barrier.cuh"
 #include "quant/norm.cuh"
 
 namespace dsv3rt {
 
-// Blocks come in stages: those for the rows of strip `stage`, then those for the tiles of strip `stage - lag`. A block
-// for a tile waits for rows of blocks before it alone, and blocks start in the order of their numbers (CUB's scans rest
-// on that, too): what is waited for is always running or done.
+// Blocks come in stages: those for the rows of strip `stage`, then those for the tiles of strip `stage - lag`; a stage
+// is a row of the grid. A block for a tile waits for rows of blocks before it alone, and blocks start in the order of
+// their numbers (CUB's scans rest on that, too): what is waited for is always running or done.
 struct NormStages {
-  int row_blocks, tile_blocks;  // of a stage
+  int row_blocks;  // of a stage; tile blocks follow
   int lag;
   int num_strips;
-
-  DSV3RT_HOST_DEVICE int blocks() const { return row_blocks + tile_blocks; }
 };
 
-using StripCounter = cuda::atomic_ref<int, cuda::thread_scope_device>;
+// What stands for the root of a row until it is known: a NaN that arithmetic does not give.
+constexpr uint32_t kUnknownRoot = ~0u;
+using RootBits = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
 
-// How many rows a block finds the roots of; threads past the last may be left over.
-template <class Shape>
-constexpr int kRootRows = kTileThreads / Shape::kThreads;
+__device__ __forceinline__ RootBits root_bits(const NormParams& params, int64_t row) {
+  return RootBits(reinterpret_cast<uint32_t*>(params.rstd)[row]);
+}
 
-// The rows that the threads of a block share, from first_row: their sums with the residual, if there is one, and roots.
+constexpr int kForgetThreads = 256;
+
+// Before `norm_both_kernel`, which starts beside it.
+__global__ void __launch_bounds__(kForgetThreads) forget_roots_kernel(const __grid_constant__ NormParams params) {
+  let_next_grid_start();
+  const int64_t row = int64_t(blockIdx.x) * kForgetThreads + threadIdx.x;
+  if (row < params.out.num_rows) params.rstd[row] = __uint_as_float(kUnknownRoot);
+}
+
+// How many rows the threads of a block share at a time, and in two goes. Threads past the last row may be left over.
 template <class Shape>
-__device__ __forceinline__ void find_roots(const NormParams& params, int64_t first_row, float* warp_sums) {
-  RowPart<Shape> part;
+struct RootShape {
+  static constexpr int kRowsAtOnce = kTileThreads / Shape::kThreads;
+  static constexpr int kRows = 2 * kRowsAtOnce;
+  using WarpSums = float[2][(kRowsAtOnce + 1) * (Shape::kThreads / 32)];
+};
+
+// Roots of the rows from first_row, and their sums with the residual, if there is one.
+template <class Shape>
+__device__ __forceinline__ void find_roots(const NormParams& params, int64_t first_row,
+                                           typename RootShape<Shape>::WarpSums& warp_sums) {
+  using Roots = RootShape<Shape>;
   const int row = threadIdx.x / Shape::kThreads;
-  part.row = first_row + row;
-  part.exists = row < kRootRows<Shape> && part.row < params.out.num_rows;
-  load_row(params, part);
-  const float rstd = row_rstd(params, part, warp_sums);
-  if (part.exists && part.thread() == 0) params.rstd[part.row] = rstd;
+  RowPart<Shape> parts[] = {
+      {params, first_row + row, row < Roots::kRowsAtOnce},
+      {params, first_row + Roots::kRowsAtOnce + row, row < Roots::kRowsAtOnce},
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) load_row(params, parts[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = sum_over_warp(sum_of_squares(parts[i]));
+    if (threadIdx.x % 32 == 0) warp_sums[i][threadIdx.x / 32] = sum;
+  }
+  wait_for_prior_grid();
+  __syncthreads();
+  if (parts[0].thread() > 0) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!parts[i].exists()) continue;
+    const uint32_t bits = __float_as_uint(rstd_of(params, add_warps<Shape::kThreads>(warp_sums[i])));
+    root_bits(params, parts[i].row).store(min(bits, kUnknownRoot - 1), cuda::memory_order_release);
+  }
 }
 
 struct NormTileStorage {
   TransposedTile tile;
   ColumnScales<__nv_bfloat16> columns;
+  alignas(16) float rstd[kTile];
 };
 
 // A tile of a strip. kWhole: all of its rows and columns exist.
@@ -73,16 +108,38 @@ class NormTile {
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void norm() {
-    Octet<Weight> weight;
-    weight.clear();
-    if (kWhole || rows() > 0) weight.load(static_cast<const Weight*>(params_.weight) + column_);
+  __device__ __forceinline__ void load_weight() {
+    weight_.clear();
+    if (kWhole || rows() > 0) weight_.load(static_cast<const Weight*>(params_.weight) + column_);
+  }
+
+  // Every thread of the block calls it.
+  __device__ __forceinline__ void wait_for_roots(NormTileStorage& storage) const {
+    wait_for_prior_grid();
+    if (threadIdx.x < place_.rows.read) {
+      const RootBits root = root_bits(params_, place_.first_row + threadIdx.x);
+      uint32_t bits = root.load(cuda::memory_order_acquire);
+      while (bits == kUnknownRoot) {
+        __nanosleep(64);
+        bits = root.load(cuda::memory_order_acquire);
+      }
+      storage.rstd[threadIdx.x] = __uint_as_float(bits);
+    }
+    __syncthreads();
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void norm(const NormTileStorage& storage) {
+    const float4 rstd = *reinterpret_cast<const float4*>(storage.rstd + row_in_tile());
+    octets_[0] = norm_octet(octets_[0], rstd.x, weight_);
+    octets_[1] = norm_octet(octets_[1], rstd.y, weight_);
+    octets_[2] = norm_octet(octets_[2], rstd.z, weight_);
+    octets_[3] = norm_octet(octets_[3], rstd.w, weight_);
+    if (params_.y == nullptr) return;
     auto* y = static_cast<__nv_bfloat16*>(params_.y) + row() * params_.out.num_columns + column_;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const float rstd = kWhole || r < rows() ? __ldcg(params_.rstd + row() + r) : 0.0f;
-      octets_[r] = norm_octet(octets_[r], rstd, weight);
-      if (params_.y != nullptr && (kWhole || r < rows())) {
+      if (kWhole || r < rows()) {
         *reinterpret_cast<uint4*>(y + r * int64_t(params_.out.num_columns)) = octets_[r].words;
       }
     }
@@ -102,49 +159,36 @@ class NormTile {
   TilePlace place_;
   int column_;
   TileOctets<__nv_bfloat16> octets_;
+  Octet<Weight> weight_;
 };
 
-__device__ __forceinline__ void wait_for_rows(int& row_blocks_done, int row_blocks) {
-  wait_for_prior_grid();
-  if (threadIdx.x == 0) {
-    const StripCounter done(row_blocks_done);
-    while (done.load(cuda::memory_order_acquire) < row_blocks) __nanosleep(64);
-  }
-  __syncthreads();
-}
-
 template <bool kWhole, typename Weight>
-__device__ __forceinline__ void cast_tile(const NormParams& params, NormTile<Weight>& tile, int& row_blocks_done,
-                                          int row_blocks, NormTileStorage& storage) {
+__device__ __forceinline__ void cast_tile(const NormParams& params, NormTile<Weight>& tile, NormTileStorage& storage) {
+  tile.template load_weight<kWhole>();
   if (params.residual == nullptr) tile.template load<kWhole>();  // x is there, roots perhaps not yet
-  wait_for_rows(row_blocks_done, row_blocks);
+  tile.wait_for_roots(storage);
   if (params.residual != nullptr) tile.template load<kWhole>();
-  tile.template norm<kWhole>();
+  tile.template norm<kWhole>(storage);
   tile.template write<kWhole>(storage);
 }
 
 template <class Shape, typename Weight>
 __global__ void __launch_bounds__(kTileThreads, 2)
     norm_both_kernel(const __grid_constant__ NormParams params, const __grid_constant__ NormStages stages) {
-  __shared__ float warp_sums[(kRootRows<Shape> + 1) * ceil_div(Shape::kThreads, 32)];
+  __shared__ typename RootShape<Shape>::WarpSums warp_sums;
   alignas(16) __shared__ NormTileStorage storage;
-  const int stage = blockIdx.x / stages.blocks(), slot = blockIdx.x % stages.blocks();
+  const int stage = blockIdx.y, slot = blockIdx.x;
   if (slot < stages.row_blocks) {
     if (stage >= stages.num_strips) return;
-    const int64_t first_row = stage * int64_t(kTile) + slot * kRootRows<Shape>;
-    find_roots<Shape>(params, first_row, warp_sums);
-    wait_for_prior_grid();
-    __syncthreads();
-    if (threadIdx.x == 0) StripCounter(params.row_blocks_done[stage]).fetch_add(1, cuda::memory_order_release);
-    return;
+    return find_roots<Shape>(params, stage * int64_t(kTile) + slot * RootShape<Shape>::kRows, warp_sums);
   }
   const int strip = stage - stages.lag;
-  if (strip < 0 || strip >= stages.num_strips) return;
+  if (strip < 0) return;
   NormTile<Weight> tile(params, strip, slot - stages.row_blocks);
   if (tile.is_whole()) {
-    cast_tile<true>(params, tile, params.row_blocks_done[strip], stages.row_blocks, storage);
+    cast_tile<true>(params, tile, storage);
   } else {
-    cast_tile<false>(params, tile, params.row_blocks_done[strip], stages.row_blocks, storage);
+    cast_tile<false>(params, tile, storage);
   }
 }
 

@@ -132,9 +132,11 @@ def test_permute_kernel_of_fp8_writes_every_scale_and_no_other() -> None:
     end, room = int(offsets[-1]), Guarded()
     q = ops.quantize_1x128(torch.randn((137, 400), device="cuda"))
     rows, scale = room.codes(end, 400), room.row_scales(end, 4)
-    scales = {"scale": q.scale, "rows_scale": scale}
-    token_of_row = torch.full((end,), 7, dtype=torch.int32, device="cuda")
-    extension.permute(q.data.view(torch.uint8), row_of, counts, offsets, rows, **scales, token_of_row=token_of_row)
+    packed, token_of_row = room.floats(137, 4), torch.full((end,), 7, dtype=torch.int32, device="cuda")
+    scratch = {"packed_scale": packed, "token_of_row": token_of_row}
+    extension.permute(
+        q.data.view(torch.uint8), row_of, counts, offsets, rows, scale=q.scale, rows_scale=scale, **scratch
+    )
     want = reference.permute_quant(q, row_of, end)
     assert torch.equal(rows, want.data.view(torch.uint8))
     assert torch.equal(scale, want.scale)

@@ -208,9 +208,7 @@ def test_norm_kernels_write_every_element_and_no_other(rows: int, D: int) -> Non
         total, y = room.halves(rows, D), room.halves(rows, D)
         transposed = {}
         if with_transpose:
-            done = torch.full((padded // 128,), -7, dtype=torch.int32, device="cuda")
-            scale_t = room.row_scales(D, padded // 128)
-            transposed = {"data_t": room.codes(D, padded), "scale_t": scale_t, "row_blocks_done": done}
+            transposed = {"data_t": room.codes(D, padded), "scale_t": room.row_scales(D, padded // 128)}
         extension.rms_norm_quantize_1x128(
             x, weight, rstd, data, scale, eps=EPS, residual=residual, sum=total, y=y, **transposed
         )

@@ -120,8 +120,18 @@ def permute(
         load().permute(data, row_of_TK, *segments, target)
         return [rows]
     rows_scale = empty_row_scales(num_rows, scale.shape[1], x.device)
+    packed_scale = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
     token_of_row = torch.empty(num_rows, dtype=torch.int32, device=x.device)
-    load().permute(data, row_of_TK, *segments, target, scale=scale, rows_scale=rows_scale, token_of_row=token_of_row)
+    load().permute(
+        data,
+        row_of_TK,
+        *segments,
+        target,
+        scale=scale,
+        rows_scale=rows_scale,
+        packed_scale=packed_scale,
+        token_of_row=token_of_row,
+    )
     return [rows, rows_scale]
 
 
