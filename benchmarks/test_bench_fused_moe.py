@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import peer_of, with_chains
+from benchmarks.peers import copy_of, empty_kernel, peer_of, with_chains
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 from dsv3rt.ops import balance, expert_rows
@@ -153,3 +153,29 @@ def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int, 
         lambda: torch.ops.dsv3rt.unpermute_backward(*arguments),
         peer_of(peer, copy_peer, lambda: reference.unpermute_backward(dy, rows, weight, row_of, num_rows)),
     )
+
+
+SMALL = ["route", "balance_loss", "place"]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("op", SMALL)
+def test_bench_small_kernels_beside_an_empty_one(versus: Versus, tokens: int, op: str) -> None:
+    """Their bytes would take 1 to 10 us."""
+    logits, routing = routed(tokens)
+    bias = torch.zeros(EXPERTS, device="cuda")
+    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
+    run = {
+        "route": lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
+        "balance_loss": lambda: balance._balance_loss(routing.scores_TE, routing.idx_TK, ends, ALPHA),
+        "place": lambda: ops.place(routing.idx_TK, num_experts=EXPERTS),
+    }[op]
+    versus(Case(op, f"{tokens}x{EXPERTS}", "us"), run, empty_kernel())
+
+
+def test_bench_permute_fp8_beside_a_copy_of_its_size(versus: Versus) -> None:
+    placed = Placed(TOKENS[0])
+    q, routing = ops.quantize_1x128(placed.x), placed.routing
+    moved = (DIM + DIM // 32) * (TOKENS[0] + placed.num_padded)
+    case = Case("permute of FP8", f"{TOKENS[0]}x{DIM}", "gbps", moved)
+    versus(case, lambda: ops.permute(q, routing, num_experts=EXPERTS), copy_of(moved))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import peer_of, with_chains
+from benchmarks.peers import copy_of, peer_of, with_chains
 from benchmarks.shapes import NORMS, TOKENS, Matrix
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
@@ -137,3 +137,29 @@ def test_bench_embedding_backward(versus: Versus, copy_peer: Peer, tokens: int, 
         lambda: torch.ops.dsv3rt.embedding_backward(dy, ids, vocab),
         peer_of(peer, copy_peer, chain, dy, ids),
     )
+
+
+@pytest.mark.parametrize("shape", STREAMS, ids=str)
+@pytest.mark.parametrize("kind", ["rms_norm", "rows", "both", "backward"])
+def test_bench_norms_beside_a_copy_of_their_size(versus: Versus, shape: Matrix, kind: str) -> None:
+    x, dy, residual = (random(shape.rows, shape.columns) for _ in range(3))
+    weight, rstd = random(shape.columns), torch.rand(shape.rows, device="cuda") + 0.5
+
+    def cast_by(*, with_transpose: bool) -> object:
+        return ops.rms_norm_quantize_1x128(x, weight, EPS, with_transpose=with_transpose)
+
+    name, work, run = {
+        "rms_norm": ("rms_norm", 2 * shape.bf16_bytes, lambda: ops.rms_norm(x, weight, EPS)),
+        "rows": ("rms_norm_quantize_1x128", shape.quantize_bytes(), lambda: cast_by(with_transpose=False)),
+        "both": (
+            "rms_norm_quantize_1x128 and transpose",
+            shape.quantize_bytes(with_transpose=True),
+            lambda: cast_by(with_transpose=True),
+        ),
+        "backward": (
+            "rms_norm_backward and residual",
+            4 * shape.bf16_bytes,
+            lambda: ops.rms_norm_backward(dy, x, weight, rstd, grad_residual_TD=residual),
+        ),
+    }[kind]
+    versus(Case(name, str(shape), "gbps", work), run, copy_of(work))
