@@ -27,6 +27,8 @@ PEERS = {
     "bf16_matmul": "`torch.matmul` in BF16",
     "cudnn": "cuDNN attention through torch",
     "copy": "the same run's device-to-device copy, read plus write",
+    "copy_of_this_size": "a copy of as many bytes in the same run",
+    "empty_kernel": "the launch of a kernel that does nothing",
     "torch_eager": "the same chain of torch ops",
     "torch_compile": "that chain under torch.compile",
     "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",

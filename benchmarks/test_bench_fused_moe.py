@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import copy_of, empty_kernel, peer_of, with_chains
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 from dsv3rt.ops import balance, expert_rows
@@ -18,19 +19,9 @@ from dsv3rt.ops.types import QuantTensor, Routing
 Versus = Callable[..., dict[str, Any]]
 EXPERTS, GROUPS, KEPT, TOP_K, DIM = 256, 8, 4, 8, 7168
 TOKENS = [4096, 16384]
-CASES = [(tokens, peer) for tokens in TOKENS for peer in ("copy", "torch_eager")]
-COMPILED = [*CASES, (TOKENS[0], "torch_compile")]  # takes long, and minutes where the chain waits for the host
+CASES = with_chains(TOKENS)
 RULE = reference.RouteRule(TOP_K, GROUPS, KEPT, 2.5, True)
 ALPHA = 1e-4
-
-
-def peer_of(name: str, copy_peer: Peer, chain: Callable[[], object]) -> Peer:
-    if name == "copy":
-        return copy_peer
-    if name == "torch_compile":
-        torch._dynamo.reset()
-        chain = torch.compile(chain, dynamic=False)
-    return Peer(name, chain)
 
 
 def routed(tokens: int) -> tuple[Tensor, Routing]:
@@ -51,7 +42,7 @@ class Placed:
         self.num_padded = int(layout.offsets[-1])  # rows up to the last segment's end
 
 
-@pytest.mark.parametrize(("tokens", "peer"), COMPILED)
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_route(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     logits, _ = routed(tokens)
     bias = torch.zeros(EXPERTS, device="cuda")
@@ -135,7 +126,7 @@ def test_bench_permute_fp8(versus: Versus, copy_peer: Peer, tokens: int, peer: s
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["unpermute", "permute-backward"])
-@pytest.mark.parametrize(("tokens", "peer"), COMPILED)
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_unpermute(versus: Versus, copy_peer: Peer, tokens: int, peer: str, weighted: bool) -> None:
     """Without weights it is the backward pass of permute."""
     placed = Placed(tokens)
@@ -162,3 +153,29 @@ def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int, 
         lambda: torch.ops.dsv3rt.unpermute_backward(*arguments),
         peer_of(peer, copy_peer, lambda: reference.unpermute_backward(dy, rows, weight, row_of, num_rows)),
     )
+
+
+SMALL = ["route", "balance_loss", "place"]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("op", SMALL)
+def test_bench_small_kernels_beside_an_empty_one(versus: Versus, tokens: int, op: str) -> None:
+    """Their bytes would take 1 to 10 us."""
+    logits, routing = routed(tokens)
+    bias = torch.zeros(EXPERTS, device="cuda")
+    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
+    run = {
+        "route": lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
+        "balance_loss": lambda: balance._balance_loss(routing.scores_TE, routing.idx_TK, ends, ALPHA),
+        "place": lambda: ops.place(routing.idx_TK, num_experts=EXPERTS),
+    }[op]
+    versus(Case(op, f"{tokens}x{EXPERTS}", "us"), run, empty_kernel())
+
+
+def test_bench_permute_fp8_beside_a_copy_of_its_size(versus: Versus) -> None:
+    placed = Placed(TOKENS[0])
+    q, routing = ops.quantize_1x128(placed.x), placed.routing
+    moved = (DIM + DIM // 32) * (TOKENS[0] + placed.num_padded)
+    case = Case("permute of FP8", f"{TOKENS[0]}x{DIM}", "gbps", moved)
+    versus(case, lambda: ops.permute(q, routing, num_experts=EXPERTS), copy_of(moved))

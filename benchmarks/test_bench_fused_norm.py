@@ -9,28 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import copy_of, peer_of, with_chains
 from benchmarks.shapes import NORMS, TOKENS, Matrix
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
 
 Versus = Callable[..., dict[str, Any]]
-Chain = Callable[..., object]
 
 EPS = 1e-6
-PEERS = ["copy", "torch_eager", "torch_compile"]
 STREAMS = NORMS[:2]  # of the model's width
-# The chains are timed where they matter, over the residual stream; compiled, which takes long, at one size.
-CASES = [(shape, peer) for shape in NORMS for peer in (PEERS if shape is NORMS[0] else PEERS[:1])]
-STREAM_CASES = [(shape, peer) for shape in STREAMS for peer in (PEERS if shape is NORMS[0] else PEERS[:2])]
-
-
-def peer_of(name: str, copy_peer: Peer, chain: Chain, *arguments: Tensor) -> Peer:
-    if name == "copy":
-        return copy_peer
-    if name == "torch_compile":
-        torch._dynamo.reset()
-        chain = torch.compile(chain, dynamic=False)
-    return Peer(name, lambda: chain(*arguments))
+# The chains are timed where they matter, over the residual stream.
+STREAM_CASES = with_chains(STREAMS)
+CASES = [*STREAM_CASES, *((shape, "copy") for shape in NORMS[2:])]
+TOKEN_CASES = with_chains([TOKENS, 4 * TOKENS])
 
 
 def random(*shape: int) -> Tensor:
@@ -118,8 +109,7 @@ def test_bench_rms_norm_quantize_of_a_sum(
     )
 
 
-@pytest.mark.parametrize("peer", PEERS[:2])
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+@pytest.mark.parametrize(("tokens", "peer"), TOKEN_CASES)
 def test_bench_rope_in_place(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     """The 64 rope columns of 128 heads of 192, where they lie."""
     q = random(tokens, 128, 192)[..., 128:]
@@ -132,8 +122,7 @@ def test_bench_rope_in_place(versus: Versus, copy_peer: Peer, tokens: int, peer:
     )
 
 
-@pytest.mark.parametrize("peer", PEERS[:2])
-@pytest.mark.parametrize("tokens", [TOKENS, 4 * TOKENS])
+@pytest.mark.parametrize(("tokens", "peer"), TOKEN_CASES)
 def test_bench_embedding_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
     """Frequencies as Zipf's law has them; the table's gradient is written once, zeros included."""
     vocab, dim = 129280, 7168
@@ -148,3 +137,29 @@ def test_bench_embedding_backward(versus: Versus, copy_peer: Peer, tokens: int, 
         lambda: torch.ops.dsv3rt.embedding_backward(dy, ids, vocab),
         peer_of(peer, copy_peer, chain, dy, ids),
     )
+
+
+@pytest.mark.parametrize("shape", STREAMS, ids=str)
+@pytest.mark.parametrize("kind", ["rms_norm", "rows", "both", "backward"])
+def test_bench_norms_beside_a_copy_of_their_size(versus: Versus, shape: Matrix, kind: str) -> None:
+    x, dy, residual = (random(shape.rows, shape.columns) for _ in range(3))
+    weight, rstd = random(shape.columns), torch.rand(shape.rows, device="cuda") + 0.5
+
+    def cast_by(*, with_transpose: bool) -> object:
+        return ops.rms_norm_quantize_1x128(x, weight, EPS, with_transpose=with_transpose)
+
+    name, work, run = {
+        "rms_norm": ("rms_norm", 2 * shape.bf16_bytes, lambda: ops.rms_norm(x, weight, EPS)),
+        "rows": ("rms_norm_quantize_1x128", shape.quantize_bytes(), lambda: cast_by(with_transpose=False)),
+        "both": (
+            "rms_norm_quantize_1x128 and transpose",
+            shape.quantize_bytes(with_transpose=True),
+            lambda: cast_by(with_transpose=True),
+        ),
+        "backward": (
+            "rms_norm_backward and residual",
+            4 * shape.bf16_bytes,
+            lambda: ops.rms_norm_backward(dy, x, weight, rstd, grad_residual_TD=residual),
+        ),
+    }[kind]
+    versus(Case(name, str(shape), "gbps", work), run, copy_of(work))

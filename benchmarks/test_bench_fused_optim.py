@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.conftest import record
+from benchmarks.peers import CHAINS, chain_of
 from benchmarks.shapes import TOKENS, Matrix
 from benchmarks.timing import Case, Peer, Run, sample_cuda
 from dsv3rt import ops
@@ -32,13 +33,6 @@ ELEMENTS = sum(torch.Size(shape).numel() for shape in SHAPES)
 LIST = f"{len(SHAPES)}tensors_{ELEMENTS / 1e6:.0f}M"
 LARGEST = [(7168, 16384)]
 HYPER = AdamWHyper(lr=2.2e-4)
-PEERS = ["torch_eager", "torch_compile"]  # compiling is slow: each function for one shape alone
-
-
-def peer_of(name: str, run: Run) -> Peer:
-    return Peer(name, torch.compile(run) if name == "torch_compile" else run)
-
-
 # AdamW: FP32 gradients, a BF16 copy of the weights.
 
 
@@ -82,12 +76,14 @@ def test_bench_adamw_step(versus: Versus, copy_peer: Peer, moment: torch.dtype, 
     versus(Case(name, LIST, "gbps", work), ours, copy_peer)
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", CHAINS)
 def test_bench_adamw_step_beside_torch(versus: Versus, peer: str) -> None:
     shapes, name = (SHAPES, LIST) if peer == "torch_eager" else (LARGEST, str(Matrix(*LARGEST[0])))
     slots, scale = make_slots(torch.bfloat16, shapes=shapes), torch.ones((), device="cuda")
     ours = lambda: ops.adamw_step(slots, hyper=HYPER, step=2, grad_scale=scale)  # noqa: E731
-    versus(Case("adamw_step, bfloat16 moments", name, "us"), ours, peer_of(peer, adamw_by_torch(slots, scale)))
+    versus(
+        Case("adamw_step, bfloat16 moments", name, "us"), ours, Peer(peer, chain_of(peer, adamw_by_torch(slots, scale)))
+    )
 
 
 def test_bench_adamw_step_beside_fused_adamw(versus: Versus) -> None:
@@ -173,10 +169,11 @@ def test_bench_grad_norms(versus: Versus, copy_peer: Peer) -> None:
     versus(Case("grad_norms", LIST, "gbps", 4 * ELEMENTS), lambda: ops.grad_norms(grads), copy_peer)
 
 
-def test_bench_grad_norm_beside_torch(versus: Versus) -> None:
+@pytest.mark.parametrize("peer", CHAINS)
+def test_bench_grad_norm_beside_torch(versus: Versus, peer: str) -> None:
     grads = [torch.randn(shape, device="cuda") for shape in SHAPES]
     ours = lambda: torch.linalg.vector_norm(ops.grad_norms(grads))  # noqa: E731
-    versus(Case("norm of all gradients", LIST, "us"), ours, Peer("torch_eager", lambda: total_norm(grads)))
+    versus(Case("norm of all gradients", LIST, "us"), ours, Peer(peer, chain_of(peer, total_norm, grads)))
 
 
 # The loss: what lies between the products, then all of it.
@@ -196,7 +193,7 @@ def test_bench_softmax_loss(versus: Versus, copy_peer: Peer, shape: Matrix) -> N
     versus(Case("softmax_loss with gradients", str(shape), "gbps", work), softmax_loss(logits, labels), copy_peer)
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", CHAINS)
 @pytest.mark.parametrize("shape", LOGITS[:1], ids=str)
 def test_bench_softmax_loss_beside_torch(versus: Versus, shape: Matrix, peer: str) -> None:
     logits = torch.randn((shape.rows, shape.columns), device="cuda", requires_grad=True)

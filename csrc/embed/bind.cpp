@@ -51,8 +51,8 @@ void bound_rope(const TensorView& x, const TensorView& y, const TensorView& cos,
   throw_on_error("rope", rope(params, stream_for("rope", x, stream)));
 }
 
-void bound_embedding_backward(const TensorView& grad, const TensorView& order, const TensorView& offsets,
-                              const TensorView& weight_grad, py::handle stream) {
+void bound_embedding_backward(const TensorView& grad, const TensorView& order, const TensorView& tokens,
+                              const TensorView& offsets, const TensorView& weight_grad, py::handle stream) {
   constexpr char kOp[] = "embedding_backward";
   const ArgCheck check_grad(kOp, "grad", grad);
   check_grad.on_cuda().dtype({DataType::kBFloat16}).shape({kAny, kAny}).strides({kAny, 1});
@@ -66,18 +66,20 @@ void bound_embedding_backward(const TensorView& grad, const TensorView& order, c
       .strides({columns, 1})
       .aligned(16);
   const int64_t rows = weight_grad.shape[0];
-  ArgCheck(kOp, "order", order)
-      .on_device_of(grad, "grad")
-      .dtype({DataType::kInt64})
-      .shape({grad.shape[0]})
-      .strides({1});
-  ArgCheck(kOp, "offsets", offsets).on_device_of(grad, "grad").dtype({DataType::kInt64}).shape({rows + 1}).strides({1});
+  const auto vector = [&](const char* name, const TensorView& view, DataType dtype, int64_t size) {
+    ArgCheck(kOp, name, view).on_device_of(grad, "grad").dtype({dtype}).shape({size}).strides({1});
+  };
+  vector("order", order, DataType::kInt64, grad.shape[0]);
+  vector("tokens", tokens, DataType::kInt32, grad.shape[0]);
+  vector("offsets", offsets, DataType::kInt32, rows + 1);
   EmbeddingBackwardParams params{};
   params.grad = grad.data;
   params.order = static_cast<const int64_t*>(order.data);
-  params.offsets = static_cast<const int64_t*>(offsets.data);
+  params.tokens = static_cast<const int32_t*>(tokens.data);
+  params.offsets = static_cast<const int32_t*>(offsets.data);
   params.weight_grad = weight_grad.data;
   params.grad_stride = grad.strides[0];
+  params.num_tokens = grad.shape[0];
   params.num_rows = rows;
   params.num_columns = static_cast<int>(columns);
   params.device = grad.device.index;
@@ -91,10 +93,10 @@ void bind_embed(py::module_& module) {
   module.def("rope", &bound_rope, py::arg("x"), py::arg("y"), py::arg("cos"), py::arg("sin"), py::kw_only(),
              py::arg("inverse") = false, py::arg("stream") = none,
              "Writes the pairs of x (T, H, R), turned by their angles, into y, which may be x, on a stream.");
-  module.def("embedding_backward", &bound_embedding_backward, py::arg("grad"), py::arg("order"), py::arg("offsets"),
-             py::arg("weight_grad"), py::kw_only(), py::arg("stream") = none,
+  module.def("embedding_backward", &bound_embedding_backward, py::arg("grad"), py::arg("order"), py::arg("tokens"),
+             py::arg("offsets"), py::arg("weight_grad"), py::kw_only(), py::arg("stream") = none,
              "Writes the sums of the rows of grad that each row of the table was looked up for, on a stream; order "
-             "holds the rows of grad sorted by token, offsets where each token's begin.");
+             "holds the rows of grad sorted by token, tokens the sorted tokens, offsets where each token's begin.");
 }
 
 }  // namespace dsv3rt

@@ -20,8 +20,10 @@ const char* rope(const RopeParams& params, void* stream) {
 const char* embedding_backward(const EmbeddingBackwardParams& params, void* stream) {
   if (params.num_rows == 0 || params.num_columns == 0) return nullptr;
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto blocks = static_cast<unsigned>(params.num_rows);
-    embedding_backward_kernel<<<blocks, kEmbeddingThreads, 0, cuda_stream>>>(params);
+    const EmbeddingBlocks blocks(params);
+    const int64_t grid = blocks.long_runs + blocks.table;
+    if (grid >= int64_t(1) << 31) return "grad and weight_grad have 2^31 rows or more";
+    embedding_backward_kernel<<<static_cast<unsigned>(grid), kEmbeddingThreads, 0, cuda_stream>>>(params, blocks);
     return nullptr;
   });
 }

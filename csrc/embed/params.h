@@ -26,9 +26,11 @@ struct RopeParams {
 struct EmbeddingBackwardParams {
   const void* grad;        // (T, D) BF16, rows grad_stride elements apart, 16-byte aligned
   const int64_t* order;    // (T,): positions in the order of their tokens, those of one token in their own order
-  const int64_t* offsets;  // (V + 1,): where each token's positions begin in `order`
+  const int32_t* tokens;   // (T,): in that order
+  const int32_t* offsets;  // (V + 1,): where each token's positions begin in `order`
   void* weight_grad;       // (V, D) BF16, contiguous
   int64_t grad_stride;
+  int64_t num_tokens;      // T, under 2^31
   int64_t num_rows;        // V
   int num_columns;         // D, a multiple of 8
   int device;

@@ -91,6 +91,9 @@ void bound_route(const TensorView& logits, const TensorView& bias, const TensorV
   params.scale = scale;
   params.renormalize = renormalize;
   params.logits_bf16 = logits.dtype == DataType::kBFloat16;
+  for (const auto& [name, view] : {std::pair{"logits", &logits}, {"bias", &bias}, {"scores", &scores}}) {
+    ArgCheck("route", name, *view).aligned(16);
+  }
   params.device = logits.device.index;
   throw_on_error("route", route(params, stream_for("route", logits, stream)));
 }
@@ -128,7 +131,8 @@ void bound_route_backward(const TensorView& weight_grad, const MaybeView& scores
 
 void bound_balance_loss(const TensorView& scores, const TensorView& idx, const TensorView& cu_seqlens,
                         const TensorView& loss, const TensorView& slope, const TensorView& sequence_loss,
-                        const TensorView& share_parts, const TensorView& load_parts, float alpha, py::handle stream) {
+                        const TensorView& share_parts, const TensorView& load_parts, const TensorView& tickets,
+                        float alpha, py::handle stream) {
   constexpr char kOp[] = "balance_loss";
   const Arguments arguments(kOp, scores);
   ArgCheck(kOp, "scores", scores).shape({kAny, kAny});
@@ -158,6 +162,7 @@ void bound_balance_loss(const TensorView& scores, const TensorView& idx, const T
   params.load_parts = static_cast<int32_t*>(check_parts("load_parts", load_parts, DataType::kInt32));
   params.sequence_loss =
       static_cast<float*>(arguments.vector("sequence_loss", sequence_loss, DataType::kFloat32, sequences));
+  params.tickets = static_cast<int32_t*>(arguments.vector("tickets", tickets, DataType::kInt32, sequences + 1));
   params.slope = static_cast<float*>(arguments.matrix("slope", slope, floats, sequences, experts));
   params.loss = static_cast<float*>(arguments.vector("loss", loss, DataType::kFloat32, 1));
   params.num_tokens = tokens;
@@ -199,7 +204,7 @@ void bound_place(const TensorView& idx, const TensorView& row_of, const TensorVi
   ArgCheck("place", "idx", idx).shape({kAny, kAny});
   ArgCheck("place", "counts", counts).shape({kAny});
   ArgCheck("place", "partial", partial).shape({kAny});
-  const int64_t experts = counts.shape[0], blocks = (idx.num_elements() + kPlaceChoices - 1) / kPlaceChoices;
+  const int64_t experts = counts.shape[0];
   arguments.at_most("the number of experts", experts, kMaxExperts);
   if (block < 1) throw py::value_error("place: block must be positive, got " + std::to_string(block));
   const auto longs = {DataType::kInt64};
@@ -208,7 +213,8 @@ void bound_place(const TensorView& idx, const TensorView& row_of, const TensorVi
   params.row_of = static_cast<int64_t*>(arguments.matrix("row_of", row_of, longs, idx.shape[0], idx.shape[1]));
   params.counts = static_cast<int32_t*>(arguments.vector("counts", counts, DataType::kInt32, experts));
   params.offsets = static_cast<int32_t*>(arguments.vector("offsets", offsets, DataType::kInt32, experts + 1));
-  params.partial = static_cast<int32_t*>(arguments.vector("partial", partial, DataType::kInt32, blocks * experts));
+  params.partial =
+      static_cast<int32_t*>(arguments.vector("partial", partial, DataType::kInt32, kMaxPlaceBlocks * experts));
   params.num_choices = idx.num_elements();
   params.num_experts = static_cast<int>(experts);
   params.block = block;
@@ -328,18 +334,19 @@ void bound_unpermute_backward(const TensorView& grad, const MaybeView& rows, con
 
 void bind_moe(py::module_& module) {
   const auto none = py::none();
-  module.attr("place_choices") = kPlaceChoices;
-  module.def("route", &bound_route, py::arg("logits"), py::arg("bias"), py::arg("idx"), py::arg("weight"),
-             py::arg("scores"), py::arg("counts"), py::kw_only(), py::arg("num_groups"), py::arg("groups_kept"),
-             py::arg("scale"), py::arg("renormalize"), py::arg("stream") = none,
-             "Writes the choices of every token, their weights, all scores, and adds to counts, on a stream.");
+  module.attr("max_place_blocks") = kMaxPlaceBlocks;
+  module.def(
+      "route", &bound_route, py::arg("logits"), py::arg("bias"), py::arg("idx"), py::arg("weight"), py::arg("scores"),
+      py::arg("counts"), py::kw_only(), py::arg("num_groups"), py::arg("groups_kept"), py::arg("scale"),
+      py::arg("renormalize"), py::arg("stream") = none,
+      "Writes the choices of every token, their weights, all scores, and how many chose each expert, on a stream.");
   module.def("route_backward", &bound_route_backward, py::arg("weight_grad"), py::arg("scores_grad"), py::arg("scores"),
              py::arg("idx"), py::arg("logits_grad"), py::kw_only(), py::arg("scale"), py::arg("renormalize"),
              py::arg("stream") = none, "Writes the gradient of the logits, on a stream.");
   module.def("balance_loss", &bound_balance_loss, py::arg("scores"), py::arg("idx"), py::arg("cu_seqlens"),
              py::arg("loss"), py::arg("slope"), py::arg("sequence_loss"), py::arg("share_parts"), py::arg("load_parts"),
-             py::kw_only(), py::arg("alpha"), py::arg("stream") = none,
-             "Writes the loss and its slopes by sequence and expert, on a stream; the last three are scratch.");
+             py::arg("tickets"), py::kw_only(), py::arg("alpha"), py::arg("stream") = none,
+             "Writes the loss and its slopes by sequence and expert, on a stream; the last four are scratch.");
   module.def("balance_loss_backward", &bound_balance_loss_backward, py::arg("grad"), py::arg("scores"),
              py::arg("slope"), py::arg("cu_seqlens"), py::arg("scores_grad"), py::kw_only(), py::arg("stream") = none,
              "Writes the gradient of the scores, on a stream.");

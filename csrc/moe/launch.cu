@@ -3,6 +3,7 @@
 
 #include "common/launch.h"
 #include "moe/balance.cuh"
+#include "moe/permute.cuh"
 #include "moe/place.cuh"
 #include "moe/route.cuh"
 #include "moe/rows.cuh"
@@ -16,9 +17,16 @@ unsigned token_blocks(int64_t num_tokens) { return static_cast<unsigned>(ceil_di
 
 GroupShape group_shape(const RouteParams& params) {
   const int size = params.num_experts / params.num_groups;
-  int lanes = 1;
-  while (2 * lanes * params.num_groups <= 32) lanes *= 2;
-  return {size, lanes, ceil_div(1u << kGroupShift, static_cast<unsigned>(size))};
+  int shift = 0;
+  while ((2 << shift) * params.num_groups <= 32) ++shift;
+  return {size, shift};
+}
+
+ChoiceShape choice_shape(const RouteParams& params) {
+  const bool grouped = params.groups_kept < params.num_groups;
+  const int size = grouped ? params.num_experts / params.num_groups : params.num_experts;
+  const int count = grouped ? size * params.groups_kept : size;
+  return {grouped, size, static_cast<uint32_t>(count), ceil_div(1u << kGroupShift, static_cast<unsigned>(size))};
 }
 
 // Calls launch(std::integral_constant) with the experts that a lane holds, a power of two.
@@ -31,17 +39,35 @@ void with_experts_a_lane(int num_experts, Launch launch) {
   return launch(std::integral_constant<int, 16>());
 }
 
+template <typename Element, int kPerLane>
+void launch_route(const RouteParams& params, cudaStream_t stream) {
+  const ChoiceShape choices = choice_shape(params);
+  GroupShape groups = group_shape(params);
+  constexpr int kFew = std::max(kPerLane / 2, 1);  // experts a lane that may be chosen
+  const bool few = choices.count <= 32 * kFew;
+  auto kernel = few ? route_kernel<Element, kPerLane, kFew, false> : route_kernel<Element, kPerLane, kPerLane, false>;
+  if constexpr (kPerLane >= 4) {
+    const int lanes = choices.size / kPerLane;
+    if (choices.size % kPerLane == 0 && (!choices.grouped || (lanes & (lanes - 1)) == 0)) {
+      kernel = few ? route_kernel<Element, kPerLane, kFew, true> : route_kernel<Element, kPerLane, kPerLane, true>;
+      for (groups.lane_shift = 0; 1 << groups.lane_shift < lanes;) ++groups.lane_shift;
+    }
+  }
+  const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
+  kernel<<<grid, kTokenWarps * 32, 0, stream>>>(params, groups, choices);
+}
+
 }  // namespace
 
 const char* route(const RouteParams& params, void* stream) {
-  if (params.num_tokens == 0) return nullptr;
   if (params.num_tokens > kMaxBlocks) return "logits has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
+    DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.counts, 0, params.num_experts * sizeof(int64_t), cuda_stream));
+    if (params.num_tokens == 0) return nullptr;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-      const auto kernel =
-          params.logits_bf16 ? route_kernel<__nv_bfloat16, per_lane.value> : route_kernel<float, per_lane.value>;
-      const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
-      kernel<<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params, group_shape(params));
+      const auto launch =
+          params.logits_bf16 ? launch_route<__nv_bfloat16, per_lane.value> : launch_route<float, per_lane.value>;
+      launch(params, cuda_stream);
     });
     return nullptr;
   });
@@ -64,14 +90,17 @@ const char* balance_loss(const BalanceParams& params, void* stream) {
   const int64_t blocks = int64_t(params.num_sequences) * params.num_parts;
   if (params.num_tokens > kMaxBlocks || blocks > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    if (blocks > 0) {
-      with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-        const auto grid = static_cast<unsigned>(blocks);
-        balance_parts_kernel<per_lane.value><<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params);
-      });
-      balance_sequences_kernel<<<params.num_sequences, kSequenceThreads, 0, cuda_stream>>>(params);
-    }
-    balance_total_kernel<<<1, 32, 0, cuda_stream>>>(params);
+    const size_t ticket_bytes = (params.num_sequences + 1) * sizeof(int32_t);
+    DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.tickets, 0, ticket_bytes, cuda_stream));
+    const unsigned grid = std::max(static_cast<unsigned>(blocks), 1u);  // one at least writes the loss
+    cudaError_t status = cudaSuccess;
+    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+      const auto kernel = balance_kernel<per_lane.value>;
+      constexpr int kSharedBytes = sizeof(BalanceSums<per_lane.value>);
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      if (status == cudaSuccess) kernel<<<grid, kBalanceThreads, kSharedBytes, cuda_stream>>>(params);
+    });
+    DSV3RT_CUDA_CHECK(status);
     return nullptr;
   });
 }
@@ -89,26 +118,32 @@ const char* balance_loss_backward(const BalanceBackwardParams& params, void* str
 }
 
 const char* place(const PlaceParams& params, void* stream) {
-  const int64_t blocks = ceil_div(params.num_choices, int64_t(kPlaceChoices));
   if (params.num_choices >= int64_t(1) << 30) return "idx has 2^30 choices or more";
+  PlaceParams shared = params;
+  const auto turns_of_all = static_cast<int>(ceil_div(params.num_choices, int64_t(kPlaceThreads)));
+  shared.turns = ceil_div(turns_of_all, kMaxPlaceBlocks);
+  shared.num_blocks = shared.turns == 0 ? 0 : ceil_div(turns_of_all, shared.turns);
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto grid = static_cast<unsigned>(blocks);
-    if (grid > 0) count_choices_kernel<<<grid, kPlaceChoices, 0, cuda_stream>>>(params);
-    scan_choices_kernel<<<1, kMaxExperts, 0, cuda_stream>>>(params);
-    if (grid > 0) assign_rows_kernel<<<grid, kPlaceChoices, 0, cuda_stream>>>(params);
+    if (shared.num_blocks > 0) count_choices_kernel<<<shared.num_blocks, kPlaceThreads, 0, cuda_stream>>>(shared);
+    const unsigned blocks = std::max(shared.num_blocks, 1);  // one at least, for the offsets
+    assign_rows_kernel<<<blocks, kPlaceThreads, 0, cuda_stream>>>(shared);
     return nullptr;
   });
 }
 
 const char* permute(const PermuteParams& params, void* stream) {
-  const int64_t blocks = params.num_tokens + int64_t(params.num_experts) * kPaddingBlocks;
-  if (blocks > kMaxBlocks) return "x has 2^31 rows or more";
+  const PermuteBlocks blocks(params);
+  const PrepareBlocks preparing(params);
+  const int64_t prepare_grid = preparing.tokens + preparing.choices + params.num_experts;
+  if (blocks.rows + blocks.scales > kMaxBlocks || prepare_grid > kMaxBlocks) return "x has 2^31 rows or more";
+  const auto grid = static_cast<unsigned>(blocks.rows + blocks.scales);
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    permute_kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, cuda_stream>>>(params);
-    const auto scale_blocks = static_cast<unsigned>(ceil_div(params.num_rows, int64_t(kScaleRows)));
-    if (params.scale != nullptr && scale_blocks > 0) {
-      permute_scales_kernel<<<scale_blocks, kRowThreads, 0, cuda_stream>>>(params);
+    if (params.scale == nullptr) {
+      permute_kernel<<<grid, kRowThreads, 0, cuda_stream>>>(params, blocks);
+      return nullptr;
     }
+    prepare_scales_kernel<<<static_cast<unsigned>(prepare_grid), kRowThreads, 0, cuda_stream>>>(params, preparing);
+    permute_kernel<<<grid, kRowThreads, 0, cuda_stream>>>(params, blocks);
     return nullptr;
   });
 }

@@ -9,7 +9,7 @@ constexpr int kMaxExperts = 512;
 constexpr int kMaxExpertGroups = 32;
 constexpr int kMaxTopK = 16;
 constexpr float kSumFloor = 1e-20f;  // added to sums of scores: zero by it is zero where all scores underflow
-constexpr int kPlaceChoices = 1024;  // choices (token, k) that one block of the placement takes
+constexpr int kMaxPlaceBlocks = 128;  // of the placement: each adds up the counts of all
 
 struct RouteParams {
   const void* logits;   // (T, E), FP32 or BF16, contiguous
@@ -17,7 +17,7 @@ struct RouteParams {
   int64_t* idx;         // (T, K): chosen experts by falling biased score, ties to the lowest
   float* weight;        // (T, K)
   float* scores;        // (T, E): sigmoid of the logits
-  int64_t* counts;      // (E,), zeros when the kernel starts
+  int64_t* counts;      // (E,)
   int64_t num_tokens;
   int num_experts;      // E, up to kMaxExperts
   int num_groups;       // of neighbouring experts, up to kMaxExpertGroups
@@ -51,6 +51,7 @@ struct BalanceParams {
   float* share_parts;        // (B, parts, E): scratch, sums of scores divided by their token's sum
   int32_t* load_parts;       // (B, parts, E): scratch, choices
   float* sequence_loss;      // (B,): scratch
+  int32_t* tickets;          // (B + 1,): scratch, parts of each sequence that are done, and sequences
   float* slope;              // (B, E): derivative of the loss by a token's divided scores
   float* loss;               // one number
   int64_t num_tokens;        // up to 2^31
@@ -79,8 +80,9 @@ struct PlaceParams {
   int64_t* row_of;     // (N,)
   int32_t* counts;     // (E,)
   int32_t* offsets;    // (E + 1,): segments padded to `block` rows
-  int32_t* partial;    // scratch: ceil(N / kPlaceChoices) * E
+  int32_t* partial;    // scratch: kMaxPlaceBlocks * E
   int64_t num_choices;
+  int num_blocks, turns;  // set by `place`
   int num_experts;
   int block;
   int device;

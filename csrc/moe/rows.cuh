@@ -10,7 +10,6 @@ namespace dsv3rt {
 
 constexpr int kRowThreads = 256;
 constexpr int kPaddingBlocks = 8;  // a segment
-constexpr int kChunksInFlight = 4;
 
 __device__ __forceinline__ bool is_row(int64_t row, int64_t num_rows) { return row >= 0 && row < num_rows; }
 
@@ -22,7 +21,7 @@ __device__ __forceinline__ void clear_padding(void* rows, int row_bytes, int64_t
   const int chunks = row_bytes / 16;
   for (int64_t row = offsets[expert] + counts[expert] + index % kPaddingBlocks; row < end; row += kPaddingBlocks) {
     auto* target = reinterpret_cast<uint4*>(static_cast<char*>(rows) + row * row_bytes);
-    for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) target[chunk] = make_uint4(0, 0, 0, 0);
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) __stcs(target + chunk, make_uint4(0, 0, 0, 0));
   }
 }
 
@@ -35,94 +34,6 @@ __device__ __forceinline__ bool load_choices(int64_t (&choices)[kMaxTopK], const
     exists = is_row(choices[threadIdx.x], num_rows);
   }
   return __syncthreads_and(exists);
-}
-
-// So that padding gets scales of 0.
-__device__ __forceinline__ void mark_padding(const PermuteParams& params, int index) {
-  const int expert = index / kPaddingBlocks;
-  const int64_t end = min(int64_t(params.offsets[expert + 1]), params.num_rows);
-  const int64_t begin = params.offsets[expert] + params.counts[expert];
-  for (int64_t row = begin + threadIdx.x * kPaddingBlocks + index % kPaddingBlocks; row < end;
-       row += kRowThreads * kPaddingBlocks) {
-    params.token_of_row[row] = -1;
-  }
-}
-
-// For `permute_scales_kernel`: which token each row is, and the token's scales side by side.
-__device__ __forceinline__ void prepare_scales(const PermuteParams& params, int64_t token,
-                                               const int64_t (&choices)[kMaxTopK]) {
-  if (threadIdx.x < params.top_k && is_row(choices[threadIdx.x], params.num_rows)) {
-    params.token_of_row[choices[threadIdx.x]] = static_cast<int32_t>(token);
-  }
-  for (int tile = threadIdx.x; tile < params.num_tiles; tile += kRowThreads) {
-    params.packed_scale[token * params.num_tiles + tile] = params.scale[tile * params.scale_stride + token];
-  }
-}
-
-__global__ void __launch_bounds__(kRowThreads) permute_kernel(const __grid_constant__ PermuteParams params) {
-  __shared__ int64_t choices[kMaxTopK];
-  const int64_t token = blockIdx.x;
-  if (token >= params.num_tokens) {
-    const int index = static_cast<int>(token - params.num_tokens);
-    clear_padding(params.rows, params.row_bytes, params.num_rows, params.counts, params.offsets, index);
-    if (params.scale != nullptr) mark_padding(params, index);
-    return;
-  }
-  load_choices(choices, params.row_of, token, params.top_k, params.num_rows);
-  if (params.scale != nullptr) prepare_scales(params, token, choices);
-  const int chunks = params.row_bytes / 16;
-  const auto* source = reinterpret_cast<const uint4*>(static_cast<const char*>(params.x) + token * params.row_bytes);
-  for (int first = threadIdx.x; first < chunks; first += kRowThreads * kChunksInFlight) {
-    uint4 words[kChunksInFlight];
-#pragma unroll
-    for (int i = 0; i < kChunksInFlight; ++i) {
-      if (first + i * kRowThreads < chunks) words[i] = source[first + i * kRowThreads];
-    }
-    for (int k = 0; k < params.top_k; ++k) {
-      if (!is_row(choices[k], params.num_rows)) continue;
-      auto* target = reinterpret_cast<uint4*>(static_cast<char*>(params.rows) + choices[k] * params.row_bytes);
-#pragma unroll
-      for (int i = 0; i < kChunksInFlight; ++i) {
-        if (first + i * kRowThreads < chunks) target[first + i * kRowThreads] = words[i];
-      }
-    }
-  }
-}
-
-constexpr int kScaleRows = 64, kScaleTiles = 64;  // of a turn of a block
-
-// Scales of 64 neighbouring rows: read token by token, written column by column, whole sectors both times.
-__global__ void __launch_bounds__(kRowThreads) permute_scales_kernel(const __grid_constant__ PermuteParams params) {
-  __shared__ float scales[kScaleRows][kScaleTiles + 1];
-  const int64_t end = min(int64_t(params.offsets[params.num_experts]), params.num_rows);
-  const int64_t first_row = int64_t(blockIdx.x) * kScaleRows;
-  const int num_rows = static_cast<int>(min(end - first_row, int64_t(kScaleRows)));
-  if (num_rows <= 0) return;
-  const int lane = threadIdx.x % 32;
-  for (int first_tile = 0; first_tile < params.num_tiles; first_tile += kScaleTiles) {
-    const int num_tiles = min(params.num_tiles - first_tile, kScaleTiles);
-#pragma unroll
-    for (int i = 0; i < kScaleRows / (kRowThreads / 32); ++i) {
-      const int row = i * (kRowThreads / 32) + threadIdx.x / 32;
-      if (row >= num_rows) break;
-      const int64_t token = params.token_of_row[first_row + row];
-      const bool exists = is_row(token, params.num_tokens);
-#pragma unroll
-      for (int tile = lane; tile < kScaleTiles; tile += 32) {
-        if (tile < num_tiles) {
-          scales[row][tile] = exists ? params.packed_scale[token * params.num_tiles + first_tile + tile] : 0.0f;
-        }
-      }
-    }
-    __syncthreads();
-    const int row = threadIdx.x % kScaleRows;
-    if (row < num_rows) {
-      for (int tile = threadIdx.x / kScaleRows; tile < num_tiles; tile += kRowThreads / kScaleRows) {
-        params.rows_scale[(first_tile + tile) * params.rows_scale_stride + first_row + row] = scales[row][tile];
-      }
-    }
-    __syncthreads();
-  }
 }
 
 __device__ __forceinline__ void unpack_octet(float (&values)[8], const uint4& words) {

@@ -64,6 +64,7 @@ NormParams norm_of(const char* op, const TensorView& x, const TensorView& weight
   params.weight_type = input_of(weight.dtype);
   params.rstd = statistics(op, rstd, x);
   params.eps = eps;
+  params.inverse_columns = 1.0f / static_cast<float>(x.shape[1]);
   params.out.num_rows = x.shape[0];
   params.out.num_columns = static_cast<int>(x.shape[1]);
   params.device = x.device.index;
@@ -81,8 +82,8 @@ void bound_rms_norm(const TensorView& x, const TensorView& weight, const TensorV
 void bound_rms_norm_quantize_1x128(const TensorView& x, const TensorView& weight, const TensorView& rstd,
                                    const TensorView& data, const TensorView& scale, float eps,
                                    const OptionalView& residual, const OptionalView& sum, const OptionalView& y,
-                                   const OptionalView& data_t, const OptionalView& scale_t,
-                                   const OptionalView& row_blocks_done, bool pow2_scales, py::handle stream) {
+                                   const OptionalView& data_t, const OptionalView& scale_t, bool pow2_scales,
+                                   py::handle stream) {
   constexpr char kOp[] = "rms_norm_quantize_1x128";
   NormParams params = norm_of(kOp, x, weight, rstd, eps);
   const int64_t num_rows = x.shape[0], num_columns = x.shape[1];
@@ -98,23 +99,16 @@ void bound_rms_norm_quantize_1x128(const TensorView& x, const TensorView& weight
   }
   if (y) params.y = contiguous_like(kOp, "y", *y, x);
   both_or_none(kOp, "data_t and scale_t", data_t.has_value(), scale_t.has_value());
-  both_or_none(kOp, "data_t and row_blocks_done", data_t.has_value(), row_blocks_done.has_value());
   if (data_t) {
     set_transposed(kOp, "", x, num_rows, num_columns, *data_t, *scale_t, params.out.data_t, params.out.scale_t,
                    params.out.scale_t_stride);
-    ArgCheck(kOp, "row_blocks_done", *row_blocks_done)
-        .on_device_of(x, "x")
-        .dtype({DataType::kInt32})
-        .shape({ceil_div(num_rows, kTile)})
-        .strides({1});
-    params.row_blocks_done = static_cast<int*>(row_blocks_done->data);
   }
   throw_on_error(kOp, rms_norm(params, stream_for(kOp, x, stream)));
 }
 
 void bound_rms_norm_backward(const TensorView& grad, const TensorView& x, const TensorView& weight,
-                             const TensorView& rstd, const TensorView& dx, const TensorView& weight_parts,
-                             const OptionalView& grad_residual, py::handle stream) {
+                             const TensorView& rstd, const TensorView& dx, const TensorView& weight_grad,
+                             const TensorView& weight_parts, const OptionalView& grad_residual, py::handle stream) {
   constexpr char kOp[] = "rms_norm_backward";
   check_width(kOp, x);
   const Rows x_rows = rows_like(kOp, "x", x, x), grad_rows = rows_like(kOp, "grad", grad, x);
@@ -132,11 +126,22 @@ void bound_rms_norm_backward(const TensorView& grad, const TensorView& x, const 
   params.weight_type = input_of(weight.dtype);
   params.rstd = statistics(kOp, rstd, x);
   params.dx = contiguous_like(kOp, "dx", dx, x);
+  ArgCheck(kOp, "weight_grad", weight_grad)
+      .on_device_of(x, "x")
+      .dtype({DataType::kFloat32})
+      .shape({x.shape[1]})
+      .strides({1})
+      .aligned(16);
+  params.weight_grad = static_cast<float*>(weight_grad.data);
   ArgCheck(kOp, "weight_parts", weight_parts)
       .on_device_of(x, "x")
       .dtype({DataType::kFloat32})
       .shape({kAny, x.shape[1]})
-      .strides({x.shape[1], 1});
+      .strides({x.shape[1], 1})
+      .aligned(16);
+  if (x.shape[0] > 0 && weight_parts.shape[0] == 0) {
+    throw py::value_error(std::string(kOp) + ": weight_parts must have a row, got none");
+  }
   params.weight_parts = static_cast<float*>(weight_parts.data);
   params.num_parts = static_cast<int>(weight_parts.shape[0]);
   params.num_rows = x.shape[0];
@@ -155,16 +160,14 @@ void bind_norm(py::module_& module) {
   module.def("rms_norm_quantize_1x128", &bound_rms_norm_quantize_1x128, py::arg("x"), py::arg("weight"),
              py::arg("rstd"), py::arg("data"), py::arg("scale"), py::kw_only(), py::arg("eps"),
              py::arg("residual") = none, py::arg("sum") = none, py::arg("y") = none, py::arg("data_t") = none,
-             py::arg("scale_t") = none, py::arg("row_blocks_done") = none, py::arg("pow2_scales") = false,
-             py::arg("stream") = none,
+             py::arg("scale_t") = none, py::arg("pow2_scales") = false, py::arg("stream") = none,
              "Writes the normed rows of x, or of x + residual, quantised, into data and scale (and transposed into "
-             "data_t and scale_t), on a stream; on request also the sum and the normed rows. row_blocks_done is "
-             "scratch.");
+             "data_t and scale_t), on a stream; on request also the sum and the normed rows.");
   module.def("rms_norm_backward", &bound_rms_norm_backward, py::arg("grad"), py::arg("x"), py::arg("weight"),
-             py::arg("rstd"), py::arg("dx"), py::arg("weight_parts"), py::kw_only(), py::arg("grad_residual") = none,
-             py::arg("stream") = none,
-             "Writes the gradient of x into dx, and into weight_parts the sums for the weight of each block, on a "
-             "stream.");
+             py::arg("rstd"), py::arg("dx"), py::arg("weight_grad"), py::arg("weight_parts"), py::kw_only(),
+             py::arg("grad_residual") = none, py::arg("stream") = none,
+             "Writes the gradients of x and of the weight, on a stream; weight_parts is scratch, a row for each block "
+             "of rows.");
 }
 
 }  // namespace dsv3rt

@@ -9,41 +9,49 @@ namespace {
 
 template <class Shape, typename Weight>
 const char* launch_rows(const NormParams& params, cudaStream_t stream) {
-  const unsigned blocks = ceil_div(params.out.num_rows, int64_t(kNormThreads / Shape::kThreads));
-  norm_rows_kernel<Shape, Weight><<<blocks, kNormThreads, 0, stream>>>(params);
+  const unsigned blocks = ceil_div(params.out.num_rows, int64_t(Shape::kRows));
+  norm_rows_kernel<Shape, Weight><<<blocks, Shape::kBlockThreads, 0, stream>>>(params);
   return nullptr;
 }
 
 template <class Shape, typename Weight>
 const char* launch_both(const NormParams& params, cudaStream_t stream) {
   constexpr int kBlocksAtOnce = 2 * 132;  // of an H100
+  constexpr int kMostStages = 65535;      // rows of a grid
+  static_assert(kTile % RootShape<Shape>::kRows == 0);
   NormStages stages{};
-  stages.row_blocks = kTile / (kTileThreads / Shape::kThreads);
-  stages.column_blocks = ceil_div(params.out.num_columns, kTile);
-  stages.lag = ceil_div(kBlocksAtOnce, stages.blocks()) + 1;  // what is waited for is done, as a rule
-  stages.num_strips = static_cast<int>(ceil_div(params.out.num_rows, int64_t(kTile)));
-  DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.row_blocks_done, 0, stages.num_strips * sizeof(int), stream));
-  const unsigned blocks = unsigned(stages.num_strips + stages.lag) * stages.blocks();
-  norm_both_kernel<Shape, Weight><<<blocks, kTileThreads, 0, stream>>>(params, stages);
+  stages.row_blocks = kTile / RootShape<Shape>::kRows;
+  const unsigned blocks = stages.row_blocks + ceil_div(params.out.num_columns, kTile);
+  stages.lag = ceil_div(kBlocksAtOnce, static_cast<int>(blocks)) + 1;  // what is waited for is done, as a rule
+  const int64_t num_strips = ceil_div(params.out.num_rows, int64_t(kTile));
+  if (num_strips + stages.lag > kMostStages) return "x has 2^23 rows or more";
+  stages.num_strips = static_cast<int>(num_strips);
+  const unsigned forgetting = ceil_div(params.out.num_rows, int64_t(kForgetThreads));
+  forget_roots_kernel<<<forgetting, kForgetThreads, 0, stream>>>(params);
+  const dim3 grid(blocks, stages.num_strips + stages.lag);
+  norm_both_kernel<Shape, Weight><<<grid, kTileThreads, 0, stream>>>(params, stages);
   return nullptr;
 }
 
-// The same shape for the same width in every kernel: it fixes the order of the sums.
+// The same number of threads a row for the same width in every kernel: it fixes the order of the sums.
 template <typename Weight>
 const char* launch_norm(const NormParams& params, cudaStream_t stream) {
   const int columns = params.out.num_columns;
   const bool both = params.out.data_t != nullptr;
   const auto launch = [&]<class Shape>(Shape) {
-    return both ? launch_both<Shape, Weight>(params, stream) : launch_rows<Shape, Weight>(params, stream);
+    return both ? launch_both<RowShape<Shape::kThreads>, Weight>(params, stream)
+                : launch_rows<Shape, Weight>(params, stream);
   };
-  using Narrow = RowShape<32, 1>;
-  using Latent = RowShape<32, 2>;
-  using Hidden = RowShape<128, 2>;
-  using Wide = RowShape<256, 2>;
+  using Narrow = RowShape<32>;
+  using Latent = RowShape<64>;
+  using Hidden = RowShape<224>;
+  using WholeHidden = RowShape<224, true>;
+  using Wide = RowShape<512>;
   static_assert(Wide::kMaxColumns == kMaxNormColumns);
   return columns <= Narrow::kMaxColumns   ? launch(Narrow{})
          : columns <= Latent::kMaxColumns ? launch(Latent{})
-         : columns <= Hidden::kMaxColumns ? launch(Hidden{})
+         : columns < Hidden::kMaxColumns  ? launch(Hidden{})
+         : columns == Hidden::kMaxColumns ? launch(WholeHidden{})
                                           : launch(Wide{});
 }
 
@@ -57,11 +65,15 @@ NormGroups groups_for(int columns) {
 
 template <typename Weight>
 const char* launch_norm_backward(const NormBackwardParams& params, cudaStream_t stream) {
-  const NormGroups groups = groups_for(params.num_columns);
-  const auto kernel = norm_backward_kernel<Weight>;
-  const int shared_bytes = groups.shared_bytes(params.grad_residual != nullptr);
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<params.num_parts, groups.block_threads(), shared_bytes, stream>>>(params, groups);
+  if (params.num_rows > 0) {
+    const NormGroups groups = groups_for(params.num_columns);
+    const auto kernel = norm_backward_kernel<Weight>;
+    const int shared_bytes = groups.shared_bytes(params.grad_residual != nullptr);
+    DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    kernel<<<params.num_parts, groups.block_threads(), shared_bytes, stream>>>(params, groups);
+  }
+  const unsigned blocks = ceil_div(params.num_columns, kPartColumns);
+  add_weight_parts_kernel<<<blocks, kPartGroups * kPartColumnThreads, 0, stream>>>(params);
   return nullptr;
 }
 
@@ -76,7 +88,6 @@ const char* rms_norm(const NormParams& params, void* stream) {
 }
 
 const char* rms_norm_backward(const NormBackwardParams& params, void* stream) {
-  if (params.num_rows == 0) return nullptr;
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
     return params.weight_type == QuantInput::kBFloat16 ? launch_norm_backward<__nv_bfloat16>(params, cuda_stream)
                                                        : launch_norm_backward<float>(params, cuda_stream);

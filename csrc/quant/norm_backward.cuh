@@ -120,6 +120,33 @@ __device__ __forceinline__ void write_weight_sums(const NormBackwardParams& para
   }
 }
 
+constexpr int kPartGroups = 16;        // of threads that share the parts of a column
+constexpr int kPartColumnThreads = 16;  // that take four columns each
+constexpr int kPartColumns = 4 * kPartColumnThreads;
+
+// The weight's gradient: parts of the blocks, each group's in their order, then the groups in theirs.
+__global__ void __launch_bounds__(kPartGroups* kPartColumnThreads)
+    add_weight_parts_kernel(const __grid_constant__ NormBackwardParams params) {
+  __shared__ float4 sums[kPartGroups][kPartColumnThreads];
+  const int thread = threadIdx.x % kPartColumnThreads, group = threadIdx.x / kPartColumnThreads;
+  const int column = blockIdx.x * kPartColumns + thread * 4;
+  const bool exists = column < params.num_columns;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const auto add = [&sum](const float4& part) { sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w; };
+  if (exists) {
+#pragma unroll 9
+    for (int part = group; part < params.num_parts; part += kPartGroups) {
+      add(*reinterpret_cast<const float4*>(params.weight_parts + int64_t(part) * params.num_columns + column));
+    }
+  }
+  sums[group][thread] = sum;
+  __syncthreads();
+  if (group > 0 || !exists) return;
+#pragma unroll
+  for (int other = 1; other < kPartGroups; ++other) add(sums[other][thread]);
+  *reinterpret_cast<float4*>(params.weight_grad + column) = sum;
+}
+
 template <typename Weight>
 __global__ void __launch_bounds__(1024) norm_backward_kernel(const NormBackwardParams params, const NormGroups groups) {
   extern __shared__ uint4 norm_slots[];

@@ -1,95 +1,192 @@
-// RMSNorm with casts by rows and by columns. Columns can be scaled only when 128 rows are normed, and a row is too long
-// for one block to hold 128 of them. So two kinds of blocks walk over strips of 128 rows in one kernel: the first norms
-// rows, the second, some strips behind, reads them again, out of the L2, and casts their columns.
+// RMSNorm with casts by rows and by columns. Columns can be scaled only when 128 rows have their roots, and a row is
+// too long for one block to hold 128 of them. So two kinds of blocks walk over strips of 128 rows in one kernel: the
+// first finds the roots of rows, the second, some strips behind, reads tiles of the strip again, out of the L2, norms
+// and casts them.
 #pragma once
 
 #include <cuda/atomic>
 
 #include "quant/norm.cuh"
-#include "quant/quantize_1x128.cuh"
 
 namespace dsv3rt {
 
-// Rows whose rstd is known, normed again.
-template <typename Weight>
-class NormedSource {
- public:
-  using Params = NormParams;
-  using Element = __nv_bfloat16;
-  struct Raw {
-    Octet<__nv_bfloat16> x;
-    float rstd;
+// Blocks come in stages: those for the rows of strip `stage`, then those for the tiles of strip `stage - lag`; a stage
+// is a row of the grid. A block for a tile waits for rows of blocks before it alone, and blocks start in the order of
+// their numbers (CUB's scans rest on that, too): what is waited for is always running or done.
+struct NormStages {
+  int row_blocks;  // of a stage; tile blocks follow
+  int lag;
+  int num_strips;
+};
 
-    __device__ __forceinline__ void clear() {
-      x.clear();
-      rstd = 0.0f;
-    }
+// What stands for the root of a row until it is known: a NaN that arithmetic does not give.
+constexpr uint32_t kUnknownRoot = ~0u;
+using RootBits = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
+
+__device__ __forceinline__ RootBits root_bits(const NormParams& params, int64_t row) {
+  return RootBits(reinterpret_cast<uint32_t*>(params.rstd)[row]);
+}
+
+constexpr int kForgetThreads = 256;
+
+// Before `norm_both_kernel`.
+__global__ void __launch_bounds__(kForgetThreads) forget_roots_kernel(const __grid_constant__ NormParams params) {
+  const int64_t row = int64_t(blockIdx.x) * kForgetThreads + threadIdx.x;
+  if (row < params.out.num_rows) params.rstd[row] = __uint_as_float(kUnknownRoot);
+}
+
+// How many rows the threads of a block share at a time, and in two goes. Threads past the last row may be left over.
+template <class Shape>
+struct RootShape {
+  static constexpr int kRowsAtOnce = kTileThreads / Shape::kThreads;
+  static constexpr int kRows = 2 * kRowsAtOnce;
+  using WarpSums = float[2][(kRowsAtOnce + 1) * (Shape::kThreads / 32)];
+};
+
+// Roots of the rows from first_row, and their sums with the residual, if there is one.
+template <class Shape>
+__device__ __forceinline__ void find_roots(const NormParams& params, int64_t first_row,
+                                           typename RootShape<Shape>::WarpSums& warp_sums) {
+  using Roots = RootShape<Shape>;
+  const int row = threadIdx.x / Shape::kThreads;
+  RowPart<Shape> parts[] = {
+      {params, first_row + row, row < Roots::kRowsAtOnce},
+      {params, first_row + Roots::kRowsAtOnce + row, row < Roots::kRowsAtOnce},
   };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) load_row(params, parts[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = sum_over_warp(sum_of_squares(parts[i]));
+    if (threadIdx.x % 32 == 0) warp_sums[i][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  if (parts[0].thread() > 0) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!parts[i].exists()) continue;
+    const uint32_t bits = __float_as_uint(rstd_of(params, add_warps<Shape::kThreads>(warp_sums[i])));
+    root_bits(params, parts[i].row).store(min(bits, kUnknownRoot - 1), cuda::memory_order_release);
+  }
+}
 
-  __device__ __forceinline__ NormedSource(const Params& in, int64_t row, int column) : rstd_(in.rstd + row) {
-    const bool summed = in.residual != nullptr;
-    stride_ = summed ? in.out.num_columns : in.x_stride;
-    first_ = static_cast<const __nv_bfloat16*>(summed ? in.sum : in.x) + row * stride_ + column;
+struct NormTileStorage {
+  TransposedTile tile;
+  ColumnScales<__nv_bfloat16> columns;
+  alignas(16) float rstd[kTile];
+};
+
+// A tile of a strip. kWhole: all of its rows and columns exist.
+template <typename Weight>
+class NormTile {
+ public:
+  __device__ __forceinline__ NormTile(const NormParams& params, int strip, int column_tile)
+      : params_(params),
+        place_{int64_t(strip) * kTile, column_tile * kTile, {}},
+        column_(column_tile * kTile + column_in_tile()) {
+    const int existing = static_cast<int>(min(params.out.num_rows - place_.first_row, int64_t(kTile)));
+    place_.rows = {existing, existing};
+  }
+
+  __device__ __forceinline__ bool is_whole() const {
+    return place_.rows.read == kTile && place_.first_column + kTile <= params_.out.num_columns;
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void load() {
+    const bool summed = params_.residual != nullptr;
+    const int64_t stride = summed ? params_.out.num_columns : params_.x_stride;
+    const auto* x = static_cast<const __nv_bfloat16*>(summed ? params_.sum : params_.x) + row() * stride + column_;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      octets_[r].clear();
+      if (kWhole || r < rows()) octets_[r].load(x + r * stride);
+    }
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void load_weight() {
     weight_.clear();
-    if (column < in.out.num_columns) weight_.load(static_cast<const Weight*>(in.weight) + column);
+    if (kWhole || rows() > 0) weight_.load(static_cast<const Weight*>(params_.weight) + column_);
   }
-  __device__ __forceinline__ void load(Raw& raw, int r) const {
-    raw.x.load(first_ + r * stride_);
-    raw.rstd = rstd_[r];
+
+  // Every thread of the block calls it.
+  __device__ __forceinline__ void wait_for_roots(NormTileStorage& storage) const {
+    if (threadIdx.x < kTile) storage.rstd[threadIdx.x] = threadIdx.x < place_.rows.read ? wait_for_root() : 0.0f;
+    __syncthreads();
   }
-  __device__ __forceinline__ Octet<__nv_bfloat16> octet(const Raw& raw) const {
-    return norm_octet(raw.x, raw.rstd, weight_);
+
+  template <bool kWhole>
+  __device__ __forceinline__ void norm(const NormTileStorage& storage) {
+    const float4 rstd = *reinterpret_cast<const float4*>(storage.rstd + row_in_tile());
+    octets_[0] = norm_octet(octets_[0], rstd.x, weight_);
+    octets_[1] = norm_octet(octets_[1], rstd.y, weight_);
+    octets_[2] = norm_octet(octets_[2], rstd.z, weight_);
+    octets_[3] = norm_octet(octets_[3], rstd.w, weight_);
+    if (params_.y == nullptr) return;
+    auto* y = static_cast<__nv_bfloat16*>(params_.y) + row() * params_.out.num_columns + column_;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      if (kWhole || r < rows()) {
+        *reinterpret_cast<uint4*>(y + r * int64_t(params_.out.num_columns)) = octets_[r].words;
+      }
+    }
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void write(NormTileStorage& storage) const {
+    write_tile<__nv_bfloat16, kWhole>(params_.out, place_, octets_, storage.tile, storage.columns);
   }
 
  private:
-  const __nv_bfloat16* first_;
-  const float* rstd_;
-  int64_t stride_;
+  __device__ __forceinline__ float wait_for_root() const {
+    const RootBits root = root_bits(params_, place_.first_row + threadIdx.x);
+    uint32_t bits = root.load(cuda::memory_order_acquire);
+    while (bits == kUnknownRoot) {
+      __nanosleep(64);
+      bits = root.load(cuda::memory_order_acquire);
+    }
+    return __uint_as_float(bits);
+  }
+  __device__ __forceinline__ int64_t row() const { return place_.first_row + row_in_tile(); }
+  // Of this thread's rows, how many exist.
+  __device__ __forceinline__ int rows() const { return column_ < params_.out.num_columns ? place_.rows_to_read() : 0; }
+
+  const NormParams& params_;
+  TilePlace place_;
+  int column_;
+  TileOctets<__nv_bfloat16> octets_;
   Octet<Weight> weight_;
 };
 
-// Blocks come in stages: those for the rows of strip `stage`, then those for the columns of strip `stage - lag`. A
-// block for columns waits for rows of blocks before it alone, and blocks start in the order of their numbers (CUB's
-// scans rest on that, too): what is waited for is always running or done.
-struct NormStages {
-  int row_blocks, column_blocks;  // of a stage
-  int lag;
-  int num_strips;
-
-  DSV3RT_HOST_DEVICE int blocks() const { return row_blocks + column_blocks; }
-};
-
-using StripCounter = cuda::atomic_ref<int, cuda::thread_scope_device>;
+template <bool kWhole, typename Weight>
+__device__ __forceinline__ void cast_tile(const NormParams& params, NormTile<Weight>& tile, NormTileStorage& storage) {
+  tile.template load_weight<kWhole>();
+  if (params.residual == nullptr) tile.template load<kWhole>();  // x is there, roots perhaps not yet
+  tile.wait_for_roots(storage);
+  if (params.residual != nullptr) tile.template load<kWhole>();
+  tile.template norm<kWhole>(storage);
+  tile.template write<kWhole>(storage);
+}
 
 template <class Shape, typename Weight>
-__global__ void __launch_bounds__(kTileThreads, 2) norm_both_kernel(const NormParams params, const NormStages stages) {
-  __shared__ float warp_sums[kTileWarps];
-  alignas(16) __shared__ TransposedTile tile;
-  __shared__ ColumnScales<__nv_bfloat16> columns;
-  const int stage = blockIdx.x / stages.blocks(), slot = blockIdx.x % stages.blocks();
+__global__ void __launch_bounds__(kTileThreads, 2)
+    norm_both_kernel(const __grid_constant__ NormParams params, const __grid_constant__ NormStages stages) {
+  __shared__ typename RootShape<Shape>::WarpSums warp_sums;
+  alignas(16) __shared__ NormTileStorage storage;
+  const int stage = blockIdx.y, slot = blockIdx.x;
   if (slot < stages.row_blocks) {
     if (stage >= stages.num_strips) return;
-    const int64_t first_row = stage * int64_t(kTile) + slot * (kTileThreads / Shape::kThreads);
-    norm_rows<Shape, Weight>(params, first_row, warp_sums);
-    __syncthreads();
-    if (threadIdx.x == 0) StripCounter(params.row_blocks_done[stage]).fetch_add(1, cuda::memory_order_release);
-    return;
+    return find_roots<Shape>(params, stage * int64_t(kTile) + slot * RootShape<Shape>::kRows, warp_sums);
   }
   const int strip = stage - stages.lag;
-  if (strip < 0 || strip >= stages.num_strips) return;
-  if (threadIdx.x == 0) {
-    const StripCounter done(params.row_blocks_done[strip]);
-    while (done.load(cuda::memory_order_acquire) < stages.row_blocks) __nanosleep(64);
+  if (strip < 0) return;
+  NormTile<Weight> tile(params, strip, slot - stages.row_blocks);
+  if (tile.is_whole()) {
+    cast_tile<true>(params, tile, storage);
+  } else {
+    cast_tile<false>(params, tile, storage);
   }
-  __syncthreads();
-  const int64_t first_row = strip * int64_t(kTile);
-  const int existing = static_cast<int>(min(params.out.num_rows - first_row, int64_t(kTile)));
-  const TilePlace place{first_row, (slot - stages.row_blocks) * kTile, {existing, existing}};
-  const int column = place.first_column + column_in_tile();
-  TileOctets<__nv_bfloat16> octets;
-  load_octets(NormedSource<Weight>(params, place.first_row + row_in_tile(), column),
-              column < params.out.num_columns ? place.rows_to_read() : 0, octets);
-  write_tile_columns<__nv_bfloat16>(params.out, place, octets, tile, columns);
 }
 
 }  // namespace dsv3rt

@@ -111,10 +111,10 @@ struct NormParams {
   void* sum;                 // (T, D) BF16, contiguous: x + residual; given if and only if the residual is
   void* y;                   // (T, D) BF16, contiguous; null: not wanted
   float* rstd;               // (T,)
-  int* row_blocks_done;      // scratch, ceil(T / 128) numbers; given if and only if out.data_t is
   int64_t x_stride;
   int64_t residual_stride;
   float eps;
+  float inverse_columns;     // 1 / D
   QuantInput weight_type;    // BF16 or FP32
   QuantOutput out;           // of T x D; data null: no casts, D a multiple of 8
   int device;
@@ -129,7 +129,8 @@ struct NormBackwardParams {
   const void* weight;         // (D,) BF16 or FP32
   const float* rstd;          // (T,)
   void* dx;                   // (T, D) BF16, contiguous
-  float* weight_parts;        // (num_parts, D): sums over the rows that one block takes
+  float* weight_parts;        // (num_parts, D) scratch: sums over the rows that one block takes
+  float* weight_grad;         // (D,)
   int64_t grad_stride, x_stride, grad_residual_stride;
   int64_t num_rows;           // T
   int num_columns;            // D, a multiple of 8

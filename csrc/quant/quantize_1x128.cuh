@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int column = place.first_column + column_in_tile();
   TileOctets<Element> octets;
   load_octets(Source(in, row, column), column < out.num_columns ? place.rows_to_read() : 0, octets);
-  write_tile_rows<Element>(out, place, octets);
-  write_tile_columns<Element>(out, place, octets, tile, columns);
+  write_tile<Element>(out, place, octets, tile, columns);
 }
 
 }  // namespace dsv3rt

@@ -148,8 +148,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
   differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage);
   TileOctets<BFloat16> octets;
   load_slots(octets, storage.up);
-  write_tile_rows<BFloat16>(params.out, place, octets);
-  write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
   if (kWithProduct) {
     QuantOutput out = params.out;
     out.data_t = params.output_t;
@@ -160,8 +159,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
   }
   place.first_column += params.in.hidden;
   load_slots(octets, storage.grad);
-  write_tile_rows<BFloat16>(params.out, place, octets);
-  write_tile_columns<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
 }
 
 }  // namespace dsv3rt

@@ -58,13 +58,15 @@ __device__ __forceinline__ uint32_t shared_amax(const TileOctets<Element>& octet
   return max(bits, __shfl_xor_sync(~0u, bits, 8));
 }
 
-// By rows: a thread's eight columns of the `rows_left` rows from `row`, as far as they exist. Whole warps call it.
-template <typename Element>
+// By rows: a thread's eight columns of the `rows_left` rows from `row`, as far as they exist; kWhole: all do. Whole
+// warps call it.
+template <typename Element, bool kWhole = false>
 __device__ __forceinline__ void write_rows(const QuantOutput& out, int64_t row, int column, int rows_left,
                                            const TileOctets<Element>& octets) {
   const TileScale scale = tile_scale(shared_amax<Element>(octets), out.scale_mask);
   const int row_of_scale = threadIdx.x % 16, tile = column / kTile;
-  if (row_of_scale < min(rows_left, kRowsPerThread) && tile * kTile < out.num_columns) {
+  if (row_of_scale < (kWhole ? kRowsPerThread : min(rows_left, kRowsPerThread)) &&
+      (kWhole || tile * kTile < out.num_columns)) {
     out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
   }
   const bool in_columns = column < out.num_columns;
@@ -72,7 +74,9 @@ __device__ __forceinline__ void write_rows(const QuantOutput& out, int64_t row, 
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const float inverse = __shfl_sync(~0u, scale.inverse, r, kRowsPerThread);
-    if (in_columns && r < rows_left) *reinterpret_cast<uint2*>(target) = quantize_octet(octets[r], inverse);
+    if (kWhole || (in_columns && r < rows_left)) {
+      *reinterpret_cast<uint2*>(target) = quantize_octet(octets[r], inverse);
+    }
     target += out.num_columns;
   }
 }
@@ -94,15 +98,15 @@ struct ColumnScales {
   float inverse[kTile];
 };
 
-template <typename Element>
+template <typename Element, bool kWhole = false>
 __device__ __forceinline__ void write_tile_rows(const QuantOutput& out, const TilePlace& place,
                                                 const TileOctets<Element>& octets) {
-  write_rows<Element>(out, place.first_row + row_in_tile(), place.first_column + column_in_tile(),
-                      place.rows_to_write(), octets);
+  write_rows<Element, kWhole>(out, place.first_row + row_in_tile(), place.first_column + column_in_tile(),
+                              place.rows_to_write(), octets);
 }
 
 // Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales.
-template <typename Element>
+template <typename Element, bool kWhole>
 __device__ __forceinline__ void reduce_columns(const QuantOutput& out, const TilePlace& place,
                                                const TileOctets<Element>& octets, ColumnScales<Element>& storage) {
   using Part = Octet<Element>;
@@ -128,7 +132,9 @@ __device__ __forceinline__ void reduce_columns(const QuantOutput& out, const Til
     const TileScale tile = tile_scale(bits, out.scale_mask);
     storage.inverse[threadIdx.x] = tile.inverse;
     const int column = place.first_column + threadIdx.x;
-    if (column < out.num_columns) out.scale_t[place.first_row / kTile * out.scale_t_stride + column] = tile.scale;
+    if (kWhole || column < out.num_columns) {
+      out.scale_t[place.first_row / kTile * out.scale_t_stride + column] = tile.scale;
+    }
   }
   __syncthreads();
 }
@@ -139,13 +145,13 @@ __device__ __forceinline__ uint32_t row_mask(int rows_left) {
 }
 
 // Calls may follow each other with the same storage: two barriers lie between the last read and the next write of a
-// part.
-template <typename Element>
+// part. kWhole: every row and column of the tile exists.
+template <typename Element, bool kWhole = false>
 __device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const TilePlace& place,
                                                    const TileOctets<Element>& octets, TransposedTile& tile,
                                                    ColumnScales<Element>& storage) {
-  reduce_columns(out, place, octets, storage);
-  const uint32_t mask = row_mask(place.rows_to_read());
+  reduce_columns<Element, kWhole>(out, place, octets, storage);
+  const uint32_t mask = kWhole ? ~0u : row_mask(place.rows_to_read());
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int column = column_in_tile() + i;
@@ -157,10 +163,19 @@ __device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const
   const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
   uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
   for_transposed_chunks(tile, [&](int column, int chunk, const uint4& words) {
-    if (place.first_column + column < out.num_columns) {
+    if (kWhole || place.first_column + column < out.num_columns) {
       reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = words;
     }
   });
+}
+
+// Both forms of a tile.
+template <typename Element, bool kWhole = false>
+__device__ __forceinline__ void write_tile(const QuantOutput& out, const TilePlace& place,
+                                           const TileOctets<Element>& octets, TransposedTile& tile,
+                                           ColumnScales<Element>& storage) {
+  write_tile_rows<Element, kWhole>(out, place, octets);
+  write_tile_columns<Element, kWhole>(out, place, octets, tile, storage);
 }
 
 }  // namespace dsv3rt

@@ -103,7 +103,9 @@ def test_rope_ops_are_registered() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize(("T", "V", "D"), [(0, 5, 64), (1, 1, 8), (129, 7, 7168), (4096, 1000, 512), (300, 4, 7296)])
+@pytest.mark.parametrize(
+    ("T", "V", "D"), [(0, 5, 64), (1, 1, 8), (129, 7, 7168), (4096, 1000, 512), (300, 4, 7296), (97, 6, 16400)]
+)
 def test_embedding_backward_kernel_matches_reference(T: int, V: int, D: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(T)
     tokens = torch.randint(V, (T,), generator=generator).square().div(V, rounding_mode="floor").to(dtype)
@@ -136,8 +138,8 @@ def test_embedding_is_differentiable_on_the_kernel() -> None:
 
     room = Guarded()
     target = room.halves(50, 144)
-    offsets = torch.zeros(51, dtype=torch.int64, device="cuda")
-    extension.embedding_backward(dy[:0, 0], torch.zeros(0, dtype=torch.int64, device="cuda"), offsets, target)
+    order, tokens, offsets = (torch.zeros(size, dtype=torch.int32, device="cuda") for size in (0, 0, 51))
+    extension.embedding_backward(dy[:0, 0], order.long(), tokens, offsets, target)
     assert target.eq(0).all()
     room.assert_intact()
     torch.library.opcheck(torch.ops.dsv3rt.embedding_backward.default, (dy[0].contiguous(), tokens[0], 50))

@@ -56,6 +56,29 @@ def test_route_kernel_takes_nan_and_infinity_as_the_reference() -> None:
     assert torch.equal(got.weight_TK.isnan().any(dim=1), torch.tensor([True, False, False, True] + [False] * 4).cuda())
 
 
+@pytest.mark.parametrize(("groups", "kept"), [(4, 1), (4, 3), (1, 1)])
+def test_route_kernel_falls_back_to_the_lowest_index_among_minus_infinities(groups: int, kept: int) -> None:
+    logits, bias = torch.randn((50, 64), device="cuda"), torch.full((64,), -torch.inf, device="cuda")
+    bias[::20] = 0.0  # four experts of finite scores, one in each group
+    got = ops.route(logits, bias, top_k=6, num_groups=groups, groups_kept=kept)
+    rule = reference.RouteRule(6, groups, kept, 1.0, True)
+    assert torch.equal(got.idx_TK, reference._select(got.scores_TE + bias, rule))
+
+
+def test_place_kernel_gives_a_block_more_choices_than_threads_where_there_are_many() -> None:
+    idx = torch.rand((20011, 64), device="cuda").topk(8, dim=1).indices
+    idx[5, 3] = 64  # no such expert
+    counts, offsets, row_of = torch.ops.dsv3rt.place(idx, 64, 128)
+    choices = idx.flatten()
+    padded = (choices.bincount(minlength=65)[:64] + 127) // 128 * 128
+    assert torch.equal(counts.long(), choices.bincount(minlength=65)[:64])
+    assert torch.equal(offsets[1:].long(), padded.cumsum(0))
+    order = choices.argsort(stable=True)[: int(counts.sum())]  # the one that is left out comes last
+    rank = torch.arange(len(order), device="cuda") - (counts.cumsum(0) - counts).long()[choices[order]]
+    assert torch.equal(row_of.flatten()[order], offsets.long()[choices[order]] + rank)
+    assert row_of[5, 3].item() == -1
+
+
 def test_route_kernel_survives_scores_that_all_underflow() -> None:
     logits = torch.full((5, 64), -200.0, device="cuda", requires_grad=True)
     got = ops.route(logits, torch.zeros(64, device="cuda"), top_k=6)

@@ -208,9 +208,7 @@ def test_norm_kernels_write_every_element_and_no_other(rows: int, D: int) -> Non
         total, y = room.halves(rows, D), room.halves(rows, D)
         transposed = {}
         if with_transpose:
-            done = torch.full((padded // 128,), -7, dtype=torch.int32, device="cuda")
-            scale_t = room.row_scales(D, padded // 128)
-            transposed = {"data_t": room.codes(D, padded), "scale_t": scale_t, "row_blocks_done": done}
+            transposed = {"data_t": room.codes(D, padded), "scale_t": room.row_scales(D, padded // 128)}
         extension.rms_norm_quantize_1x128(
             x, weight, rstd, data, scale, eps=EPS, residual=residual, sum=total, y=y, **transposed
         )
@@ -220,9 +218,10 @@ def test_norm_kernels_write_every_element_and_no_other(rows: int, D: int) -> Non
         assert_same(NormQuant(total, y, QuantTensor(data.view(FP8), scale, (1, 128)), q_t, rstd), want)
         assert_pads_kept(scale)
 
-    dx, parts = room.halves(rows, D), room.floats(min(rows, 132), D)
-    extension.rms_norm_backward(residual, x, weight, rstd, dx, parts)
-    assert_equal(dx, ops.rms_norm_backward(residual, x, weight, rstd)[0])
+    dx, dweight, parts = room.halves(rows, D), room.floats(D), room.floats(min(rows, 132), D)
+    extension.rms_norm_backward(residual, x, weight, rstd, dx, dweight, parts)
+    for got, expected in zip((dx, dweight), ops.rms_norm_backward(residual, x, weight, rstd), strict=True):
+        assert_equal(got, expected)
     assert not parts.isnan().any()
     room.assert_intact()
 
@@ -305,4 +304,4 @@ def test_norm_kernels_reject_what_they_cannot_take() -> None:
     with pytest.raises(ValueError, match=r"^rms_norm: x must have a multiple of 8 columns, 64 to 16384, got 60$"):
         extension.rms_norm(x[:, :60], weight[:60], x, rstd, eps=EPS)
     with pytest.raises(ValueError, match=r"^rms_norm_backward: dx must have shape \(4, 144\), got \(3, 144\)$"):
-        extension.rms_norm_backward(x, x, weight, rstd, x[:3], rstd)
+        extension.rms_norm_backward(x, x, weight, rstd, x[:3], weight, rstd)

@@ -29,9 +29,9 @@ def _turn(x: Tensor, y: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -
 
 def embedding_backward(grad_TD: Tensor, tokens_T: Tensor, num_rows: int) -> Tensor:
     """The gradient of the whole table: every row is written, those without a token with zeros."""
-    in_order, order_T = torch.sort(tokens_T, stable=True)
-    rows = torch.arange(num_rows + 1, dtype=tokens_T.dtype, device=tokens_T.device)
-    offsets = torch.searchsorted(in_order, rows)
+    in_order_T, order_T = torch.sort(tokens_T.int(), stable=True)  # half as long as of 64 bits
+    rows = torch.arange(num_rows + 1, dtype=torch.int32, device=tokens_T.device)
+    offsets = torch.searchsorted(in_order_T, rows, out_int32=True)
     weight_grad = torch.empty((num_rows, grad_TD.shape[1]), dtype=grad_TD.dtype, device=grad_TD.device)
-    load().embedding_backward(aligned(grad_TD), order_T, offsets, weight_grad)
+    load().embedding_backward(aligned(grad_TD), order_T, in_order_T, offsets, weight_grad)
     return weight_grad

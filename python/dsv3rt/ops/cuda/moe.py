@@ -9,7 +9,7 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
-TOKENS_OF_PART, MAX_PARTS = 64, 128  # of a sequence, for the balance loss: a block takes a part
+TOKENS_OF_PART, MAX_PARTS = 32, 264  # of sequences, for the balance loss: a block takes a part
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
@@ -20,10 +20,10 @@ def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int
     idx_TK = torch.empty((T, top_k), dtype=torch.int64, device=device)
     weight_TK = torch.empty((T, top_k), dtype=torch.float32, device=device)
     scores_TE = torch.empty((T, E), dtype=torch.float32, device=device)
-    counts_E = torch.zeros(E, dtype=torch.int64, device=device)
+    counts_E = torch.empty(E, dtype=torch.int64, device=device)
     load().route(
-        logits_TE.contiguous(),
-        bias_E.contiguous(),
+        _packed(logits_TE),
+        _packed(bias_E),
         idx_TK,
         weight_TK,
         scores_TE,
@@ -64,13 +64,15 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
     """The loss, and its slope (B, E) by the normalised scores of a sequence's tokens."""
     T, E = scores_TE.shape
     num_sequences = cu_seqlens.shape[0] - 1
-    parts = min(max(ceil_div(T, TOKENS_OF_PART * max(num_sequences, 1)), 1), MAX_PARTS)
+    sequences = max(num_sequences, 1)
+    parts = max(min(ceil_div(T, TOKENS_OF_PART * sequences), MAX_PARTS // sequences), 1)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=scores_TE.device)
 
     loss, slope_BE = floats(1), floats(num_sequences, E)
     load_parts = torch.empty((num_sequences, parts, E), dtype=torch.int32, device=scores_TE.device)
+    tickets = torch.empty(num_sequences + 1, dtype=torch.int32, device=scores_TE.device)
     load().balance_loss(
         scores_TE.contiguous(),
         idx_TK.contiguous(),
@@ -80,6 +82,7 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
         floats(num_sequences),
         floats(num_sequences, parts, E),
         load_parts,
+        tickets,
         alpha=alpha,
     )
     return loss.squeeze(0), slope_BE
@@ -101,8 +104,7 @@ def place(idx_TK: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor,
     row_of_TK = torch.empty(idx_TK.shape, dtype=torch.int64, device=device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    blocks = ceil_div(idx_TK.numel(), kernels.place_choices)
-    partial = torch.empty(blocks * num_experts, dtype=torch.int32, device=device)
+    partial = torch.empty(kernels.max_place_blocks * num_experts, dtype=torch.int32, device=device)
     kernels.place(idx_TK.contiguous(), row_of_TK, counts, offsets, partial, block=block)
     return counts, offsets, row_of_TK
 

@@ -9,7 +9,6 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.cuda.quant import as_bytes
 from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.reference.norm import empty_norm_quant
-from dsv3rt.ops.types import TILE, ceil_div
 
 MOST_PARTS = 132  # blocks that share the weight's gradient: one a multiprocessor of an H100
 
@@ -28,11 +27,12 @@ def rms_norm_backward(
     """Gradients of x and of the weight; the latter is summed by blocks of rows, and then over blocks."""
     T, D = x_TD.shape
     dx_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    dweight_D = torch.empty(D, dtype=torch.float32, device=x_TD.device)
     parts = torch.empty((min(T, MOST_PARTS), D), dtype=torch.float32, device=x_TD.device)
     residual = None if grad_residual_TD is None else aligned(grad_residual_TD)
     inputs = (aligned(dy_TD), aligned(x_TD), aligned(weight_D), rstd_T.contiguous())
-    load().rms_norm_backward(*inputs, dx_TD, parts, grad_residual=residual)
-    return dx_TD, parts.sum(dim=0)
+    load().rms_norm_backward(*inputs, dx_TD, dweight_D, parts, grad_residual=residual)
+    return dx_TD, dweight_D
 
 
 def rms_norm_quantize_1x128(
@@ -51,7 +51,6 @@ def rms_norm_quantize_1x128(
     data, scale, *rest = as_bytes(results)
     data_t, scale_t = (rest.pop(0), rest.pop(0)) if with_transpose else (None, None)
     rstd, *outputs = rest
-    strips = ceil_div(x_TD.shape[0], TILE)
     load().rms_norm_quantize_1x128(
         x_TD,
         aligned(weight_D),
@@ -64,7 +63,6 @@ def rms_norm_quantize_1x128(
         y=outputs[0] if with_output else None,
         data_t=data_t,
         scale_t=scale_t,
-        row_blocks_done=torch.empty(strips, dtype=torch.int32, device=x_TD.device) if with_transpose else None,
         pow2_scales=pow2_scales,
     )
     return results
