@@ -24,6 +24,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t sha
                : "memory");
 }
 
+// ldmatrix.x4.trans: the same, of the transposed matrices
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], uint32_t shared_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address)
+               : "memory");
+}
+
 // ld.shared and st.shared by address
 __device__ __forceinline__ float load_shared(uint32_t shared_address) {
   float value;

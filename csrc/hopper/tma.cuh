@@ -43,11 +43,13 @@ __device__ __forceinline__ void tma_load_4d(void* target, const CUtensorMap& map
 }
 
 // cp.async.bulk: consecutive bytes, a multiple of 16, at addresses that are multiples of 16
-__device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes, Barrier& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   smem_address(target)),
-               "l"(source), "r"(bytes), "r"(smem_address(&barrier))
-               : "memory");
+__device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes, Barrier& barrier,
+                                          L2Hint hint = L2Hint::kNormal) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(smem_address(target)),
+      "l"(source), "r"(bytes), "r"(smem_address(&barrier)), "l"(static_cast<uint64_t>(hint))
+      : "memory");
 }
 
 // As tma_load_2d, into every CTA of the cluster named in `cta_mask`, at the same offset, counted on each one's barrier.

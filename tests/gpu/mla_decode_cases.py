@@ -20,7 +20,7 @@ SCALE = 192**-0.5
 #   - p meets v rounded to BF16, and is summed as it was: sum(w |v| 2^-8) = 2^-8 m;
 #   - FP32: the tensor cores cut each sum of 16 products, up to 512 of them for the 8192 tokens that one block takes at
 #     most here, at 2^-22 of m at worst: 2^-13 m; a thread's sum of p is at most 90 roundings of 2^-24; ex2.approx is
-#     off by 2^-22, twice; joining up to 132 partial results adds as many roundings of 2^-24: together below 2^-12 m;
+#     off by 2^-22, twice; joining up to 264 partial results adds as many roundings of 2^-24: together below 2^-12 m;
 #   - what comes out, at most |o| + (2^-8 + 2^-12) m, is rounded to BF16: 2^-8 of that.
 # p below 2^-126 is zero, which takes at most 2^-126 |v| a token. Rescaling earlier pages multiplies both sums by the
 # same number. The error of the scores themselves is `doubt` below.

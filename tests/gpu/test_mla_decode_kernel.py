@@ -67,7 +67,7 @@ def test_mla_decode_matches_fp64(seed: int, cache: str) -> None:
 
 
 @both_caches
-@pytest.mark.parametrize("parts", [1, 2, 5, 66, 132])
+@pytest.mark.parametrize("parts", [1, 2, 5, 66, 132, 264])
 def test_mla_decode_writes_everything(parts: int, cache: str) -> None:
     """In as many parts as one likes, nothing is left unwritten, and nothing else is written."""
     torch.manual_seed(parts)

@@ -8,7 +8,9 @@ from torch import Tensor
 from dsv3rt.ops.cuda.extension import load
 
 QUERY_TILE = 64  # queries whose statistics lie together
-DECODE_ROWS = {torch.bfloat16: 64, torch.uint8: 16}  # queries x heads of one block of mla_decode, by the cache's dtype
+# Of mla_decode, by the cache's dtype: queries x heads of one block, and how many blocks share an SM.
+DECODE_ROWS = {torch.bfloat16: 64, torch.uint8: 16}
+DECODE_BLOCKS = {torch.bfloat16: 1, torch.uint8: 2}
 
 
 def mla_prefill(inputs: list[Tensor], cu_seqlens: list[Tensor], *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -57,14 +59,15 @@ def mla_prefill_backward(
 def mla_decode(
     q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float, latent_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `dsv3rt.ops.mla_decode`. One block an SM, each with its share of all pages."""
+    """(out, lse) of `dsv3rt.ops.mla_decode`. As many blocks as run at a time, each with its share of all pages."""
     extension = load()
     B, L, H, _ = q.shape
     out = torch.empty((B, L, H, latent_dim), dtype=torch.bfloat16, device=q.device)
     lse = torch.empty((B, L, H), dtype=torch.float32, device=q.device)
     block_rows = DECODE_ROWS[cache.dtype]
     row_blocks = -(-L * H // block_rows)
-    parts = max(torch.cuda.get_device_properties(q.device).multi_processor_count // max(row_blocks, 1), 1)
+    blocks = DECODE_BLOCKS[cache.dtype] * torch.cuda.get_device_properties(q.device).multi_processor_count
+    parts = max(blocks // max(row_blocks, 1), 1)
     # A part holds two results at most that other parts hold more of: its first and its last.
     partial_out = torch.empty((row_blocks, parts, 2, block_rows, latent_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((row_blocks, parts, 2, block_rows), dtype=torch.float32, device=q.device)
