@@ -1,13 +1,17 @@
-// Joins the partial results of requests that several blocks attended to. One warp a row.
+// Joins the partial results of requests that several blocks attended to. One warp has half the columns of a row.
 #pragma once
 
+#include "hopper/fragment.cuh"
 #include "mla/decode_pieces.cuh"
-#include "mla/store_rows.cuh"
 
 namespace dsv3rt {
 
-constexpr int kCombineRows = 8;
-constexpr int kCombineThreads = 32 * kCombineRows;
+constexpr int kCombineWarps = 8;
+constexpr int kCombineThreads = 32 * kCombineWarps;
+constexpr int kCombineTiles = 2;  // a row's
+constexpr int kCombineRows = kCombineWarps / kCombineTiles;
+constexpr int kCombineQuads = kLatentDim / kCombineTiles / 4 / 32;  // of a lane: columns that follow each other
+constexpr int kCombineBatch = 4;                                    // parts that are loaded at a time
 
 // Rooms of all requests, and of those before this one.
 struct Rooms {
@@ -17,11 +21,11 @@ struct Rooms {
 __device__ __forceinline__ Rooms sum_rooms(const MlaDecodeParams& params, int request) {
   Rooms own;
   for (int i = threadIdx.x; i < params.num_requests; i += kCombineThreads) {
-    const int room = room_of(request_length(params, i));
+    const int room = room_of(params, request_length(params, i));
     own.total += room;
     if (i < request) own.before += room;
   }
-  __shared__ Rooms of_warp[kCombineRows];
+  __shared__ Rooms of_warp[kCombineWarps];
   own = {sum_over_warp(own.total), sum_over_warp(own.before)};
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
   __syncthreads();
@@ -34,71 +38,84 @@ __device__ __forceinline__ Rooms sum_rooms(const MlaDecodeParams& params, int re
   return all;
 }
 
-// Partial results of one block of rows and request: that of the first part, then those of the parts that follow it.
-struct Partials {
-  PartRange parts;
-  int64_t block_slot;  // of the block of rows' first part
-
-  __device__ __forceinline__ int64_t slot(int part) const {
-    return block_slot + part * kPartialsAPart + (part == parts.first);
-  }
+// A row's weighted mean over some of the parts, in the columns of a lane.
+struct CombinedRow {
+  float peak = -INFINITY;  // largest lse, base 2
+  float sum = 0;           // of 2^(lse - peak)
+  float columns[kCombineQuads][4] = {};
 };
 
-// The row's logarithm (base 2) of the sum of all weights.
-__device__ __forceinline__ float combine_lse(const MlaDecodeParams& params, const Partials& partials, int row) {
-  float peak = -INFINITY, sum = 0;
-  for (int part = partials.parts.first; part <= partials.parts.last; ++part) {
-    peak = fmaxf(peak, params.partial_lse[partials.slot(part) * params.grid.block_rows + row]);
+// Takes in a batch of parts, of which the first `count` exist; `row_of` has the row of each one's partial result.
+template <class RowOf>
+__device__ __forceinline__ void take_parts(CombinedRow& combined, const MlaDecodeParams& params, int column, int count,
+                                           RowOf row_of) {
+  float lse[kCombineBatch];
+  float4 values[kCombineBatch][kCombineQuads];
+#pragma unroll
+  for (int i = 0; i < kCombineBatch; ++i) {
+    const int64_t row = row_of(i);
+    lse[i] = i < count ? params.partial_lse[row] : -INFINITY;
+#pragma unroll
+    for (int quad = 0; quad < kCombineQuads; ++quad) {
+      const float* source = params.partial_out + row * kLatentDim + column + quad * 128;
+      values[i][quad] = i < count ? *reinterpret_cast<const float4*>(source) : make_float4(0, 0, 0, 0);
+    }
   }
-  if (peak == -INFINITY) return peak;
-  for (int part = partials.parts.first; part <= partials.parts.last; ++part) {
-    sum += exp2f(params.partial_lse[partials.slot(part) * params.grid.block_rows + row] - peak);
+  float peak = combined.peak;
+#pragma unroll
+  for (const float x : lse) peak = fmaxf(peak, x);
+  const float offset = peak == -INFINITY ? 0 : peak, rescale = exp2f(combined.peak - offset);
+  combined.peak = peak;
+  combined.sum *= rescale;
+#pragma unroll
+  for (auto& of_quad : combined.columns) {
+#pragma unroll
+    for (float& x : of_quad) x *= rescale;
   }
-  return peak + log2f(sum);
+#pragma unroll
+  for (int i = 0; i < kCombineBatch; ++i) {
+    const float weight = exp2f(lse[i] - offset);
+    combined.sum += weight;
+#pragma unroll
+    for (int quad = 0; quad < kCombineQuads; ++quad) {
+      const float of_part[4] = {values[i][quad].x, values[i][quad].y, values[i][quad].z, values[i][quad].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) combined.columns[quad][j] = fmaf(weight, of_part[j], combined.columns[quad][j]);
+    }
+  }
 }
 
 __global__ void __launch_bounds__(kCombineThreads)
     mla_decode_combine_kernel(const __grid_constant__ MlaDecodeParams params) {
   constexpr float kLn2 = 0.693147180559945309f;
-  constexpr int kOctets = kLatentDim / 8 / 32;  // of a lane
-  const int request = blockIdx.y, lane = threadIdx.x % 32;
-  const int rows = params.num_queries * params.num_heads, request_row = blockIdx.x * kCombineRows + threadIdx.x / 32;
+  const int request = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rows = params.num_queries * params.num_heads;
+  const int request_row = blockIdx.x * kCombineRows + warp / kCombineTiles;
+  const int column = warp % kCombineTiles * (kLatentDim / kCombineTiles) + lane * 4;
   const int length = request_length(params, request);
   const Rooms rooms = sum_rooms(params, request);
-  const PartRange parts = parts_of(rooms.before, length, share_of(rooms.total, params.grid.parts));
+  const PartRange parts =
+      parts_of(rooms.before + start_room(params), pages_of(length), share_of(rooms.total, params.grid.parts));
   if (request_row >= rows || (length > 0 && parts.first == parts.last)) return;
 
-  const int64_t block_slot = int64_t(request_row / params.grid.block_rows) * params.grid.parts * kPartialsAPart;
-  const Partials partials{parts, block_slot};
-  const int row = request_row % params.grid.block_rows;
-  const float lse = length == 0 ? -INFINITY : combine_lse(params, partials, row);
-  float sums[kOctets][8] = {};
-  if (lse != -INFINITY) {
-#pragma unroll 2
-    for (int part = parts.first; part <= parts.last; ++part) {
-      const int64_t partial_row = partials.slot(part) * params.grid.block_rows + row;
-      const float weight = exp2f(params.partial_lse[partial_row] - lse);
-#pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet) {
-        const float* source = params.partial_out + partial_row * kLatentDim + (octet * 32 + lane) * 8;
-#pragma unroll
-        for (int quad = 0; quad < 2; ++quad) {
-          const float4 values = reinterpret_cast<const float4*>(source)[quad];
-          float* const sum = &sums[octet][quad * 4];
-          sum[0] = fmaf(weight, values.x, sum[0]);
-          sum[1] = fmaf(weight, values.y, sum[1]);
-          sum[2] = fmaf(weight, values.z, sum[2]);
-          sum[3] = fmaf(weight, values.w, sum[3]);
-        }
-      }
-    }
+  const int64_t first_part = int64_t(request_row / params.grid.block_rows) * params.grid.parts;
+  CombinedRow combined;
+  for (int part = parts.first; length > 0 && part <= parts.last; part += kCombineBatch) {
+    take_parts(combined, params, column, parts.last - part + 1, [&](int i) {
+      const int partial = part + i == parts.first;  // there the request is the last, in the others the first
+      return ((first_part + part + i) * kPartialsAPart + partial) * params.grid.block_rows +
+             request_row % params.grid.block_rows;
+    });
   }
+  const float inverse = combined.sum == 0 ? 0 : 1 / combined.sum;
   const int64_t out_row = int64_t(request) * rows + request_row;
 #pragma unroll
-  for (int octet = 0; octet < kOctets; ++octet) {
-    store_octet(params.out, out_row * kLatentDim + (octet * 32 + lane) * 8, sums[octet]);
+  for (int quad = 0; quad < kCombineQuads; ++quad) {
+    const float (&x)[4] = combined.columns[quad];
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(params.out) + out_row * kLatentDim + column + quad * 128) =
+        make_uint2(pack_bf16(x[0] * inverse, x[1] * inverse), pack_bf16(x[2] * inverse, x[3] * inverse));
   }
-  if (lane == 0) params.lse[out_row] = lse * kLn2;
+  if (column == 0) params.lse[out_row] = (combined.peak + log2f(combined.sum)) * kLn2;
 }
 
 }  // namespace dsv3rt

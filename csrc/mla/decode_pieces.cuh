@@ -10,7 +10,6 @@
 
 namespace dsv3rt {
 
-constexpr int kStartRoom = 3;  // pages' worth of time to load queries and to store results
 constexpr int kLeastShare = 2;
 
 // A run of pages of one request, inside one part.
@@ -34,18 +33,23 @@ __device__ __forceinline__ int tokens_seen(const MlaDecodeParams& params, int le
 
 __device__ __forceinline__ int pages_of(int length) { return ceil_div(length, kPageTokens); }
 
-__device__ __forceinline__ int room_of(int length) { return length == 0 ? 0 : kStartRoom + pages_of(length); }
+// Pages' worth of time to load queries and to store results. Where each page meets one block of rows alone, memory is
+// the limit, and other blocks use what of it one block leaves.
+__device__ __forceinline__ int start_room(const MlaDecodeParams& params) { return params.grid.row_blocks > 1 ? 3 : 1; }
+
+__device__ __forceinline__ int room_of(const MlaDecodeParams& params, int length) {
+  return length == 0 ? 0 : start_room(params) + pages_of(length);
+}
 
 __device__ __forceinline__ int share_of(int total, int parts) { return max(ceil_div(total, parts), kLeastShare); }
 
-// Parts that hold pages of the request whose room begins at `begin`: the first and the last.
+// Parts that hold pages of a request, the first and the last.
 struct PartRange {
   int first, last;
 };
 
-__device__ __forceinline__ PartRange parts_of(int begin, int length, int share) {
-  const int first_page = begin + kStartRoom;
-  return {first_page / share, (first_page + pages_of(length) - 1) / share};
+__device__ __forceinline__ PartRange parts_of(int first_page, int num_pages, int share) {
+  return {first_page / share, (first_page + num_pages - 1) / share};
 }
 
 __device__ __forceinline__ int sum_over_warp(int x) {
@@ -60,7 +64,7 @@ class PieceCursor {
   __device__ __forceinline__ PieceCursor(const MlaDecodeParams& params, int part) : params_(params) {
     int total = 0;
     for (int request = threadIdx.x % 32; request < params.num_requests; request += 32) {
-      total += room_of(request_length(params, request));
+      total += room_of(params, request_length(params, request));
     }
     share_ = share_of(sum_over_warp(total), params.grid.parts);
     begin_ = -part * share_;
@@ -70,8 +74,8 @@ class PieceCursor {
   __device__ __forceinline__ Piece next() {
     while (request_ < params_.num_requests && begin_ < share_) {
       const int request = request_++, length = request_length(params_, request), num_pages = pages_of(length);
-      const int first_page = begin_ + kStartRoom;
-      begin_ += room_of(length);
+      const int first_page = begin_ + start_room(params_);
+      begin_ += room_of(params_, length);
       Piece piece{request, max(-first_page, 0), min(share_ - first_page, num_pages)};
       if (piece.first_page >= piece.end_page) continue;
       piece.whole_pages = max(tokens_seen(params_, length, blockIdx.x * params_.grid.block_rows), 0) / kPageTokens;
@@ -88,7 +92,7 @@ class PieceCursor {
     const int lane = threadIdx.x % 32;
     while (request_ < params_.num_requests) {
       const int request = request_ + lane;
-      const int room = request < params_.num_requests ? room_of(request_length(params_, request)) : 0;
+      const int room = request < params_.num_requests ? room_of(params_, request_length(params_, request)) : 0;
       int end = room;
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {

@@ -237,7 +237,7 @@ __device__ __forceinline__ void finish_scores(DecodeStorage& storage, const MlaD
 }
 
 __device__ __forceinline__ void consumer_score_pieces(DecodeStorage& storage, const MlaDecodeParams& params) {
-  const bool leads_warp = threadIdx.x % 32 == 0;
+  const bool leads_quad = threadIdx.x % 4 == 0;  // such threads write for others, and speak for what they wrote
   TwoStage slot, rope;
   PageRing ring;
   Queries queries;
@@ -247,7 +247,7 @@ __device__ __forceinline__ void consumer_score_pieces(DecodeStorage& storage, co
     const Piece& piece = storage.piece[slot.stage()];
     if (piece.first_page == piece.end_page) return;
     load_queries(storage, ring, rope, queries);
-    if (leads_warp) storage.weights_full[ring.stage].arrive();
+    if (leads_quad) storage.weights_full[ring.stage].arrive();
     ring.advance();
     ++rope.count;
     SoftmaxState state;
@@ -257,7 +257,7 @@ __device__ __forceinline__ void consumer_score_pieces(DecodeStorage& storage, co
       wgmma_wait<1>();
       // Weights of the page before are held back until here, so that their product fills the time in which the next
       // scores become weights.
-      if (page != piece.first_page && leads_warp) storage.weights_full[ring.stage_before()].arrive();
+      if (page != piece.first_page && leads_quad) storage.weights_full[ring.stage_before()].arrive();
       start_rope_scores(storage, rope, scores);
       wgmma_wait<0>();
       pin_registers(scores);
@@ -268,14 +268,11 @@ __device__ __forceinline__ void consumer_score_pieces(DecodeStorage& storage, co
       ring.advance();
       ++rope.count;
     }
-    if (leads_warp) storage.weights_full[ring.stage_before()].arrive();
+    if (leads_quad) storage.weights_full[ring.stage_before()].arrive();
     storage.inverse_empty.wait(slot.count & 1 ^ 1);
     finish_scores(storage, params, piece, state);
-    __syncwarp();
-    if (leads_warp) {
-      storage.inverse_full.arrive();
-      storage.piece_empty[slot.stage()].arrive();
-    }
+    if (leads_quad) storage.inverse_full.arrive();
+    storage.piece_empty[slot.stage()].arrive();
     ++slot.count;
   }
 }
@@ -363,19 +360,18 @@ __device__ __forceinline__ void consumer_add_pieces(DecodeStorage& storage, cons
 #pragma unroll 1
     for (; pages > 0; --pages) {
       add_page(storage, ring, rope, half, out);
+      __syncwarp();  // the first lane's arrival speaks for all lanes' reads
       if (leads_warp) storage.page_empty[ring.stage].arrive();
       ring.advance();
       ++rope.count;
     }
     storage.inverse_full.wait(slot.count & 1);
     const float inverse[2] = {storage.inverse[decode_row()], storage.inverse[decode_row() + 8]};
-    __syncwarp();
-    if (leads_warp) storage.inverse_empty.arrive();
+    storage.inverse_empty.arrive();
 #pragma unroll
     for (float (&columns)[kProductColumns / 2] : out) scale_rows(columns, inverse);
     store_out(params, storage.piece[slot.stage()], half, out);
-    __syncwarp();
-    if (leads_warp) storage.piece_empty[slot.stage()].arrive();
+    storage.piece_empty[slot.stage()].arrive();
     ++slot.count;
   }
 }
@@ -389,14 +385,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     for (int stage = 0; stage < kPageStages; ++stage) {
       for (Barrier& full : storage.latent_full[stage]) full.init(1);
       storage.page_empty[stage].init(kOutWarps);
-      storage.weights_full[stage].init(4);
+      storage.weights_full[stage].init(32);
     }
     for (Barrier& full : storage.rope_full) full.init(1);
-    storage.inverse_full.init(4);
-    storage.inverse_empty.init(kOutWarps);
+    storage.inverse_full.init(32);
+    storage.inverse_empty.init(32 * kOutWarps);
     for (int slot = 0; slot < kTileSlots; ++slot) {
       storage.piece_full[slot].init(1);
-      storage.piece_empty[slot].init(1 + 4 + kOutWarps);
+      storage.piece_empty[slot].init(1 + 128 + 32 * kOutWarps);
     }
     fence_barrier_init();
   }

@@ -33,10 +33,4 @@ __device__ __forceinline__ void store_rows(__nv_bfloat16* target, int64_t row_st
   }
 }
 
-__device__ __forceinline__ void store_octet(void* out, int64_t first, const float (&values)[8]) {
-  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(out) + first) =
-      make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-                 pack_bf16(values[6], values[7]));
-}
-
 }  // namespace dsv3rt
