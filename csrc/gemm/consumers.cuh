@@ -138,7 +138,7 @@ __device__ __forceinline__ float4 column_scales(uint32_t scale_b, int pair) {
 }
 
 // Fewest registers are read when the column scales multiply first: each serves two rows, each row scale then all
-// columns. With three consumers ptxas finds no room for that.
+// columns, and ptxas reuses an operand in neighbouring instructions. With three consumers it finds no room for that.
 template <typename C>
 __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const float (&partial)[C::kFragment],
                                             const float2 scale_a, uint32_t scale_b) {
@@ -146,13 +146,26 @@ __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const fl
   for (int pair = 0; pair < C::kBlockN / 16; ++pair) {
     const float4 scales = column_scales<C>(scale_b, pair);
     const float columns[4] = {scales.x, scales.y, scales.z, scales.w};
+    const auto index = [&](int row, int column) { return pair * 8 + column / 2 * 4 + row * 2 + column % 2; };
+    if constexpr (C::kConsumers == 2) {
+      float products[2][4];
 #pragma unroll
-    for (int octet = 0; octet < 2; ++octet) {
+      for (int column = 0; column < 4; ++column) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int index = pair * 8 + octet * 4 + i;
-        const float row = i < 2 ? scale_a.x : scale_a.y, column = columns[octet * 2 + i % 2];
-        sum[index] += C::kConsumers == 2 ? row * (column * partial[index]) : row * column * partial[index];
+        for (int row = 0; row < 2; ++row) products[row][column] = columns[column] * partial[index(row, column)];
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int column = 0; column < 4; ++column) {
+          sum[index(row, column)] += (row == 0 ? scale_a.x : scale_a.y) * products[row][column];
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = i % 4 / 2, column = i / 4 * 2 + i % 2;
+        sum[index(row, column)] += (row == 0 ? scale_a.x : scale_a.y) * columns[column] * partial[index(row, column)];
       }
     }
   }

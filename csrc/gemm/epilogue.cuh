@@ -6,6 +6,7 @@
 
 #include "gemm/producers.cuh"
 #include "gemm/scheduler.cuh"
+#include "hopper/arithmetic.cuh"
 #include "hopper/fragment.cuh"
 #include "hopper/shared.cuh"
 #include "hopper/tma.cuh"
@@ -61,7 +62,8 @@ __device__ __forceinline__ void leave_paired_wave(uint32_t buffer, const float (
       if constexpr (C::kOutput == GemmOutput::kBFloat16) {
         store_shared_pair(address + half * 8 * 128, pack_bf16(values[0], values[1]), pack_bf16(values[4], values[5]));
       } else {
-        store_shared_quad(address + half * 8 * 128, values[0], values[1], values[4], values[5]);
+        store_shared_quad(address + half * 8 * 128, separate_copy(values[0]), separate_copy(values[1]),
+                          separate_copy(values[4]), separate_copy(values[5]));
       }
     }
   }

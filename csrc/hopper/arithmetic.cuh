@@ -1,9 +1,18 @@
 // Arithmetic instructions that C++ has no word for.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#floating-point-instructions-rcp
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#floating-point-instructions-ex2
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#logic-and-shift-instructions-lop3
 #pragma once
 
 namespace dsv3rt {
+
+// lop3 that changes nothing: a copy that ptxas does not merge with its source. Values stored four at a time need
+// aligned registers; stored by way of a copy, they may live anywhere.
+__device__ __forceinline__ float separate_copy(float x) {
+  float result;
+  asm volatile("lop3.b32 %0, %1, 0, 0, 0xfc;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 // rcp.approx.ftz.f32: within 1 ulp
 __device__ __forceinline__ float reciprocal_approx(float x) {
