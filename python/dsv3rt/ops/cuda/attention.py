@@ -10,7 +10,7 @@ from dsv3rt.ops.cuda.extension import load
 QUERY_TILE = 64  # queries whose statistics lie together
 # Of mla_decode, by the cache's dtype: queries x heads of one block, and how many blocks share an SM.
 DECODE_ROWS = {torch.bfloat16: 64, torch.uint8: 16}
-DECODE_BLOCKS = {torch.bfloat16: 1, torch.uint8: 2}
+DECODE_BLOCKS = {torch.bfloat16: 1, torch.uint8: 1}
 
 
 def mla_prefill(inputs: list[Tensor], cu_seqlens: list[Tensor], *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
