@@ -51,6 +51,9 @@ class Copier {
     tma_store_commit();
   }
 
+  // Until the stage may be loaded again.
+  __device__ __forceinline__ void release() { tma_store_wait_read<0>(); }
+
   // Until what was stored is written.
   __device__ __forceinline__ void finish() { tma_store_wait_all(); }
 

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint64_t epoch = next_epoch(team, EpPhase::kReduce);
   if (threadIdx.x == 0) start_copiers(storage);
   const bool fine = await_peers(team, EpPhase::kReduce, epoch - 1);  // the slots have been read
-  if (fine && blockIdx.x == 0 && threadIdx.x < team.shape.num_ranks) {
+  if (fine && blockIdx.x == 0 && int(threadIdx.x) < team.shape.num_ranks) {
     tell_overflow(team, args.route, threadIdx.x);
     store_release_system(signal_of(team, team.peers[threadIdx.x], EpPhase::kAnnounce, team.shape.rank), epoch);
   }

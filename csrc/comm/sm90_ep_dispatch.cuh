@@ -12,6 +12,7 @@
 
 #include <cuda_bf16.h>
 
+#include "comm/copier.cuh"
 #include "comm/team.cuh"
 
 namespace dsv3rt {
@@ -420,6 +421,81 @@ __global__ void __launch_bounds__(kThreads)
     const int num_rows = __ldg(args.route.offsets + num_local);
     for (int i = warp_in_grid(); i < num_rows; i += warps_in_grid()) {
       pull_row<kWeighted>(team, args, __ldg(args.route.order + i), threadIdx.x % 32);
+    }
+  }
+  if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);
+}
+
+// ---- pull by copiers ----
+
+template <typename AnyTeam>
+__device__ __forceinline__ const char* record_of(const AnyTeam& team, const PullArgs& args, int origin) {
+  const int max_choices = team.shape.max_tokens * team.shape.top_k;
+  const int token = origin % max_choices / team.shape.top_k;
+  return staged_by(team, origin / max_choices) + team.at.tokens + int64_t(token) * args.record_bytes;
+}
+
+template <typename AnyTeam>
+__device__ inline Piece pulled_piece(const AnyTeam& team, const PullArgs& args, int item, int num_items) {
+  if (item >= num_items) return {};
+  const int row_bytes = args.rows.row_bytes, pieces = num_pieces(row_bytes), most = piece_bytes(row_bytes);
+  const int row = __ldg(args.route.order + item / pieces), start = item % pieces * most;
+  const int origin = __ldg(args.route.origin + row);
+  if (origin < 0) return {};
+  return {static_cast<char*>(args.rows.data) + row * args.rows.row_stride + start,
+          record_of(team, args, origin) + start, min(most, row_bytes - start)};
+}
+
+template <typename AnyTeam>
+__device__ inline void pull_pieces(const AnyTeam& team, const PullArgs& args, CopierStorage& storage, int num_rows) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool copies = lane < kCopyLanes;
+  Copier copier(storage, warp * kCopyLanes + min(lane, kCopyLanes - 1));
+  const int num_items = num_rows * num_pieces(args.rows.row_bytes), stride = gridDim.x * kCopiers;
+  const int first = (blockIdx.x + gridDim.x * warp) * kCopyLanes;
+  Piece next = copies ? pulled_piece(team, args, first + lane, num_items) : Piece{};
+  for (int item = first; item < num_items; item += stride) {
+    const Piece piece = next;
+    copier.load(piece);
+    next = copies ? pulled_piece(team, args, item + stride + lane, num_items) : Piece{};
+    __syncwarp();
+    copier.store(piece);
+    copier.release();
+    __syncwarp();
+  }
+  copier.finish();
+}
+
+template <typename AnyTeam>
+__device__ inline void pull_scales(const AnyTeam& team, const PullArgs& args, int num_rows) {
+  const int warp = threadIdx.x / 32 - kCopyWarps, lane = threadIdx.x % 32;
+  const int first = blockIdx.x + gridDim.x * warp, stride = gridDim.x * (kWarps - kCopyWarps);
+  for (int i = first; i < num_rows; i += stride) {
+    const int row = __ldg(args.route.order + i), origin = __ldg(args.route.origin + row);
+    if (origin < 0) {
+      zero_row(args, row, lane);
+      continue;
+    }
+    const auto* scales = reinterpret_cast<const float*>(record_of(team, args, origin) + args.rows.row_bytes);
+    for (int s = lane; s < args.rows.num_scales; s += 32) {
+      args.rows.scale[s * args.rows.scale_stride + row] = __ldcg(scales + s);
+    }
+  }
+}
+
+template <typename AnyTeam>
+__global__ void __launch_bounds__(kThreads, 1)
+    ep_carry_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PullArgs args) {
+  extern __shared__ __align__(128) char stages[];
+  auto& storage = *reinterpret_cast<CopierStorage*>(stages);
+  const uint64_t epoch = next_epoch(team, EpPhase::kPull);
+  if (threadIdx.x == 0) start_copiers(storage);
+  if (await_peers(team, EpPhase::kStage, epoch)) {
+    const int num_rows = __ldg(args.route.offsets + team.shape.num_experts / team.shape.num_ranks);
+    if (threadIdx.x / 32 < kCopyWarps) {
+      pull_pieces(team, args, storage, num_rows);
+    } else {
+      pull_scales(team, args, num_rows);
     }
   }
   if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);

@@ -125,6 +125,22 @@ class World {
     }
   }
 
+  // The last rank dispatches, but does not combine; or it says that it will, and pushes nothing.
+  void run_without_rows_of_last(bool announced) {
+    std::mt19937 random(unsigned(options_.seed));
+    draw(random, 0);
+    const int last = int(ranks_.size()) - 1;
+    for (Rank& rank : ranks_) rank.team.timeout_ns = 4'000'000'000;
+    for_all([&](int r) { combine_alone(r, r != last, announced); });
+    const EpPhase phase = announced ? EpPhase::kPush : EpPhase::kAnnounce;
+    for (int r = 0; r < last; ++r) {
+      const EpError& error = ranks_[r].error;
+      if (!error.is_complete || error.fault != EpFault::kTimeout || error.peer != last || error.phase != phase) {
+        differ("the record of a peer without rows", r, error.peer);
+      }
+    }
+  }
+
  private:
   // Runs `work` while what is put is delivered.
   template <typename Work>
@@ -449,6 +465,32 @@ class World {
     if (route.offsets.back() != 0) differ("the layout without a peer", r, route.offsets.back());
   }
 
+  void combine_alone(int r, bool combines, bool announces) {
+    Batch& batch = batches_[r];
+    batch.num_tokens = options_.max_tokens;  // each with an expert of the last rank
+    batch.choice.assign(size_t(options_.max_tokens) * options_.top_k, 0);
+    for (size_t i = 0; i < batch.choice.size(); ++i) {
+      batch.choice[i] = (options_.experts - 1 + int64_t(i) % options_.top_k * num_local()) % options_.experts;
+    }
+    batch.x.resize(size_t(options_.max_tokens) * options_.columns);
+    const int capacity =
+        round_up(options_.max_tokens * options_.top_k * int(ranks_.size()), kBlock) + kBlock * num_local();
+    Route route;
+    make(route, ranks_[r].team, capacity);
+    std::vector<__nv_bfloat16> rows(size_t(capacity) * options_.columns), y(batch.x.size());
+    dispatch(ranks_[r], by_choice(batch, rows_view(batch.x), route, rows_view(rows)));
+    const Team& team = ranks_[r].team;
+    if (combines) {
+      combine(ranks_[r], {rows.data(), route.route, nullptr, nullptr, y.data(), batch.num_tokens, options_.columns,
+                          kBlocks});
+      for (size_t i = 0; i < y.size(); ++i) {
+        if (!std::isnan(number(y[i]))) differ("a result without rows of a peer", r, int64_t(i));
+      }
+    } else if (announces) {
+      for (Rank& peer : ranks_) store_release_system(signal_of(team, peer.team.self, EpPhase::kAnnounce, r), 1);
+    }
+  }
+
   // No room at rank 0: all hear of it and give no result.
   void overflow(int r) {
     Batch& batch = batches_[r];
@@ -487,5 +529,9 @@ int main(int argc, char** argv) {
                                 values[5], values[6], values[7], values[8]};
   dsv3rt::World(options).run();
   dsv3rt::World(options).run_without_last();
+  if (options.num_nodes == 1) {
+    dsv3rt::World(options).run_without_rows_of_last(false);
+    dsv3rt::World(options).run_without_rows_of_last(true);
+  }
   return 0;
 }

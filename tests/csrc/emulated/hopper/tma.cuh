@@ -10,10 +10,10 @@ namespace dsv3rt {
 enum class L2Hint { kNormal, kEvictFirst, kEvictLast };
 
 struct BulkStore {
-  void* target;
-  const void* source;
+  char* target;
+  const char* source;
   uint32_t bytes;
-  bool committed;
+  std::vector<char> read;
 };
 
 inline thread_local std::map<int, std::vector<BulkStore>> bulk_stores;  // of each thread of the block
@@ -23,19 +23,26 @@ inline void bulk_load(void* target, const void* source, uint32_t bytes, Barrier&
 }
 
 inline void bulk_store(void* target, const void* source, uint32_t bytes) {
-  bulk_stores[host::block->current()].push_back({target, source, bytes, false});
+  bulk_stores[host::block->current()].push_back(
+      {static_cast<char*>(target), static_cast<const char*>(source), bytes, {}});
 }
 
-inline void tma_store_commit() {
-  for (BulkStore& store : bulk_stores[host::block->current()]) store.committed = true;
+inline void tma_store_commit() {}
+
+// What is in shared memory has been read, but not written where it goes.
+template <int kPending>
+void tma_store_wait_read() {
+  host::step();
+  for (BulkStore& store : bulk_stores[host::block->current()]) {
+    if (store.read.empty()) store.read.assign(store.source, store.source + store.bytes);
+  }
 }
 
 inline void tma_store_wait_all() {
-  host::step();
-  std::erase_if(bulk_stores[host::block->current()], [](const BulkStore& store) {
-    if (store.committed) std::memcpy(store.target, store.source, store.bytes);
-    return store.committed;
-  });
+  tma_store_wait_read<0>();
+  std::vector<BulkStore>& stores = bulk_stores[host::block->current()];
+  for (const BulkStore& store : stores) std::copy(store.read.begin(), store.read.end(), store.target);
+  stores.clear();
 }
 
 }  // namespace dsv3rt
