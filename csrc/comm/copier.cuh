@@ -1,10 +1,10 @@
-// Lanes that move pieces of rows by the bulk copy engine, each through a stage of its own in shared memory. Bytes that
-// are under way so take no registers, and the warp's other work is to find addresses.
+// Lanes that carry pieces of rows by the bulk copy engine, each through a stage of its own in shared memory. Bytes that
+// are under way so take no registers, and the warps' own work is to find addresses.
 #pragma once
 
 #include <cstdint>
 
-#include "comm/window.h"
+#include "comm/team.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
 
@@ -31,36 +31,38 @@ __device__ inline void start_copiers(CopierStorage& storage) {
   fence_barrier_init();
 }
 
-// One lane's part of a copy; the warp goes through the steps together.
-class Copier {
- public:
-  __device__ Copier(CopierStorage& storage, int copier)
-      : stage_(storage.stages[copier]), loaded_(storage.loaded[copier]) {}
-
-  __device__ __forceinline__ void load(const Piece& piece) {
-    if (piece.bytes == 0) return;
-    loaded_.arrive_and_expect(piece.bytes);
-    bulk_load(stage_, piece.source, piece.bytes, loaded_, L2Hint::kEvictFirst);
+// By the copy warps of all blocks, which take items in turns: the pieces that `find` gives for them. Calls `written` for
+// each, by the lane that carried it, when it is where it goes.
+template <typename Find, typename Written>
+__device__ __forceinline__ void carry(CopierStorage& storage, int num_items, Find find, Written written) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, copier = warp * kCopyLanes + min(lane, kCopyLanes - 1);
+  char* stage = storage.stages[copier];
+  Barrier& loaded = storage.loaded[copier];
+  const int first = (blockIdx.x + gridDim.x * warp) * kCopyLanes, stride = gridDim.x * kCopiers;
+  const auto mine = [&](int item) {
+    return lane < kCopyLanes && item + lane < num_items ? find(item + lane) : decltype(find(0)){};
+  };
+  auto next = mine(first);
+  uint32_t parity = 0;
+  for (int item = first; item < num_items; item += stride) {
+    const auto found = next;
+    const Piece& piece = found.piece;
+    if (piece.bytes != 0) {
+      loaded.arrive_and_expect(piece.bytes);
+      bulk_load(stage, piece.source, piece.bytes, loaded, L2Hint::kEvictFirst);
+    }
+    next = mine(item + stride);
+    __syncwarp();
+    if (piece.bytes != 0) {
+      loaded.wait(parity);
+      parity ^= 1;
+      bulk_store(piece.target, stage, piece.bytes);
+      tma_store_commit();
+    }
+    tma_store_wait_all();
+    __syncwarp();
+    if (piece.bytes != 0) written(found);
   }
-
-  __device__ __forceinline__ void store(const Piece& piece) {
-    if (piece.bytes == 0) return;
-    loaded_.wait(parity_);
-    parity_ ^= 1;
-    bulk_store(piece.target, stage_, piece.bytes);
-    tma_store_commit();
-  }
-
-  // Until the stage may be loaded again.
-  __device__ __forceinline__ void release() { tma_store_wait_read<0>(); }
-
-  // Until what was stored is written.
-  __device__ __forceinline__ void finish() { tma_store_wait_all(); }
-
- private:
-  char* stage_;
-  Barrier& loaded_;
-  uint32_t parity_ = 0;
-};
+}
 
 }  // namespace dsv3rt

@@ -29,8 +29,7 @@ struct PushedPiece {
 };
 
 // Of the pieces in the order of their rows.
-__device__ inline PushedPiece pushed_piece(const Team& team, const CombineArgs& args, int item, int num_items) {
-  if (item >= num_items) return {};
+__device__ __forceinline__ PushedPiece pushed_piece(const Team& team, const CombineArgs& args, int item) {
   const int row_bytes = team.shape.num_columns * 2, pieces = num_pieces(row_bytes), most = piece_bytes(row_bytes);
   const int row = __ldg(args.route.order + item / pieces), piece = item % pieces;
   const int origin = __ldg(args.route.origin + row);
@@ -44,23 +43,11 @@ __device__ inline PushedPiece pushed_piece(const Team& team, const CombineArgs& 
 }
 
 __device__ inline void push_rows(const Team& team, const CombineArgs& args, CopierStorage& storage, uint64_t epoch) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool copies = lane < kCopyLanes;
-  Copier copier(storage, warp * kCopyLanes + min(lane, kCopyLanes - 1));
   const int num_rows = __ldg(args.route.offsets + team.shape.num_experts / team.shape.num_ranks);
-  const int num_items = num_rows * num_pieces(team.shape.num_columns * 2), stride = gridDim.x * kCopiers;
-  const int first = (blockIdx.x + gridDim.x * warp) * kCopyLanes;
-  PushedPiece next = copies ? pushed_piece(team, args, first + lane, num_items) : PushedPiece{};
-  for (int item = first; item < num_items; item += stride) {
-    const PushedPiece pushed = next;
-    copier.load(pushed.piece);
-    next = copies ? pushed_piece(team, args, item + stride + lane, num_items) : PushedPiece{};
-    __syncwarp();
-    copier.store(pushed.piece);
-    copier.finish();
-    __syncwarp();
-    if (pushed.piece.bytes != 0) store_release_system(pushed.arrival, epoch);
-  }
+  carry(
+      storage, num_rows * num_pieces(team.shape.num_columns * 2),
+      [&](int item) { return pushed_piece(team, args, item); },
+      [&](const PushedPiece& pushed) { store_release_system(pushed.arrival, epoch); });
 }
 
 // All of this rank's rows are on their way. Nobody waits for that, but a wait in vain for a slot asks who has not.
