@@ -272,9 +272,8 @@ void bind_comm(py::module_& module) {
   module.def("ep_unique_id", &unique_id, "The id with which the ranks of a new communicator find each other.");
   py::class_<RouteViews>(module, "EpRoute", "Where rows of one dispatch came from; keeps no array alive.")
       .def(py::init([](const TensorView& counts, const TensorView& offsets, const TensorView& origin,
-                       const TensorView& order, const TensorView& rows_needed, const TensorView& rails, int block) {
-             return RouteViews{counts, offsets, origin, order, rows_needed, rails, block};
-           }),
+                       const TensorView& order, const TensorView& rows_needed, const TensorView& rails,
+                       int block) { return RouteViews{counts, offsets, origin, order, rows_needed, rails, block}; }),
            py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("order"), py::arg("rows_needed"),
            py::arg("rails"), py::arg("block"));
   py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")

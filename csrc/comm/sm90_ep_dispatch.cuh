@@ -6,7 +6,6 @@
 
 #include <cuda_bf16.h>
 
-#include "comm/copier.cuh"
 #include "comm/sm90_ep_place.cuh"
 
 namespace dsv3rt {
@@ -127,7 +126,6 @@ __global__ void __launch_bounds__(kThreads)
 __device__ __forceinline__ void zero_row(const PullArgs& args, int64_t row, int lane) {
   auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
   for (int i = lane; i < args.rows.row_bytes / 16; i += 32) target[i] = make_uint4(0, 0, 0, 0);
-  for (int i = lane; i < args.rows.num_scales; i += 32) args.rows.scale[i * args.rows.scale_stride + row] = 0.0f;
 }
 
 // target = weight * token, rounded to BF16; returns this lane's share of the product of token and output.
@@ -170,28 +168,54 @@ __device__ inline float weigh_row(uint4* target, const uint4* token, const uint4
   return dot;
 }
 
+// A staged token: its row, and the scales behind it.
+template <typename AnyTeam>
+__device__ __forceinline__ const char* record_of(const AnyTeam& team, const PullArgs& args, int origin) {
+  const int max_choices = team.shape.max_tokens * team.shape.top_k;
+  const int token = origin % max_choices / team.shape.top_k;
+  return staged_by(team, origin / max_choices) + team.at.tokens + int64_t(token) * args.record_bytes;
+}
+
+// Scales of 32 neighbouring rows, a row a lane, so that a store fills whole sectors. Zeros where there is padding.
+template <typename AnyTeam>
+__device__ inline void pull_scales(const AnyTeam& team, const PullArgs& args, int row) {
+  constexpr int kUnroll = 4;
+  const int origin = __ldg(args.route.origin + row), num_scales = args.rows.num_scales;
+  const float4* source = nullptr;
+  if (origin >= 0) source = reinterpret_cast<const float4*>(record_of(team, args, origin) + args.rows.row_bytes);
+  float* target = args.rows.scale + row;
+  for (int first = 0; first < num_scales; first += 4 * kUnroll) {
+    float4 held[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      held[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (origin >= 0 && first + 4 * i < num_scales) held[i] = __ldcg(source + first / 4 + i);
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kUnroll; ++i) {
+      const float4 four = held[i / 4];
+      const float scale = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+      if (first + i < num_scales) target[(first + i) * args.rows.scale_stride] = scale;
+    }
+  }
+}
+
 template <bool kWeighted, typename AnyTeam>
 __device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int row, int lane) {
   const int origin = __ldg(args.route.origin + row);
   if (origin < 0) return zero_row(args, row, lane);
-  const int max_choices = team.shape.max_tokens * team.shape.top_k;
-  char* window = staged_by(team, origin / max_choices);
-  const int entry = origin % max_choices;
-  const char* record = window + team.at.tokens + int64_t(entry / team.shape.top_k) * args.record_bytes;
-  const auto* source = reinterpret_cast<const uint4*>(record);
+  const auto* source = reinterpret_cast<const uint4*>(record_of(team, args, origin));
   auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
   const int num_vectors = args.rows.row_bytes / 16;
   if constexpr (kWeighted) {
+    const int max_choices = team.shape.max_tokens * team.shape.top_k, entry = origin % max_choices;
+    char* window = staged_by(team, origin / max_choices);
     const float weight = __ldcg(in_window<float>(window, team.at.weight) + entry);
     const auto* output = reinterpret_cast<const uint4*>(args.outputs + int64_t(row) * team.shape.num_columns);
     const float dot = weigh_row(target, source, output, weight, num_vectors, lane);
     if (lane == 0) in_window<float>(window, team.at.weight_grad)[entry] = dot;
   } else {
     copy_row(target, source, num_vectors, lane);
-    const auto* scales = reinterpret_cast<const float*>(record + args.rows.row_bytes);
-    for (int i = lane; i < args.rows.num_scales; i += 32) {
-      args.rows.scale[i * args.rows.scale_stride + row] = __ldcg(scales + i);
-    }
   }
 }
 
@@ -205,65 +229,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = warp_in_grid(); i < num_rows; i += warps_in_grid()) {
       pull_row<kWeighted>(team, args, __ldg(args.route.order + i), threadIdx.x % 32);
     }
-  }
-  if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);
-}
-
-// ---- pull by copiers ----
-
-template <typename AnyTeam>
-__device__ __forceinline__ const char* record_of(const AnyTeam& team, const PullArgs& args, int origin) {
-  const int max_choices = team.shape.max_tokens * team.shape.top_k;
-  const int token = origin % max_choices / team.shape.top_k;
-  return staged_by(team, origin / max_choices) + team.at.tokens + int64_t(token) * args.record_bytes;
-}
-
-struct PulledPiece {
-  Piece piece;
-};
-
-template <typename AnyTeam>
-__device__ __forceinline__ PulledPiece pulled_piece(const AnyTeam& team, const PullArgs& args, int item) {
-  const int row_bytes = args.rows.row_bytes, pieces = num_pieces(row_bytes), most = piece_bytes(row_bytes);
-  const int row = __ldg(args.route.order + item / pieces), start = item % pieces * most;
-  const int origin = __ldg(args.route.origin + row);
-  if (origin < 0) return {};
-  return {{static_cast<char*>(args.rows.data) + row * args.rows.row_stride + start,
-           record_of(team, args, origin) + start, min(most, row_bytes - start)}};
-}
-
-template <typename AnyTeam>
-__device__ inline void pull_scales(const AnyTeam& team, const PullArgs& args, int num_rows) {
-  const int warp = threadIdx.x / 32 - kCopyWarps, lane = threadIdx.x % 32;
-  const int first = blockIdx.x + gridDim.x * warp, stride = gridDim.x * (kWarps - kCopyWarps);
-  for (int i = first; i < num_rows; i += stride) {
-    const int row = __ldg(args.route.order + i), origin = __ldg(args.route.origin + row);
-    if (origin < 0) {
-      zero_row(args, row, lane);
-      continue;
-    }
-    const auto* scales = reinterpret_cast<const float*>(record_of(team, args, origin) + args.rows.row_bytes);
-    for (int s = lane; s < args.rows.num_scales; s += 32) {
-      args.rows.scale[s * args.rows.scale_stride + row] = __ldcg(scales + s);
-    }
-  }
-}
-
-template <typename AnyTeam>
-__global__ void __launch_bounds__(kThreads, 1)
-    ep_carry_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PullArgs args) {
-  extern __shared__ __align__(128) char stages[];
-  auto& storage = *reinterpret_cast<CopierStorage*>(stages);
-  const uint64_t epoch = next_epoch(team, EpPhase::kPull);
-  if (threadIdx.x == 0) start_copiers(storage);
-  if (await_peers(team, EpPhase::kStage, epoch)) {
-    const int num_rows = __ldg(args.route.offsets + team.shape.num_experts / team.shape.num_ranks);
-    if (threadIdx.x / 32 < kCopyWarps) {
-      carry(
-          storage, num_rows * num_pieces(args.rows.row_bytes), [&](int item) { return pulled_piece(team, args, item); },
-          [](const PulledPiece&) {});
-    } else {
-      pull_scales(team, args, num_rows);
+    const int scaled_rows = args.rows.num_scales > 0 ? num_rows : 0;
+    for (int row = blockIdx.x * kThreads + threadIdx.x; row < scaled_rows; row += gridDim.x * kThreads) {
+      pull_scales(team, args, row);
     }
   }
   if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);

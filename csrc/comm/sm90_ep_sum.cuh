@@ -36,9 +36,9 @@ __device__ __forceinline__ uint4 round_sum(const float (&sum)[8]) {
   return rounded;
 }
 
-// Part of a token, from slots [T * K][D]: all loads of eight slots are under way at once.
+// Part of a token, from slots [T * K][D]: all loads of four slots are under way at once.
 __device__ inline void sum_part(const Team& team, const SumArgs& args, const uint4* slots, int token, int part) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = 4;
   const int num_vectors = team.shape.num_columns / 8, top_k = team.shape.top_k;
   const int start = part * 32 * kPartVectors + threadIdx.x % 32;
   const uint4* slot = slots + int64_t(token) * top_k * num_vectors + start;
@@ -72,7 +72,8 @@ __device__ inline void sum_part(const Team& team, const SumArgs& args, const uin
 __device__ inline void spoil_part(const Team& team, const SumArgs& args, int token, int part) {
   const int num_vectors = team.shape.num_columns / 8, start = part * 32 * kPartVectors + threadIdx.x % 32;
   uint4* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * num_vectors;
-  for (int i = start; i < min(start + 32 * kPartVectors, num_vectors); i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  for (int i = start; i < min(start + 32 * kPartVectors, num_vectors); i += 32)
+    target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
 }
 
 // ---- rows that a peer had no room for ----

@@ -13,6 +13,7 @@ constexpr int kChunk = 512;  // choices whose places are counted together
 // Rows travel in pieces. One has at most so many bytes, and all of a row's but the last have equally many.
 constexpr int kMaxPieceBytes = 7168;
 constexpr int kPieceUnit = 1024;
+static_assert(kMaxPieceBytes % kPieceUnit == 0);
 
 DSV3RT_HOST_DEVICE inline int num_pieces(int row_bytes) { return ceil_div(row_bytes, kMaxPieceBytes); }
 DSV3RT_HOST_DEVICE inline int piece_bytes(int row_bytes) {

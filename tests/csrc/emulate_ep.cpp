@@ -16,7 +16,6 @@ namespace dsv3rt {
 // The kernels' `extern __shared__` arrays.
 thread_local uint8_t warp_counts[kWarps * kMaxEpExperts];
 thread_local int shared[6 * kMaxEpExperts];
-alignas(128) thread_local char stages[sizeof(CopierStorage)];
 
 namespace {
 
@@ -228,8 +227,12 @@ class World {
     route.order.assign(capacity, -7);
     route.rows_needed.assign(1, 0);
     route.rails.assign(size_t(2) * team.nodes.count * rail_words(team.shape), 0xdeadbeef);
-    route.route = {route.counts.data(), route.offsets.data(),     route.origin.data(),
-                   route.order.data(),  route.rows_needed.data(), capacity,
+    route.route = {route.counts.data(),
+                   route.offsets.data(),
+                   route.origin.data(),
+                   route.order.data(),
+                   route.rows_needed.data(),
+                   capacity,
                    kBlock};
   }
 
@@ -481,8 +484,8 @@ class World {
     dispatch(ranks_[r], by_choice(batch, rows_view(batch.x), route, rows_view(rows)));
     const Team& team = ranks_[r].team;
     if (combines) {
-      combine(ranks_[r], {rows.data(), route.route, nullptr, nullptr, y.data(), batch.num_tokens, options_.columns,
-                          kBlocks});
+      combine(ranks_[r],
+              {rows.data(), route.route, nullptr, nullptr, y.data(), batch.num_tokens, options_.columns, kBlocks});
       for (size_t i = 0; i < y.size(); ++i) {
         if (!std::isnan(number(y[i]))) differ("a result without rows of a peer", r, int64_t(i));
       }
