@@ -1,5 +1,5 @@
-"""The exchange without a GPU, within a node and between nodes: its kernels on the host against a network that delays and
-reorders, and the test network that stands in for one on a GPU, driven as NCCL would."""
+"""The exchange without a GPU, within a node and between nodes: its kernels on the host against a network that delays
+and reorders, and the test network that stands in for one on a GPU, driven as NCCL would."""
 
 from __future__ import annotations
 

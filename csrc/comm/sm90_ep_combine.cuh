@@ -91,7 +91,10 @@ __device__ inline void fail_slot(const Team& team, uint64_t epoch) {
 class Sums {
  public:
   __device__ Sums(const Team& team, const SumArgs& args, uint64_t epoch)
-      : team_(team), args_(args), epoch_(epoch), parts_(ceil_div(team.shape.num_columns, kPartColumns)),
+      : team_(team),
+        args_(args),
+        epoch_(epoch),
+        parts_(ceil_div(team.shape.num_columns, kPartColumns)),
         item_(warp_in_grid()) {}
 
   __device__ __forceinline__ int step() const {
