@@ -66,9 +66,13 @@ SumArgs sum_args(const EpCombineParams& params) {
   return {params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
 }
 
-void combine_in_node(const Team& team, const EpCombineParams& params, cudaStream_t stream) {
+const char* combine_in_node(const Team& team, const EpCombineParams& params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(CopierStorage);
   const CombineArgs args{params.route, static_cast<const char*>(params.rows), sum_args(params)};
-  ep_combine_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
+  const auto kernel = ep_combine_kernel;
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<params.num_sms, kThreads, kSharedBytes, stream>>>(team, args);
+  return nullptr;
 }
 
 void combine_between_nodes(const NodesTeam& team, const Rails& rails, const EpCombineParams& params,
@@ -101,8 +105,8 @@ const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (const Rails* rails = rails_of(*comm)) {
     combine_between_nodes(team_of(*comm), *rails, params, cuda_stream);
-  } else {
-    combine_in_node(team_of(*comm), params, cuda_stream);
+  } else if (const char* error = combine_in_node(team_of(*comm), params, cuda_stream)) {
+    return error;
   }
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;

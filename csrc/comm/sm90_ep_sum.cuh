@@ -36,9 +36,9 @@ __device__ __forceinline__ uint4 round_sum(const float (&sum)[8]) {
   return rounded;
 }
 
-// Part of a token, from slots [T * K][D]: all loads of four slots are under way at once.
+// Part of a token, from slots [T * K][D]: all loads of eight slots are under way at once.
 __device__ inline void sum_part(const Team& team, const SumArgs& args, const uint4* slots, int token, int part) {
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 8;
   const int num_vectors = team.shape.num_columns / 8, top_k = team.shape.top_k;
   const int start = part * 32 * kPartVectors + threadIdx.x % 32;
   const uint4* slot = slots + int64_t(token) * top_k * num_vectors + start;

@@ -18,21 +18,6 @@ __device__ __forceinline__ void store_release_system(uint64_t* pointer, uint64_t
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
-// ld.relaxed.sys
-__device__ __forceinline__ uint64_t load_relaxed_system(const uint64_t* pointer) {
-  uint64_t value;
-  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
-  return value;
-}
-
-// st.relaxed.sys
-__device__ __forceinline__ void store_relaxed_system(uint64_t* pointer, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
-}
-
-// fence.acq_rel.sys
-__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
-
 // %globaltimer
 __device__ __forceinline__ uint64_t clock_ns() {
   uint64_t now;

@@ -18,17 +18,6 @@ inline void store_release_system(uint64_t* pointer, uint64_t value) {
   std::atomic_ref<uint64_t>(*pointer).store(value, std::memory_order_release);
 }
 
-inline uint64_t load_relaxed_system(const uint64_t* pointer) {
-  host::step();
-  return std::atomic_ref<uint64_t>(*const_cast<uint64_t*>(pointer)).load(std::memory_order_relaxed);
-}
-
-inline void store_relaxed_system(uint64_t* pointer, uint64_t value) {
-  std::atomic_ref<uint64_t>(*pointer).store(value, std::memory_order_relaxed);
-}
-
-inline void fence_system() { std::atomic_thread_fence(std::memory_order_acq_rel); }
-
 inline uint64_t clock_ns() { return uint64_t(std::chrono::steady_clock::now().time_since_epoch().count()); }
 
 }  // namespace dsv3rt
