@@ -31,10 +31,10 @@ __device__ inline void start_copiers(CopierStorage& storage) {
   fence_barrier_init();
 }
 
-// By the copy warps of all blocks, which take items in turns: the pieces that `find` gives for them. Calls `written`
-// for each, by the lane that carried it, when it is where it goes.
-template <typename Find, typename Written>
-__device__ __forceinline__ void carry(CopierStorage& storage, int num_items, Find find, Written written) {
+// By the copy warps of all blocks, which take items in turns: the pieces that `find` gives for them. `may_go` says when
+// a piece may leave; `written` is told of each, by the lane that carried it, when it is where it goes.
+template <typename Find, typename MayGo, typename Written>
+__device__ __forceinline__ void carry(CopierStorage& storage, int num_items, Find find, MayGo may_go, Written written) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, copier = warp * kCopyLanes + min(lane, kCopyLanes - 1);
   char* stage = storage.stages[copier];
   Barrier& loaded = storage.loaded[copier];
@@ -47,6 +47,8 @@ __device__ __forceinline__ void carry(CopierStorage& storage, int num_items, Fin
   for (int item = first; item < num_items; item += stride) {
     const auto found = next;
     const Piece& piece = found.piece;
+    while (!__all_sync(0xffffffffu, piece.bytes == 0 || may_go(found))) {
+    }
     if (piece.bytes != 0) {
       loaded.arrive_and_expect(piece.bytes);
       bulk_load(stage, piece.source, piece.bytes, loaded, L2Hint::kEvictFirst);

@@ -67,7 +67,7 @@ SumArgs sum_args(const EpCombineParams& params) {
 }
 
 const char* combine_in_node(const Team& team, const EpCombineParams& params, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(CopierStorage);
+  constexpr int kSharedBytes = sizeof(CombineStorage);
   const CombineArgs args{params.route, static_cast<const char*>(params.rows), sum_args(params)};
   const auto kernel = ep_combine_kernel;
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

@@ -16,7 +16,7 @@ namespace dsv3rt {
 // The kernels' `extern __shared__` arrays.
 thread_local uint8_t warp_counts[kWarps * kMaxEpExperts];
 thread_local int shared[6 * kMaxEpExperts];
-alignas(128) thread_local char stages[sizeof(CopierStorage)];
+alignas(128) thread_local char stages[sizeof(CombineStorage)];
 
 namespace {
 

@@ -197,6 +197,10 @@ inline float __shfl_xor_sync(unsigned, float value, int distance) {
   return value;
 }
 
+inline int __shfl_sync(unsigned, int value, int lane) {
+  return int(uint32_t(host::block->exchange(uint32_t(value))[lane]));
+}
+
 inline int __shfl_up_sync(unsigned, int value, int distance) {
   const uint64_t* values = host::block->exchange(uint32_t(value));
   const int lane = host::block->current() % 32;
