@@ -32,7 +32,8 @@ __device__ inline void start_copiers(CopierStorage& storage) {
 }
 
 // By the copy warps of all blocks, which take items in turns: the pieces that `find` gives for them. `may_go` says when
-// a piece may leave; `written` is told of each, by the lane that carried it, when it is where it goes.
+// a piece may leave, and those that come next in its warp with it, which so never hold it up; `written` is told of
+// each, by the lane that carried it, when it is where it goes.
 template <typename Find, typename MayGo, typename Written>
 __device__ __forceinline__ void carry(CopierStorage& storage, int num_items, Find find, MayGo may_go, Written written) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, copier = warp * kCopyLanes + min(lane, kCopyLanes - 1);
@@ -47,7 +48,8 @@ __device__ __forceinline__ void carry(CopierStorage& storage, int num_items, Fin
   for (int item = first; item < num_items; item += stride) {
     const auto found = next;
     const Piece& piece = found.piece;
-    while (!__all_sync(0xffffffffu, piece.bytes == 0 || may_go(found))) {
+    while (__ballot_sync(0xffffffffu, piece.bytes != 0) != 0 &&
+           __ballot_sync(0xffffffffu, piece.bytes != 0 && may_go(found)) == 0) {
     }
     if (piece.bytes != 0) {
       loaded.arrive_and_expect(piece.bytes);

@@ -175,7 +175,7 @@ class World {
         std::vector<int> all(options_.experts);
         for (int e = 0; e < options_.experts; ++e) all[e] = e;
         std::shuffle(all.begin(), all.end(), random);
-        const bool skewed = round % 3 == 2;  // all to the experts of one rank first
+        const bool skewed = round % 3 == 2 && random() % 256 != 0;  // nearly all to the experts of one rank first
         if (skewed)
           std::stable_partition(all.begin(), all.end(),
                                 [&](int e) { return rank_of(e) == round % int(ranks_.size()); });
