@@ -52,16 +52,6 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, uint
       : "memory");
 }
 
-// The same with a hint to the L2.
-__device__ __forceinline__ void bulk_load(void* target, const void* source, uint32_t bytes, Barrier& barrier,
-                                          L2Hint hint) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-          "r"(smem_address(target)),
-      "l"(source), "r"(bytes), "r"(smem_address(&barrier)), "l"(static_cast<uint64_t>(hint))
-      : "memory");
-}
-
 // cp.async.bulk, shared -> global, likewise
 __device__ __forceinline__ void bulk_store(void* target, const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(smem_address(source)),
