@@ -99,9 +99,9 @@ class Bench:
 class Chain:
     """The same exchange by torch: sort, all-to-all, sort, and the way back. Its sizes are read on the host."""
 
-    def __init__(self, bench: Bench, group: dist.ProcessGroup) -> None:
+    def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.group = group
+        self.group = dist.new_group(backend="nccl")
         self.num_local = bench.args.experts // bench.size
 
     def dispatch(self) -> tuple[Tensor, tuple[Any, ...]]:
@@ -140,14 +140,7 @@ def shape_of(bench: Bench, link: str) -> str:
     return f"{ranks}, {args.tokens}x{args.columns}, top {args.top_k} of {args.experts}, {args.num_sms} SMs a rank"
 
 
-def of_a_rank(bench: Bench, row_bytes: int, seconds: float) -> dict[str, Any]:
-    """Rows that a rank takes part with, each counted once, those that stay with it too."""
-    rows = bench.args.tokens * bench.args.top_k
-    gbps = rows * row_bytes / seconds / 1e9
-    return {"rank_gbps": round(gbps, 3), "us": round(seconds * 1e6, 1), "num_sms": bench.args.num_sms}
-
-
-def measure(bench: Bench, link: str, nccl: dist.ProcessGroup) -> list[tuple[dict[str, Any], float]]:
+def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
     args, shape = bench.args, shape_of(bench, link)
     choices = bench.size * args.tokens * args.top_k
     quantised = ops.quantize_1x128(bench.x_TD)
@@ -158,7 +151,8 @@ def measure(bench: Bench, link: str, nccl: dist.ProcessGroup) -> list[tuple[dict
         seconds, moved = bench.seconds(run), 2.0 * choices * row_bytes  # each choice's row is read and written
         peer = Peer("copy", lambda: None, work=copy * 1e9 * seconds)
         line = figures(Case(op, shape, "gbps", moved), seconds, peer, seconds)
-        line |= of_a_rank(bench, row_bytes, seconds)
+        row_gbps = moved / 2 / bench.size / seconds / 1e9
+        line |= {"rank_gbps": round(row_gbps, 3), "us": round(seconds * 1e6, 1), "num_sms": args.num_sms}
         bench.say(json.dumps(line))
         return line, seconds
 
@@ -168,7 +162,7 @@ def measure(bench: Bench, link: str, nccl: dist.ProcessGroup) -> list[tuple[dict
         against_copy("ep_combine", 2 * args.columns,
                      lambda: ops.ep_combine(rows_PD, route, bench.group, weight_TK=bench.weight_TK)),
     ]  # fmt: skip
-    chain = Chain(bench, nccl)
+    chain = Chain(bench)
 
     def ours() -> Tensor:
         rows, way = bench.dispatch(bench.x_TD)
@@ -182,10 +176,9 @@ def measure(bench: Bench, link: str, nccl: dist.ProcessGroup) -> list[tuple[dict
     return [*lines, ({**line, "num_sms": args.num_sms}, ours_s)]
 
 
-def measure_latency(bench: Bench, link: str, nccl: dist.ProcessGroup) -> list[tuple[dict[str, Any], float]]:
-    """The form for decoding, its halves one after the other, as CUDA graphs; beside the chain in BF16, which no graph
-    can hold."""
-    shape, columns = shape_of(bench, link), bench.args.columns
+def measure_latency(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
+    """The form for decoding, its halves one after the other, as CUDA graphs; beside the chain, which none can hold."""
+    shape = shape_of(bench, link)
 
     def dispatch() -> tuple[QuantTensor, ops.EpRoute]:
         return ops.ep_receive(ops.ep_send(bench.x_TD, bench.routing, bench.group))
@@ -197,18 +190,17 @@ def measure_latency(bench: Bench, link: str, nccl: dist.ProcessGroup) -> list[tu
         return ops.ep_collect(ops.ep_send_back(rows, route, bench.group), weight_TK=bench.weight_TK)
 
     combine()
-    chain = Chain(bench, nccl)
+    chain = Chain(bench)
     sent, way = chain.dispatch()
     lines = []
-    for op, row_bytes, ours, theirs in (
-        ("ep_send + ep_receive", columns + columns // 32, dispatch, chain.dispatch),
-        ("ep_send_back + ep_collect", 2 * columns, combine, lambda: chain.combine(sent, way)),
+    for op, ours, theirs in (
+        ("ep_send + ep_receive", dispatch, chain.dispatch),
+        ("ep_send_back + ep_collect", combine, lambda: chain.combine(sent, way)),
     ):
-        ours_s, theirs_s = bench.seconds(captured(ours)[0].replay), bench.seconds(theirs)
+        theirs_s, ours_s = bench.seconds(theirs), bench.seconds(captured(ours)[0].replay)
         line = figures(Case(op, shape, "us"), ours_s, Peer("all_to_all_single", lambda: None), theirs_s)
-        line |= of_a_rank(bench, row_bytes, ours_s)
         bench.say(json.dumps(line))
-        lines.append((line, ours_s))
+        lines.append(({**line, "num_sms": bench.args.num_sms}, ours_s))
     return lines
 
 
@@ -224,10 +216,9 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     bench = Bench(args)
     link = "one GPU" if torch.cuda.device_count() < bench.size else "a GPU each"
-    nccl = dist.new_group(backend="nccl")
-    lines = measure(bench, link, nccl)
+    lines = measure(bench, link)
     latency = Bench(argparse.Namespace(**{**vars(args), "tokens": args.latency_tokens}), low_latency=True)
-    lines += measure_latency(latency, link, nccl)
+    lines += measure_latency(latency, link)
     for one in (bench, latency):
         assert one.group.kernels is not None
         one.group.kernels.check()
@@ -246,8 +237,7 @@ def main() -> None:
         out.write_text(json.dumps(result, indent=4) + "\n")
         bench.say(f"{time.time() - began:.0f} s, written to {out}")
     dist.barrier()
-    for one in (bench, latency):
-        one.group.destroy()
+    bench.group.destroy()
     os._exit(0)  # taking down NCCL of several ranks on one GPU is not what is measured
 
 

@@ -3,7 +3,6 @@
 #include "comm/sm90_ep_dispatch.cuh"
 #include "comm/sm90_ep_latency.cuh"
 #include "comm/sm90_ep_nodes.cuh"
-#include "comm/sm90_ep_nodes_combine.cuh"
 #include "comm/transport.h"
 #include "common/launch.h"
 
@@ -30,8 +29,9 @@ void stage(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t str
 template <typename AnyTeam>
 void place_and_pull(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t stream) {
   if (params.finds_route) {
-    const int shared_bytes = place_shared_ints(team.shape) * int(sizeof(int));
-    ep_place_kernel<<<params.num_sms, kThreads, shared_bytes, stream>>>(team, PlaceArgs{params.route});
+    const int experts = team.shape.num_experts, places = experts + 2 * (experts / team.shape.num_ranks) + 1;
+    const PlaceArgs place{params.route};
+    ep_place_kernel<<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, place);
   }
   if (params.outputs == nullptr) {
     ep_pull_kernel<false><<<params.num_sms, kThreads, 0, stream>>>(team, pull_args(params));
@@ -62,25 +62,23 @@ void dispatch_between_nodes(const NodesTeam& team, const Rails& rails, const EpD
                                                           params.num_tokens * team.shape.top_k);
 }
 
-SumArgs sum_args(const EpCombineParams& params) {
-  return {params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+template <typename AnyTeam>
+void push(const AnyTeam& team, const EpCombineParams& params, cudaStream_t stream) {
+  const PushArgs args{params.route, static_cast<const char*>(params.rows)};
+  ep_push_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
 }
 
-const char* combine_in_node(const Team& team, const EpCombineParams& params, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(CombineStorage);
-  const CombineArgs args{params.route, static_cast<const char*>(params.rows), sum_args(params)};
-  const auto kernel = ep_combine_kernel;
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<params.num_sms, kThreads, kSharedBytes, stream>>>(team, args);
-  return nullptr;
+template <typename AnyTeam>
+void reduce(const AnyTeam& team, const EpCombineParams& params, cudaStream_t stream) {
+  const ReduceArgs args{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+  ep_reduce_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
 }
 
 void combine_between_nodes(const NodesTeam& team, const Rails& rails, const EpCombineParams& params,
                            cudaStream_t stream) {
-  const PushArgs args{params.route, static_cast<const char*>(params.rows)};
-  ep_push_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
+  push(team, params, stream);
   put_slots(rails, team, params.rail_words, params.num_sms, stream);
-  ep_reduce_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, sum_args(params));
+  reduce(team, params, stream);
   release_slots(rails, team, stream);
 }
 
@@ -105,8 +103,10 @@ const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (const Rails* rails = rails_of(*comm)) {
     combine_between_nodes(team_of(*comm), *rails, params, cuda_stream);
-  } else if (const char* error = combine_in_node(team_of(*comm), params, cuda_stream)) {
-    return error;
+  } else {
+    const Team& team = team_of(*comm);
+    push(team, params, cuda_stream);
+    reduce(team, params, cuda_stream);
   }
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
@@ -140,7 +140,7 @@ const char* ep_send_back(EpComm* comm, const EpSendBackParams& params, void* str
 }
 
 const char* ep_collect(EpComm* comm, const EpCollectParams& params, void* stream) {
-  const SumArgs args{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+  const ReduceArgs args{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
   return launch(ep_collect_kernel, comm, args, params.num_sms, stream);
 }
 

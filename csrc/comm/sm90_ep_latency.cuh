@@ -6,7 +6,7 @@
 // sums them. All of it lies twice in the windows: a rank may send again before its peers have received, twice at most.
 #pragma once
 
-#include "comm/sm90_ep_sum.cuh"
+#include "comm/sm90_ep_combine.cuh"
 #include "common/fp8_cast.cuh"
 
 namespace dsv3rt {
@@ -212,16 +212,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    ep_collect_kernel(const __grid_constant__ Team team, const __grid_constant__ SumArgs args) {
+    ep_collect_kernel(const __grid_constant__ Team team, const __grid_constant__ ReduceArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kCollect);
   const bool fine = await_peers(team, EpPhase::kSendBack, epoch);
   const auto* slots = reinterpret_cast<const uint4*>(returned_slots(team, team.self, epoch));
-  const int parts = ceil_div(team.shape.num_columns, kPartColumns);
+  const int num_vectors = team.shape.num_columns / 8, parts = ceil_div(num_vectors, 32);
   for (int i = warp_in_grid(); i < args.num_tokens * parts; i += warps_in_grid()) {
+    const int token = i / parts, column = i % parts * 32 + threadIdx.x % 32;
+    if (column >= num_vectors) continue;
     if (fine) {
-      sum_part(team, args, slots, i / parts, i % parts);
+      reduce_column(team, args, slots, token, column);
     } else {
-      spoil_part(team, args, i / parts, i % parts);
+      reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
   }
   if (is_last_block(team, EpPhase::kCollect)) tell_peers(team, EpPhase::kCollect, epoch);

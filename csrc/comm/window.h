@@ -7,18 +7,8 @@
 namespace dsv3rt {
 
 // A rank tells all ranks that it has finished a phase by storing the phase's epoch, which only grows.
-constexpr int kNumPhases = 9;
+constexpr int kNumPhases = 8;
 constexpr int kChunk = 512;  // choices whose places are counted together
-
-// Rows travel in pieces. One has at most so many bytes, and all of a row's but the last have equally many.
-constexpr int kMaxPieceBytes = 7168;
-constexpr int kPieceUnit = 1024;
-static_assert(kMaxPieceBytes % kPieceUnit == 0);
-
-DSV3RT_HOST_DEVICE inline int num_pieces(int row_bytes) { return ceil_div(row_bytes, kMaxPieceBytes); }
-DSV3RT_HOST_DEVICE inline int piece_bytes(int row_bytes) {
-  return round_up(ceil_div(row_bytes, num_pieces(row_bytes)), kPieceUnit);
-}
 
 // A rank's own; peers leave it alone.
 struct LocalState {
@@ -42,7 +32,6 @@ struct WindowLayout {
   int64_t weight_grad;  // f32 [T * K], written by the ranks that hold the experts
   int64_t tokens;  // [T] rows, each followed by its scales
   int64_t slots;  // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
-  int64_t arrived;  // u64 [T][pieces][K]: the epoch of the last piece of a slot, within a node
   // Of the low-latency form, each twice: for epochs of even and of odd number.
   int64_t arrived_choice;  // u32 [2][R][T * K, padded]: all choices of every rank
   int64_t arrived_tokens;  // [2][R][T] rows in FP8, each followed by its scales
@@ -129,7 +118,6 @@ inline WindowLayout layout_of(const EpShape& shape) {
   at.weight_grad = areas.take(choices * 4);
   at.tokens = areas.take(int64_t(shape.max_tokens) * shape.num_columns * 2);
   at.slots = areas.take(choices * shape.num_columns * 2);
-  at.arrived = areas.take(choices * num_pieces(shape.num_columns * 2) * 8);
   if (shape.low_latency) {
     const int64_t ranks = shape.num_ranks;
     at.arrived_choice = areas.take(2 * ranks * padded_choices(shape) * 4);

@@ -52,13 +52,6 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, uint
       : "memory");
 }
 
-// cp.async.bulk, shared -> global, likewise
-__device__ __forceinline__ void bulk_store(void* target, const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target), "r"(smem_address(source)),
-               "r"(bytes)
-               : "memory");
-}
-
 // As tma_load_2d, into every CTA of the cluster named in `cta_mask`, at the same offset, counted on each one's barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtensorMap& map, Barrier& barrier, int x,
                                                       int y, uint16_t cta_mask, L2Hint hint = L2Hint::kNormal) {

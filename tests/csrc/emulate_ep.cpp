@@ -1,22 +1,18 @@
 // emulate_ep nodes node_size experts max_tokens top_k columns rounds delay_us seed: the kernels of the exchange between
 // ranks of one node or of several, all in this process on the host, against sums over everybody's tokens. Prints what
 // was put between nodes; exits with 1 at the first difference.
-#include <climits>
-
 #include "cuda_on_host.h"
 // (before the kernels: their language)
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
 #include "comm/sm90_ep_nodes.cuh"
-#include "comm/sm90_ep_nodes_combine.cuh"
 #include "comm/sm90_ep_rails.cuh"
 
 namespace dsv3rt {
 
 // The kernels' `extern __shared__` arrays.
 thread_local uint8_t warp_counts[kWarps * kMaxEpExperts];
-thread_local int shared[6 * kMaxEpExperts];
-alignas(128) thread_local char stages[sizeof(CombineStorage)];
+thread_local int shared[4 * kMaxEpExperts];
 
 namespace {
 
@@ -125,22 +121,6 @@ class World {
     }
   }
 
-  // The last rank dispatches, but does not combine; or it says that it will, and pushes nothing.
-  void run_without_rows_of_last(bool announced) {
-    std::mt19937 random(unsigned(options_.seed));
-    draw(random, 0);
-    const int last = int(ranks_.size()) - 1;
-    for (Rank& rank : ranks_) rank.team.timeout_ns = 4'000'000'000;
-    for_all([&](int r) { combine_alone(r, r != last, announced); });
-    const EpPhase phase = announced ? EpPhase::kPush : EpPhase::kAnnounce;
-    for (int r = 0; r < last; ++r) {
-      const EpError& error = ranks_[r].error;
-      if (!error.is_complete || error.fault != EpFault::kTimeout || error.peer != last || error.phase != phase) {
-        differ("the record of a peer without rows", r, error.peer);
-      }
-    }
-  }
-
  private:
   // Runs `work` while what is put is delivered.
   template <typename Work>
@@ -175,7 +155,7 @@ class World {
         std::vector<int> all(options_.experts);
         for (int e = 0; e < options_.experts; ++e) all[e] = e;
         std::shuffle(all.begin(), all.end(), random);
-        const bool skewed = round % 3 == 2 && random() % 256 != 0;  // nearly all to the experts of one rank first
+        const bool skewed = round % 3 == 2;  // all to the experts of one rank first
         if (skewed)
           std::stable_partition(all.begin(), all.end(),
                                 [&](int e) { return rank_of(e) == round % int(ranks_.size()); });
@@ -216,7 +196,7 @@ class World {
 
   // A route's arrays.
   struct Route {
-    std::vector<int> counts, offsets, origin, order, rows_needed;
+    std::vector<int> counts, offsets, origin, rows_needed;
     std::vector<uint32_t> rails;
     EpRoute route{};
   };
@@ -225,16 +205,10 @@ class World {
     route.counts.assign(num_local(), -1);
     route.offsets.assign(num_local() + 1, -1);
     route.origin.assign(capacity, -7);
-    route.order.assign(capacity, -7);
     route.rows_needed.assign(1, 0);
     route.rails.assign(size_t(2) * team.nodes.count * rail_words(team.shape), 0xdeadbeef);
-    route.route = {route.counts.data(),
-                   route.offsets.data(),
-                   route.origin.data(),
-                   route.order.data(),
-                   route.rows_needed.data(),
-                   capacity,
-                   kBlock};
+    route.route = {
+        route.counts.data(), route.offsets.data(), route.origin.data(), route.rows_needed.data(), capacity, kBlock};
   }
 
   // As launch.cu does it.
@@ -273,21 +247,17 @@ class World {
     });
   }
 
-  static SumArgs sum_args(const EpCombineParams& params) {
-    return {params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
-  }
-
-  static void combine_in_node(const Team& team, const EpCombineParams& params) {
-    const CombineArgs args{params.route, static_cast<const char*>(params.rows), sum_args(params)};
-    host::launch(kBlocks, kThreads, [=, &team] { ep_combine_kernel(team, args); });
-  }
-
-  static void combine_between_nodes(const NodesTeam& team, const Rails& rails, const EpCombineParams& params) {
+  template <typename AnyTeam>
+  static void combine_by(const AnyTeam& team, const Rails& rails, const EpCombineParams& params) {
+    constexpr bool kNodes = std::is_same_v<AnyTeam, NodesTeam>;
     const PushArgs push{params.route, static_cast<const char*>(params.rows)};
+    const ReduceArgs reduce{params.weight, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
     host::launch(kBlocks, kThreads, [=, &team] { ep_push_kernel(team, push); });
-    host::launch(kBlocks, kRailThreads, [=, &team, &rails] { ep_put_slots_kernel(team, rails, params.rail_words); });
-    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel(team, sum_args(params)); });
-    host::launch(1, kRailThreads, [&team, &rails] { ep_release_slots_kernel(team, rails); });
+    if constexpr (kNodes) {
+      host::launch(kBlocks, kRailThreads, [=, &team, &rails] { ep_put_slots_kernel(team, rails, params.rail_words); });
+    }
+    host::launch(kBlocks, kThreads, [=, &team] { ep_reduce_kernel(team, reduce); });
+    if constexpr (kNodes) host::launch(1, kRailThreads, [&team, &rails] { ep_release_slots_kernel(team, rails); });
   }
 
   void dispatch(const Rank& rank, const EpDispatchParams& params) const {
@@ -296,11 +266,8 @@ class World {
   }
 
   void combine(const Rank& rank, const EpCombineParams& params) const {
-    if (options_.num_nodes > 1) {
-      combine_between_nodes(rank.team, rank.rails, params);
-    } else {
-      combine_in_node(rank.team, params);
-    }
+    const Team& team = rank.team;
+    options_.num_nodes > 1 ? combine_by(rank.team, rank.rails, params) : combine_by(team, rank.rails, params);
   }
 
   EpRows rows_view(std::vector<__nv_bfloat16>& data) const {
@@ -334,7 +301,6 @@ class World {
     EpDispatchParams params = by_choice(batch, rows_view(batch.x), route, rows_view(rows));
     dispatch(rank, params);
     if (route.counts != counts) differ("the counts", r, 0);
-    check_order(r, route, want);
     for (size_t i = 0; i < want.size(); ++i) {
       const Row& row = want[i];
       for (int c = 0; c < columns; ++c) {
@@ -380,24 +346,6 @@ class World {
     combine(rank,
             {drows.data(), route.route, route.rails.data(), nullptr, dx.data(), batch.num_tokens, columns, kBlocks});
     check_sums(r, dx, true);
-  }
-
-  // Every row once, padding last, and tokens not far from the order of their numbers.
-  void check_order(int r, const Route& route, const std::vector<Row>& want) const {
-    const int num_rows = int(want.size());
-    std::vector<int> seen(route.order.begin(), route.order.begin() + num_rows);
-    std::sort(seen.begin(), seen.end());
-    for (int i = 0; i < num_rows; ++i) {
-      if (seen[i] != i) differ("the rows of the order", r, i);
-    }
-    int last = 0;  // the greatest number of a group of 32 choices so far
-    for (int i = 0; i < num_rows; ++i) {
-      const Row& row = want[route.order[i]];
-      const int group = row.rank < 0 ? INT_MAX : (row.token * options_.top_k + row.k) / 32;
-      const bool in_octet = int(ranks_.size()) <= kTurns;  // more ranks come in several turns of a chunk each
-      if (in_octet && group < last) differ("the order", r, i);
-      last = std::max(last, group);
-    }
   }
 
   void exchange_fp8(int r, const std::vector<Row>& want) {
@@ -469,32 +417,6 @@ class World {
     if (route.offsets.back() != 0) differ("the layout without a peer", r, route.offsets.back());
   }
 
-  void combine_alone(int r, bool combines, bool announces) {
-    Batch& batch = batches_[r];
-    batch.num_tokens = options_.max_tokens;  // each with an expert of the last rank
-    batch.choice.assign(size_t(options_.max_tokens) * options_.top_k, 0);
-    for (size_t i = 0; i < batch.choice.size(); ++i) {
-      batch.choice[i] = (options_.experts - 1 + int64_t(i) % options_.top_k * num_local()) % options_.experts;
-    }
-    batch.x.resize(size_t(options_.max_tokens) * options_.columns);
-    const int capacity =
-        round_up(options_.max_tokens * options_.top_k * int(ranks_.size()), kBlock) + kBlock * num_local();
-    Route route;
-    make(route, ranks_[r].team, capacity);
-    std::vector<__nv_bfloat16> rows(size_t(capacity) * options_.columns), y(batch.x.size());
-    dispatch(ranks_[r], by_choice(batch, rows_view(batch.x), route, rows_view(rows)));
-    const Team& team = ranks_[r].team;
-    if (combines) {
-      combine(ranks_[r],
-              {rows.data(), route.route, nullptr, nullptr, y.data(), batch.num_tokens, options_.columns, kBlocks});
-      for (size_t i = 0; i < y.size(); ++i) {
-        if (!std::isnan(number(y[i]))) differ("a result without rows of a peer", r, int64_t(i));
-      }
-    } else if (announces) {
-      for (Rank& peer : ranks_) store_release_system(signal_of(team, peer.team.self, EpPhase::kAnnounce, r), 1);
-    }
-  }
-
   // No room at rank 0: all hear of it and give no result.
   void overflow(int r) {
     Batch& batch = batches_[r];
@@ -533,9 +455,5 @@ int main(int argc, char** argv) {
                                 values[5], values[6], values[7], values[8]};
   dsv3rt::World(options).run();
   dsv3rt::World(options).run_without_last();
-  if (options.num_nodes == 1) {
-    dsv3rt::World(options).run_without_rows_of_last(false);
-    dsv3rt::World(options).run_without_rows_of_last(true);
-  }
   return 0;
 }

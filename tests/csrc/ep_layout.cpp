@@ -27,7 +27,6 @@ int main(int argc, char** argv) {
   area("local", at.local, sizeof(LocalState));
   area("staged", at.num_tokens, rails.inbox_bytes);
   area("slots", at.slots, choices * shape.num_columns * 2);
-  area("arrived", at.arrived, choices * num_pieces(shape.num_columns * 2) * 8);
   if (others > 0) {
     area("inbox", rails.inbox, others * rails.inbox_bytes);
     area("outbox", rails.outbox, others * rails.outbox_bytes);

@@ -209,7 +209,6 @@ def check_rounds(ranks: Ranks, args: argparse.Namespace) -> None:
         Shape(ranks.size, 4 * ranks.size, 48, min(4, 4 * ranks.size), 512),
         Shape(ranks.size, 32 * ranks.size, 700, 8, 256),  # several chunks of choices
         Shape(ranks.size, ranks.size, 33, min(2, ranks.size), 144, block=64),
-        Shape(ranks.size, 2 * ranks.size, 40, 2, 4112),  # rows of two pieces
     ]
     for number, shape in enumerate(shapes):
         group = ranks.group(shape, args.num_sms, args.timeout)

@@ -197,20 +197,9 @@ inline float __shfl_xor_sync(unsigned, float value, int distance) {
   return value;
 }
 
-inline int __shfl_sync(unsigned, int value, int lane) {
-  return int(uint32_t(host::block->exchange(uint32_t(value))[lane]));
-}
-
-inline int __shfl_up_sync(unsigned, int value, int distance) {
-  const uint64_t* values = host::block->exchange(uint32_t(value));
-  const int lane = host::block->current() % 32;
-  return int(uint32_t(values[lane < distance ? lane : lane - distance]));
-}
-
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-template <typename Integer>
-Integer atomicAdd(Integer* target, Integer value) {
-  return std::atomic_ref<Integer>(*target).fetch_add(value);
+inline unsigned atomicAdd(unsigned* target, unsigned value) {
+  return std::atomic_ref<unsigned>(*target).fetch_add(value);
 }
 inline unsigned atomicExch(unsigned* target, unsigned value) {
   return std::atomic_ref<unsigned>(*target).exchange(value);

@@ -14,20 +14,18 @@ from dsv3rt.errors import ExchangeError
 from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.types import TILE, EpLimits, EpRoute, GroupLayout, QuantTensor, empty_row_scales
 
-_PHASES = ("stage", "pull", "push", "reduce", "send", "receive", "send back", "collect", "announce")
+_PHASES = ("stage", "pull", "push", "reduce", "send", "receive", "send back", "collect")
 _FAULTS = ("none", "timeout", "overflow", "peer overflow", "bad expert", "network")
 
 
 @dataclass(frozen=True)
 class KernelRoute(EpRoute):
-    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. order_P: rows as they travel, by the
-    numbers of their tokens. rows_needed: (1,) on the device.
+    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. rows_needed: (1,) on the device.
 
     rails: bits of what goes to other nodes and what comes back from them; empty within one node.
     """
 
     origin_P: Tensor
-    order_P: Tensor
     rows_needed: Tensor
     rails: Tensor
     block: int
@@ -113,8 +111,7 @@ class KernelExchange:
 
         layout = GroupLayout(integers(self._num_local), integers(self._num_local + 1))
         shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
-        origin_P, order_P = integers(capacity), integers(capacity)
-        route = KernelRoute(layout, shape_TK, origin_P, order_P, integers(1), integers(self._rail_words), block)
+        route = KernelRoute(layout, shape_TK, integers(capacity), integers(1), integers(self._rail_words), block)
         return self._pull(x, route, choice=idx_TK.contiguous()), route
 
     def dispatch_weighted(
@@ -183,13 +180,7 @@ class KernelExchange:
     def _route(route: KernelRoute) -> Any:
         layout = route.layout
         return load().EpRoute(
-            layout.counts_X,
-            layout.offsets,
-            route.origin_P,
-            route.order_P,
-            route.rows_needed,
-            route.rails,
-            route.block,
+            layout.counts_X, layout.offsets, route.origin_P, route.rows_needed, route.rails, route.block
         )
 
 
