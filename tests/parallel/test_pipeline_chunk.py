@@ -120,3 +120,23 @@ def test_phases_meet_in_the_papers_pairs() -> None:
         "F attention", "B combine", "B experts", "F dispatch", "F experts", "B dispatch", "B attention", "F combine",
         "F head",
     ]  # fmt: skip
+
+
+class Crossing:
+    """A tensor, as far as `Lanes.share` sees one."""
+
+    def __init__(self) -> None:
+        self.streams: list[str] = []
+
+    def record_stream(self, stream: str) -> None:
+        self.streams.append(stream)
+
+
+@pytest.mark.parametrize("form", [list, iter])
+def test_memory_that_crosses_is_kept_for_both_streams(form: Any) -> None:
+    """Of every tensor, whatever they are handed over in: one that is forgotten is used again while it is read."""
+    lanes = Lanes(torch.device("cpu"))
+    lanes._streams = {False: "computes", True: "communicates"}  # type: ignore[dict-item]
+    tensors = [Crossing(), Crossing()]
+    lanes.share(form(tensors))
+    assert [tensor.streams for tensor in tensors] == [["computes", "communicates"]] * 2

@@ -55,9 +55,6 @@ class Executor:
             stage: Stage(model, layout.stages[stage], stage == 0, stage == last)
             for stage in layout.stages_on(mesh.pp_rank)
         }
-        # On a GPU DualPipe's gradients were wrong where phases ran into each other, unlike DualPipeV's; see
-        # docs/distributed.md.
-        self.overlaps = not (like.is_cuda and layout.parallel.schedule == "dualpipe")
         self._tables: dict[int, Schedule] = {}
         self._rehearsed = mesh.config.pp == 1
         self._groups = _channels(layout, mesh)
@@ -189,7 +186,6 @@ class _Run:
         self._outbox = Outbox()
         losses = torch.zeros(len(batches), 3, dtype=torch.float32, device=batches[0].tokens_BT.device)
         self._tally = Tally(losses)
-        self._overlaps = executor.overlaps
         actions = [part for step in row for part in step.parts]
         self._cut_in_two = {(action.stage, action.micro_batch) for action in actions if action.op == "I"}
         self._inboxes = self._open(actions, ahead)
@@ -197,11 +193,7 @@ class _Run:
     def do(self, step: Step) -> None:
         if isinstance(step, Overlap):
             forward, backward = self._start_forward(step.forward), self._start_backward(step.backward)
-            if self._overlaps:
-                run_into_each_other(forward, backward)
-            else:
-                forward.finish()
-                backward.finish()
+            run_into_each_other(forward, backward)
             self._end_forward(step.forward)
             self._end_backward(step.backward)
         elif step.op == "F":

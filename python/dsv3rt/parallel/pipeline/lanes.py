@@ -25,8 +25,8 @@ class Lanes:
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Keep memory that crosses from one stream to the other from being used again too early."""
-        for stream in self._streams.values():
-            for tensor in tensors:
+        for tensor in tensors:
+            for stream in self._streams.values():
                 tensor.record_stream(stream)
 
 
