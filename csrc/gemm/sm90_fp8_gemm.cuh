@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     prefetch_map(maps.scale_a);
     init_barriers<C>(storage);
   }
+  wait_for_prior_grid();
   if constexpr (C::kGrouping == Grouping::kRows) {
     if (warp == 1) scan_group_blocks<C>(params, storage.block_prefix);
   }
