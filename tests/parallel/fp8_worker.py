@@ -82,6 +82,7 @@ def main() -> None:
     results: dict[str, Any] = {
         name: [steps(parallel, release=release) for release in (True, False)] for name, parallel in LAYOUTS.items()
     }
+    results["one process"] = steps({}, release=True)
     alright = [None] * launch().num_processes
     torch.distributed.all_gather_object(alright, restored())
     results["restored"] = alright
