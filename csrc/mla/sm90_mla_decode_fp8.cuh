@@ -13,6 +13,7 @@
 #include "hopper/mma.cuh"
 #include "hopper/shared.cuh"
 #include "hopper/tma.cuh"
+#include "mla/decode_fp8_loader.cuh"
 #include "mla/decode_fp8_storage.cuh"
 #include "mla/softmax.cuh"
 
@@ -34,42 +35,6 @@ __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_floa
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float largest_of(uint32_t pair) {
   return fmaxf(fabsf(low_bf16(pair)), fabsf(high_bf16(pair)));
-}
-
-// ---- Loading
-
-__device__ __forceinline__ void producer_load_fp8_pieces(DecodeFp8Storage& storage, const MlaDecodeParams& params) {
-  PieceCursor cursor(params, blockIdx.y);
-  TwoStage slot;
-  RingPosition<kFp8Stages> ring;
-  while (true) {
-    const Piece piece = cursor.next();
-    const int num_pages = piece.end_page - piece.first_page;
-    if (threadIdx.x % 32 == 0) {
-      storage.piece_empty[slot.stage()].wait(slot.empty_parity());
-      storage.piece[slot.stage()] = piece;
-      storage.piece_full[slot.stage()].arrive();
-      const int32_t* pages = params.block_table + piece.request * params.block_table_stride + piece.first_page;
-      int upcoming = num_pages > 0 ? *pages : 0;
-#pragma unroll 1
-      for (int left = num_pages; left > 0; --left) {
-        const auto* source = static_cast<const uint8_t*>(params.cache) + int64_t(upcoming) * kFp8PageBytes;
-        if (left > 1) upcoming = *++pages;
-#pragma unroll
-        for (int half = 0; half < kFp8Halves; ++half) {
-          Barrier& full = storage.page_full[ring.stage][half];
-          storage.page_empty[ring.stage][half].wait(ring.parity ^ 1);
-          full.arrive_and_expect(kFp8HalfBytes);
-          bulk_load(storage.page[ring.stage] + half * kFp8HalfBytes, source + half * kFp8HalfBytes, kFp8HalfBytes, full,
-                    L2Hint::kEvictFirst);
-        }
-        ring.advance();
-      }
-    }
-    __syncwarp();
-    if (num_pages == 0) return;
-    ++slot.count;
-  }
 }
 
 // ---- What a warp that multiplies knows throughout. Its lanes hold rows `row` and `row + 8`.
