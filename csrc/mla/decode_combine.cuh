@@ -1,6 +1,7 @@
 // Joins the partial results of requests that several blocks attended to. One warp has half the columns of a row.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "hopper/fragment.cuh"
 #include "mla/decode_pieces.cuh"
 
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   const Rooms rooms = sum_rooms(params, request);
   const PartRange parts =
       parts_of(rooms.before + start_room(params), pages_of(length), share_of(rooms.total, params.grid.parts));
+  wait_for_prior_grid();
   if (request_row >= rows || (length > 0 && parts.first == parts.last)) return;
 
   const int64_t first_part = int64_t(request_row / params.grid.block_rows) * params.grid.parts;

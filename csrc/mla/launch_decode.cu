@@ -11,9 +11,21 @@ const char* encode_rows(CUtensorMap& map, const void* base, int64_t rows) {
                                  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B});
 }
 
-const char* launch_combine(const MlaDecodeParams& params, cudaStream_t stream) {
-  const dim3 grid(ceil_div(params.num_queries * params.num_heads, kCombineRows), params.num_requests);
-  mla_decode_combine_kernel<<<grid, kCombineThreads, 0, stream>>>(params);
+dim3 combine_grid(const MlaDecodeParams& params) {
+  return dim3(ceil_div(params.num_queries * params.num_heads, kCombineRows), params.num_requests);
+}
+
+// Finds its parts while the last blocks of the kernel before, which wrote nothing that this needs, still run.
+const char* combine_behind(const MlaDecodeParams& params, cudaStream_t stream) {
+  DSV3RT_CUDA_CHECK(launch_early(mla_decode_combine_kernel, combine_grid(params), kCombineThreads, 0, stream, params));
+  return nullptr;
+}
+
+bool has_pages(const MlaDecodeParams& params) { return params.num_pages > 0 && params.max_pages > 0; }
+
+// Without pages there is nothing to attend to, and whatever is before in the stream may have written the lengths.
+const char* combine_nothing(const MlaDecodeParams& params, cudaStream_t stream) {
+  mla_decode_combine_kernel<<<combine_grid(params), kCombineThreads, 0, stream>>>(params);
   DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }
@@ -29,22 +41,21 @@ const char* mla_decode(const MlaDecodeParams& params, void* stream) {
   const DeviceGuard guard(params.device);
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (!has_pages(params)) return combine_nothing(params, cuda_stream);
   const int rows = params.num_queries * params.num_heads;
-  if (params.num_pages > 0 && params.max_pages > 0) {
-    DecodeMaps maps{};
-    if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
-    if (const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens)) {
-      return error;
-    }
-    constexpr int kSharedBytes = sizeof(DecodeStorage);
-    static_assert(kSharedBytes <= kMaxSharedBytes);
-    const auto kernel = sm90_mla_decode_kernel;
-    DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    const dim3 grid(params.grid.row_blocks, params.grid.parts);
-    kernel<<<grid, kDecodeThreads, kSharedBytes, cuda_stream>>>(maps, params);
-    DSV3RT_CUDA_CHECK(cudaGetLastError());
+  DecodeMaps maps{};
+  if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
+  if (const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens)) {
+    return error;
   }
-  return launch_combine(params, cuda_stream);
+  constexpr int kSharedBytes = sizeof(DecodeStorage);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  const auto kernel = sm90_mla_decode_kernel;
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  const dim3 grid(params.grid.row_blocks, params.grid.parts);
+  kernel<<<grid, kDecodeThreads, kSharedBytes, cuda_stream>>>(maps, params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return combine_behind(params, cuda_stream);
 }
 
 const char* mla_decode_fp8(const MlaDecodeParams& params, void* stream) {
@@ -52,15 +63,14 @@ const char* mla_decode_fp8(const MlaDecodeParams& params, void* stream) {
   const DeviceGuard guard(params.device);
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (params.num_pages > 0 && params.max_pages > 0) {
-    constexpr int kSharedBytes = sizeof(DecodeFp8Storage);
-    static_assert(kSharedBytes <= kMaxSharedBytes);
-    const auto kernel = sm90_mla_decode_fp8_kernel;
-    DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kFp8Threads, kSharedBytes, cuda_stream>>>(params);
-    DSV3RT_CUDA_CHECK(cudaGetLastError());
-  }
-  return launch_combine(params, cuda_stream);
+  if (!has_pages(params)) return combine_nothing(params, cuda_stream);
+  constexpr int kSharedBytes = sizeof(DecodeFp8Storage);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  const auto kernel = sm90_mla_decode_fp8_kernel;
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kFp8Threads, kSharedBytes, cuda_stream>>>(params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return combine_behind(params, cuda_stream);
 }
 
 }  // namespace dsv3rt

@@ -380,6 +380,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     sm90_mla_decode_kernel(const __grid_constant__ DecodeMaps maps, const __grid_constant__ MlaDecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& storage = *reinterpret_cast<DecodeStorage*>(shared_bytes);
+  let_next_grid_start();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kPageStages; ++stage) {

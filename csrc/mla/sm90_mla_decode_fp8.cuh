@@ -451,6 +451,7 @@ __global__ void __launch_bounds__(kFp8Threads, 1)
     sm90_mla_decode_fp8_kernel(const __grid_constant__ MlaDecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& storage = *reinterpret_cast<DecodeFp8Storage*>(shared_bytes);
+  let_next_grid_start();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kFp8Stages; ++stage) {

@@ -3,6 +3,7 @@
 // and two sums over its scores.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "moe/params.h"
 #include "moe/warp.cuh"
 
@@ -173,6 +174,7 @@ __global__ void __launch_bounds__(kBalanceThreads) balance_kernel(const __grid_c
     if (threadIdx.x < BalanceSums<kPerLane>::kExperts) sums.loads[0][threadIdx.x] = 0;
     __syncthreads();
     add_part(params, Span(params.cu_seqlens, sequence, params.num_tokens), part, sums);
+    wait_for_prior_grid();
     if (!is_last(params.tickets + sequence, params.num_parts)) return;
     finish_sequence(params, sequence, sums);
     if (!is_last(params.tickets + params.num_sequences, params.num_sequences)) return;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/clear.cuh"
 #include "common/launch.h"
 #include "moe/balance.cuh"
 #include "moe/permute.cuh"
@@ -40,7 +41,7 @@ void with_experts_a_lane(int num_experts, Launch launch) {
 }
 
 template <typename Element, int kPerLane>
-void launch_route(const RouteParams& params, cudaStream_t stream) {
+cudaError_t launch_route(const RouteParams& params, cudaStream_t stream) {
   const ChoiceShape choices = choice_shape(params);
   GroupShape groups = group_shape(params);
   constexpr int kFew = std::max(kPerLane / 2, 1);  // experts a lane that may be chosen
@@ -54,7 +55,7 @@ void launch_route(const RouteParams& params, cudaStream_t stream) {
     }
   }
   const unsigned grid = std::min(token_blocks(params.num_tokens), kMaxRouteBlocks);
-  kernel<<<grid, kTokenWarps * 32, 0, stream>>>(params, groups, choices);
+  return launch_early(kernel, grid, kTokenWarps * 32, 0, stream, params, groups, choices);
 }
 
 }  // namespace
@@ -62,13 +63,14 @@ void launch_route(const RouteParams& params, cudaStream_t stream) {
 const char* route(const RouteParams& params, void* stream) {
   if (params.num_tokens > kMaxBlocks) return "logits has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.counts, 0, params.num_experts * sizeof(int64_t), cuda_stream));
+    clear_kernel<<<1, kClearThreads, 0, cuda_stream>>>(params.counts, params.num_experts);
     if (params.num_tokens == 0) return nullptr;
+    cudaError_t status = cudaSuccess;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-      const auto launch =
-          params.logits_bf16 ? launch_route<__nv_bfloat16, per_lane.value> : launch_route<float, per_lane.value>;
-      launch(params, cuda_stream);
+      status = params.logits_bf16 ? launch_route<__nv_bfloat16, per_lane.value>(params, cuda_stream)
+                                  : launch_route<float, per_lane.value>(params, cuda_stream);
     });
+    DSV3RT_CUDA_CHECK(status);
     return nullptr;
   });
 }
@@ -90,15 +92,16 @@ const char* balance_loss(const BalanceParams& params, void* stream) {
   const int64_t blocks = int64_t(params.num_sequences) * params.num_parts;
   if (params.num_tokens > kMaxBlocks || blocks > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const size_t ticket_bytes = (params.num_sequences + 1) * sizeof(int32_t);
-    DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.tickets, 0, ticket_bytes, cuda_stream));
+    clear_kernel<<<1, kClearThreads, 0, cuda_stream>>>(params.tickets, params.num_sequences + 1);
     const unsigned grid = std::max(static_cast<unsigned>(blocks), 1u);  // one at least writes the loss
     cudaError_t status = cudaSuccess;
     with_experts_a_lane(params.num_experts, [&](auto per_lane) {
       const auto kernel = balance_kernel<per_lane.value>;
       constexpr int kSharedBytes = sizeof(BalanceSums<per_lane.value>);
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-      if (status == cudaSuccess) kernel<<<grid, kBalanceThreads, kSharedBytes, cuda_stream>>>(params);
+      if (status == cudaSuccess) {
+        status = launch_early(kernel, grid, kBalanceThreads, kSharedBytes, cuda_stream, params);
+      }
     });
     DSV3RT_CUDA_CHECK(status);
     return nullptr;
@@ -126,7 +129,7 @@ const char* place(const PlaceParams& params, void* stream) {
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
     if (shared.num_blocks > 0) count_choices_kernel<<<shared.num_blocks, kPlaceThreads, 0, cuda_stream>>>(shared);
     const unsigned blocks = std::max(shared.num_blocks, 1);  // one at least, for the offsets
-    assign_rows_kernel<<<blocks, kPlaceThreads, 0, cuda_stream>>>(shared);
+    DSV3RT_CUDA_CHECK(launch_early(assign_rows_kernel, blocks, kPlaceThreads, 0, cuda_stream, shared));
     return nullptr;
   });
 }
@@ -143,7 +146,7 @@ const char* permute(const PermuteParams& params, void* stream) {
       return nullptr;
     }
     prepare_scales_kernel<<<static_cast<unsigned>(prepare_grid), kRowThreads, 0, cuda_stream>>>(params, preparing);
-    permute_kernel<<<grid, kRowThreads, 0, cuda_stream>>>(params, blocks);
+    DSV3RT_CUDA_CHECK(launch_early(permute_kernel, grid, kRowThreads, 0, cuda_stream, params, blocks));
     return nullptr;
   });
 }

@@ -3,6 +3,7 @@
 // written is more than the L2 holds and marked as what leaves it first.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "moe/rows.cuh"
 
 namespace dsv3rt {
@@ -43,6 +44,7 @@ __device__ __forceinline__ void pack_scales(const PermuteParams& params, int64_t
 __global__ void __launch_bounds__(kRowThreads)
     prepare_scales_kernel(const __grid_constant__ PermuteParams params, const __grid_constant__ PrepareBlocks blocks) {
   __shared__ ScaleTile tile;
+  let_next_grid_start();
   int64_t index = blockIdx.x;
   if (index < blocks.tokens) return pack_scales(params, index * kScaleRows, tile);
   index -= blocks.tokens;
@@ -128,6 +130,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (blocks.scales > 0) {
     const int64_t all = blocks.rows + blocks.scales, scales_before = index * blocks.scales / all;
     if ((index + 1) * blocks.scales / all > scales_before) {
+      wait_for_prior_grid();
       return move_scales(params, scales_before * kScaleRows, tile);
     }
     index -= scales_before;

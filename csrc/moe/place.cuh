@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/math.h"
+#include "hopper/barrier.cuh"
 #include "moe/params.h"
 
 namespace dsv3rt {
@@ -19,6 +20,7 @@ __device__ __forceinline__ int expert_of(const PlaceParams& params, int64_t choi
 
 __global__ void __launch_bounds__(kPlaceThreads) count_choices_kernel(const __grid_constant__ PlaceParams params) {
   __shared__ int counts[kMaxExperts];
+  let_next_grid_start();
   if (threadIdx.x < params.num_experts) counts[threadIdx.x] = 0;
   __syncthreads();
   for (int turn = 0; turn < params.turns; ++turn) {
@@ -110,6 +112,7 @@ __global__ void __launch_bounds__(kPlaceThreads) assign_rows_kernel(const __grid
   __shared__ PlaceStorage storage;
   if (threadIdx.x < kMaxExperts) storage.total[threadIdx.x] = storage.first[threadIdx.x] = 0;
   __syncthreads();
+  wait_for_prior_grid();
   add_counts(params, storage);
   __syncthreads();
   add_segments(params, storage);

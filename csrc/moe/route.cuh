@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/fp8_cast.cuh"
+#include "hopper/barrier.cuh"
 #include "moe/params.h"
 #include "moe/warp.cuh"
 
@@ -289,6 +290,7 @@ __global__ void __launch_bounds__(32 * kTokenWarps, kPerLane > 8 ? 2 : 4)
     }
     __syncwarp();
   }
+  wait_for_prior_grid();
   __syncthreads();
 #pragma unroll 1
   for (int e = threadIdx.x; e < params.num_experts; e += 32 * kTokenWarps) {

@@ -29,7 +29,7 @@ const char* launch_both(const NormParams& params, cudaStream_t stream) {
   const unsigned forgetting = ceil_div(params.out.num_rows, int64_t(kForgetThreads));
   forget_roots_kernel<<<forgetting, kForgetThreads, 0, stream>>>(params);
   const dim3 grid(blocks, stages.num_strips + stages.lag);
-  norm_both_kernel<Shape, Weight><<<grid, kTileThreads, 0, stream>>>(params, stages);
+  DSV3RT_CUDA_CHECK(launch_early(norm_both_kernel<Shape, Weight>, grid, kTileThreads, 0, stream, params, stages));
   return nullptr;
 }
 
@@ -73,7 +73,7 @@ const char* launch_norm_backward(const NormBackwardParams& params, cudaStream_t 
     kernel<<<params.num_parts, groups.block_threads(), shared_bytes, stream>>>(params, groups);
   }
   const unsigned blocks = ceil_div(params.num_columns, kPartColumns);
-  add_weight_parts_kernel<<<blocks, kPartGroups * kPartColumnThreads, 0, stream>>>(params);
+  DSV3RT_CUDA_CHECK(launch_early(add_weight_parts_kernel, blocks, kPartGroups * kPartColumnThreads, 0, stream, params));
   return nullptr;
 }
 

@@ -128,6 +128,7 @@ constexpr int kPartColumns = 4 * kPartColumnThreads;
 __global__ void __launch_bounds__(kPartGroups* kPartColumnThreads)
     add_weight_parts_kernel(const __grid_constant__ NormBackwardParams params) {
   __shared__ float4 sums[kPartGroups][kPartColumnThreads];
+  wait_for_prior_grid();
   const int thread = threadIdx.x % kPartColumnThreads, group = threadIdx.x / kPartColumnThreads;
   const int column = blockIdx.x * kPartColumns + thread * 4;
   const bool exists = column < params.num_columns;
@@ -149,6 +150,7 @@ __global__ void __launch_bounds__(kPartGroups* kPartColumnThreads)
 
 template <typename Weight>
 __global__ void __launch_bounds__(1024) norm_backward_kernel(const NormBackwardParams params, const NormGroups groups) {
+  let_next_grid_start();
   extern __shared__ uint4 norm_slots[];
   __shared__ float warp_sums[2][kMaxNormGroups];
   const NormCursor cursor(params, groups, norm_slots);

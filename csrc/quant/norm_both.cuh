@@ -6,6 +6,7 @@
 
 #include <cuda/atomic>
 
+#include "hopper/barrier.cuh"
 #include "quant/norm.cuh"
 
 namespace dsv3rt {
@@ -29,8 +30,9 @@ __device__ __forceinline__ RootBits root_bits(const NormParams& params, int64_t 
 
 constexpr int kForgetThreads = 256;
 
-// Before `norm_both_kernel`.
+// Before `norm_both_kernel`, which starts beside it.
 __global__ void __launch_bounds__(kForgetThreads) forget_roots_kernel(const __grid_constant__ NormParams params) {
+  let_next_grid_start();
   const int64_t row = int64_t(blockIdx.x) * kForgetThreads + threadIdx.x;
   if (row < params.out.num_rows) params.rstd[row] = __uint_as_float(kUnknownRoot);
 }
@@ -60,6 +62,7 @@ __device__ __forceinline__ void find_roots(const NormParams& params, int64_t fir
     const float sum = sum_over_warp(sum_of_squares(parts[i]));
     if (threadIdx.x % 32 == 0) warp_sums[i][threadIdx.x / 32] = sum;
   }
+  wait_for_prior_grid();
   __syncthreads();
   if (parts[0].thread() > 0) return;
 #pragma unroll
@@ -112,7 +115,16 @@ class NormTile {
 
   // Every thread of the block calls it.
   __device__ __forceinline__ void wait_for_roots(NormTileStorage& storage) const {
-    if (threadIdx.x < kTile) storage.rstd[threadIdx.x] = threadIdx.x < place_.rows.read ? wait_for_root() : 0.0f;
+    wait_for_prior_grid();
+    if (threadIdx.x < place_.rows.read) {
+      const RootBits root = root_bits(params_, place_.first_row + threadIdx.x);
+      uint32_t bits = root.load(cuda::memory_order_acquire);
+      while (bits == kUnknownRoot) {
+        __nanosleep(64);
+        bits = root.load(cuda::memory_order_acquire);
+      }
+      storage.rstd[threadIdx.x] = __uint_as_float(bits);
+    }
     __syncthreads();
   }
 
@@ -139,15 +151,6 @@ class NormTile {
   }
 
  private:
-  __device__ __forceinline__ float wait_for_root() const {
-    const RootBits root = root_bits(params_, place_.first_row + threadIdx.x);
-    uint32_t bits = root.load(cuda::memory_order_acquire);
-    while (bits == kUnknownRoot) {
-      __nanosleep(64);
-      bits = root.load(cuda::memory_order_acquire);
-    }
-    return __uint_as_float(bits);
-  }
   __device__ __forceinline__ int64_t row() const { return place_.first_row + row_in_tile(); }
   // Of this thread's rows, how many exist.
   __device__ __forceinline__ int rows() const { return column_ < params_.out.num_columns ? place_.rows_to_read() : 0; }
