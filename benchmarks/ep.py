@@ -47,12 +47,18 @@ class Bench:
         self.idx_TK = scores_TE.argsort(dim=1)[:, : args.top_k].contiguous()
         self.weight_TK = torch.rand(args.tokens, args.top_k, device=self.device)
         self.routing = Routing(self.idx_TK, self.weight_TK, scores_TE, torch.empty(0))
-        limits = ops.EpLimits(
-            args.tokens, args.top_k, args.columns, num_sms=args.num_sms, timeout_s=20.0, low_latency=low_latency
-        )
-        self.group = ops.EpGroup(dist.group.WORLD, args.experts, limits=limits, device=self.device)
         mean = args.tokens * args.top_k
         self.capacity = (mean + mean // 8) // 128 * 128 + args.experts // self.size * 128
+        limits = ops.EpLimits(
+            args.tokens,
+            args.top_k,
+            args.columns,
+            num_sms=args.num_sms,
+            timeout_s=20.0,
+            low_latency=low_latency,
+            max_rows=0 if low_latency else self.capacity,
+        )
+        self.group = ops.EpGroup(dist.group.WORLD, args.experts, limits=limits, device=self.device)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -91,6 +97,9 @@ class Bench:
             rate[0] = 2 * 2**30 * REPS / (start.elapsed_time(end) * 1e-3) / 1e9
         dist.broadcast(rate, 0)
         return float(rate)
+
+    def dispatch_with_weights(self) -> tuple[Tensor, Tensor, ops.EpRoute]:
+        return ops.ep_dispatch_with_weights(self.x_TD, self.routing, self.group, capacity=self.capacity)
 
     def dispatch(self, x: Tensor | QuantTensor) -> tuple[Any, ops.EpRoute]:
         return ops.ep_dispatch(x, self.routing, self.group, capacity=self.capacity)
@@ -134,6 +143,14 @@ class Chain:
         return arrived
 
 
+def in_room(bench: Bench) -> tuple[Tensor, ops.EpRoute]:
+    """Rows that lie where they are fetched, as the last product of the experts leaves them."""
+    rows_PD, _, route = bench.dispatch_with_weights()
+    room_PD = ops.ep_room(route, bench.group)
+    assert room_PD is not None
+    return room_PD.copy_(rows_PD), route
+
+
 def shape_of(bench: Bench, link: str) -> str:
     args = bench.args
     ranks = f"{bench.size} ranks ({link})"
@@ -142,25 +159,32 @@ def shape_of(bench: Bench, link: str) -> str:
 
 def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
     args, shape = bench.args, shape_of(bench, link)
-    choices = bench.size * args.tokens * args.top_k
+    tokens = bench.size * args.tokens
+    choices = tokens * args.top_k
     quantised = ops.quantize_1x128(bench.x_TD)
     rows_PD, route = bench.dispatch(bench.x_TD)
+    fetched_PD, fetched = in_room(bench)
     copy = bench.copy_gbps()
 
-    def against_copy(op: str, row_bytes: int, run: Callable[[], object]) -> tuple[dict[str, Any], float]:
-        seconds, moved = bench.seconds(run), 2.0 * choices * row_bytes  # each choice's row is read and written
+    def against_copy(op: str, row_bytes: int, written: int, run: Callable[[], object]) -> tuple[dict[str, Any], float]:
+        """written: rows that are, beside every choice's that is read."""
+        seconds, moved = bench.seconds(run), 1.0 * (choices + written) * row_bytes
         peer = Peer("copy", lambda: None, work=copy * 1e9 * seconds)
         line = figures(Case(op, shape, "gbps", moved), seconds, peer, seconds)
-        row_gbps = moved / 2 / bench.size / seconds / 1e9
+        row_gbps = choices * row_bytes / bench.size / seconds / 1e9
         line |= {"rank_gbps": round(row_gbps, 3), "us": round(seconds * 1e6, 1), "num_sms": args.num_sms}
         bench.say(json.dumps(line))
         return line, seconds
 
+    wide, narrow = 2 * args.columns, args.columns + args.columns // 32
     lines = [
-        against_copy("ep_dispatch of bfloat16", 2 * args.columns, lambda: bench.dispatch(bench.x_TD)),
-        against_copy("ep_dispatch of float8", args.columns + args.columns // 32, lambda: bench.dispatch(quantised)),
-        against_copy("ep_combine", 2 * args.columns,
+        against_copy("ep_dispatch of bfloat16", wide, choices, lambda: bench.dispatch(bench.x_TD)),
+        against_copy("ep_dispatch_with_weights", wide, choices, bench.dispatch_with_weights),
+        against_copy("ep_dispatch of float8", narrow, choices, lambda: bench.dispatch(quantised)),
+        against_copy("ep_combine of pushed rows", wide, choices,
                      lambda: ops.ep_combine(rows_PD, route, bench.group, weight_TK=bench.weight_TK)),
+        against_copy("ep_combine of fetched rows", wide, tokens,
+                     lambda: ops.ep_combine(fetched_PD, fetched, bench.group)),
     ]  # fmt: skip
     chain = Chain(bench)
 

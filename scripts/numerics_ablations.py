@@ -181,11 +181,18 @@ def _products_without_promotion() -> dict[str, Callable[..., Any]]:
         return accumulate_into.add_(_unpromoted(x.data, w.data, _scales(x, w), torch.float32))
 
     def m_grouped_fp8_gemm_nt(
-        x: QuantTensor, w: QuantTensor, layout: GroupLayout, *, out_dtype: torch.dtype = torch.bfloat16
+        x: QuantTensor,
+        w: QuantTensor,
+        layout: GroupLayout,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        out_PF: Tensor | None = None,
     ) -> Tensor:
         if not x.data.is_cuda:
-            return by_rows(x, w, layout, out_dtype=out_dtype)
-        y_PF = torch.zeros(x.data.shape[0], w.data.shape[1], dtype=out_dtype, device=x.device)
+            return by_rows(x, w, layout, out_dtype=out_dtype, out_PF=out_PF)
+        if out_PF is None:
+            out_PF = torch.empty(x.data.shape[0], w.data.shape[1], dtype=out_dtype, device=x.device)
+        y_PF = out_PF.zero_()
         for g, (start, _, end) in enumerate(segments(layout)):
             if end > start:  # padding rows are zeros, and fill the product up to whole tiles
                 y_PF[start:end] = _unpromoted(x.data[start:end], w.data[g], _scales(x, w), out_dtype)

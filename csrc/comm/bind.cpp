@@ -52,11 +52,13 @@ struct RouteViews {
 
 class Comm {
  public:
-  Comm(int num_ranks, int rank, int num_experts, int max_tokens, int top_k, int num_columns, const std::string& id,
-       int device, int64_t timeout_us, bool low_latency) {
+  Comm(int num_ranks, int rank, int num_experts, int max_tokens, int top_k, int num_columns, int max_rows,
+       const std::string& id, int device, int64_t timeout_us, bool low_latency) {
     if (id.size() != kUniqueIdBytes)
       throw py::value_error("EpComm: id must have 128 bytes, got " + std::to_string(id.size()));
-    const EpShape shape{num_ranks, rank, num_experts, max_tokens, top_k, num_columns, low_latency};
+    if (max_rows < 0 || max_rows >= 1 << kPlaceBits)
+      throw py::value_error("EpComm: max_rows must be in 0..2^26 - 1, got " + std::to_string(max_rows));
+    const EpShape shape{num_ranks, rank, num_experts, max_tokens, top_k, num_columns, max_rows, low_latency};
     EpComm* made = nullptr;
     std::string error;
     {
@@ -70,8 +72,8 @@ class Comm {
 
   void dispatch(const TensorView& tokens, const RouteViews& route, const TensorView& rows,
                 const OptionalView& token_scale, const OptionalView& row_scale, const OptionalView& choice,
-                const OptionalView& weight, const OptionalView& outputs, const OptionalView& weight_grad, int num_sms,
-                py::handle stream) {
+                const OptionalView& weight, const OptionalView& outputs, const OptionalView& weight_grad,
+                const OptionalView& row_weight, const OptionalView& place, int num_sms, py::handle stream) {
     EpDispatchParams params{};
     params.tokens = rows_of("tokens", tokens, kAny, token_scale);
     params.num_tokens = count_tokens(kDispatch, tokens);
@@ -92,6 +94,17 @@ class Comm {
       params.weight_grad = static_cast<float*>(weight_grad->data);
       params.outputs = outputs->data;
     }
+    if (row_weight) {
+      if (!choice || !weight || !place) {
+        throw py::value_error("ep_dispatch: row_weight must come with choice, weight and place");
+      }
+      check_choices(kDispatch, "weight", *weight, DataType::kFloat32, params.num_tokens);
+      check_choices(kDispatch, "place", *place, DataType::kInt32, params.num_tokens);
+      check_by_row(kDispatch, "row_weight", *row_weight, params.route.capacity);
+      params.weight = static_cast<const float*>(weight->data);
+      params.row_weight = static_cast<float*>(row_weight->data);
+      params.place = static_cast<uint32_t*>(place->data);
+    }
     params.num_sms = num_sms;
     throw_on_error(kDispatch, ep_dispatch(get(), params, stream_for(kDispatch, tokens, stream)));
   }
@@ -108,12 +121,36 @@ class Comm {
     params.tokens = tokens.data;
     params.num_tokens = static_cast<int>(tokens.shape[0]);
     params.num_columns = shape.num_columns;
+    params.room = EpRoom::kNone;
     if (weight) {
       check_choices(kCombine, "weight", *weight, DataType::kFloat32, params.num_tokens);
       params.weight = static_cast<const float*>(weight->data);
     }
     params.num_sms = num_sms;
     throw_on_error(kCombine, ep_combine(get(), params, stream_for(kCombine, rows, stream)));
+  }
+
+  // Rows lie in `room` already.
+  void fetch(int room, const RouteViews& route, const TensorView& place, const TensorView& tokens,
+             const OptionalView& row_weight_grad, const OptionalView& weight_grad, int num_sms, py::handle stream) {
+    EpCombineParams params{};
+    params.room = room_of(room);
+    params.route = route_of(kCombine, route);
+    check_dense(kCombine, "tokens", tokens, kAny);
+    params.tokens = tokens.data;
+    params.num_tokens = static_cast<int>(tokens.shape[0]);
+    params.num_columns = ep_shape(get()).num_columns;
+    check_choices(kCombine, "place", place, DataType::kInt32, params.num_tokens);
+    params.place = static_cast<const uint32_t*>(place.data);
+    if (row_weight_grad) {
+      if (!weight_grad) throw py::value_error("ep_combine: row_weight_grad must come with weight_grad");
+      check_by_row(kCombine, "row_weight_grad", *row_weight_grad, params.route.capacity);
+      check_choices(kCombine, "weight_grad", *weight_grad, DataType::kFloat32, params.num_tokens);
+      params.row_weight_grad = static_cast<const float*>(row_weight_grad->data);
+      params.weight_grad = static_cast<float*>(weight_grad->data);
+    }
+    params.num_sms = num_sms;
+    throw_on_error(kCombine, ep_combine(get(), params, stream_for(kCombine, tokens, stream)));
   }
 
   void send(const TensorView& tokens, const TensorView& choice, int num_sms, py::handle stream) {
@@ -156,6 +193,7 @@ class Comm {
   }
 
   int64_t window_bytes() const { return ep_window_bytes(get()); }
+  uintptr_t room_address(int room) const { return reinterpret_cast<uintptr_t>(ep_room(get(), room_of(room))); }
   int num_nodes() const { return ep_num_nodes(get()); }
   int64_t rail_words() const { return ep_rail_words(get()); }
 
@@ -190,6 +228,21 @@ class Comm {
     const int64_t columns = ep_shape(get()).num_columns;
     const ArgCheck check(op, name, view);
     check.on_cuda().dtype({DataType::kBFloat16}).shape({num_rows, columns}).strides({columns, 1}).aligned(16);
+  }
+
+  void check_by_row(const char* op, const char* name, const TensorView& view, int64_t num_rows) const {
+    ArgCheck(op, name, view).on_cuda().dtype({DataType::kFloat32}).shape({num_rows}).strides({1});
+    const int most = ep_shape(get()).max_rows;
+    if (num_rows > most) {
+      ArgCheck(op, name, view)
+          .fail("must have at most " + std::to_string(most) + " rows, a room's", std::to_string(num_rows));
+    }
+  }
+
+  EpRoom room_of(int room) const {
+    if (room < 0 || room >= kNumRooms || ep_shape(get()).max_rows == 0)
+      throw py::value_error("EpComm: room must be one that the group has, got " + std::to_string(room));
+    return static_cast<EpRoom>(room);
   }
 
   int count_tokens(const char* op, const TensorView& tokens) const {
@@ -275,16 +328,20 @@ void bind_comm(py::module_& module) {
            py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("rails"),
            py::arg("block"));
   py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")
-      .def(py::init<int, int, int, int, int, int, const std::string&, int, int64_t, bool>(), py::arg("num_ranks"),
+      .def(py::init<int, int, int, int, int, int, int, const std::string&, int, int64_t, bool>(), py::arg("num_ranks"),
            py::arg("rank"), py::arg("num_experts"), py::arg("max_tokens"), py::arg("top_k"), py::arg("num_columns"),
-           py::arg("id"), py::arg("device"), py::arg("timeout_us"), py::arg("low_latency"))
+           py::arg("max_rows"), py::arg("id"), py::arg("device"), py::arg("timeout_us"), py::arg("low_latency"))
       .def("dispatch", &Comm::dispatch, py::arg("tokens"), py::arg("route"), py::arg("rows"), py::kw_only(),
            py::arg("token_scale") = none, py::arg("row_scale") = none, py::arg("choice") = none,
-           py::arg("weight") = none, py::arg("outputs") = none, py::arg("weight_grad") = none, py::arg("num_sms"),
-           py::arg("stream") = none, "Writes rows, and the route unless it is known already, on a stream.")
+           py::arg("weight") = none, py::arg("outputs") = none, py::arg("weight_grad") = none,
+           py::arg("row_weight") = none, py::arg("place") = none, py::arg("num_sms"), py::arg("stream") = none,
+           "Writes rows, and the route unless it is known already, on a stream.")
       .def("combine", &Comm::combine, py::arg("rows"), py::arg("route"), py::arg("tokens"), py::kw_only(),
            py::arg("weight") = none, py::arg("num_sms"), py::arg("stream") = none,
            "Sums every token's rows into tokens, on a stream.")
+      .def("fetch", &Comm::fetch, py::arg("room"), py::arg("route"), py::arg("place"), py::arg("tokens"), py::kw_only(),
+           py::arg("row_weight_grad") = none, py::arg("weight_grad") = none, py::arg("num_sms"),
+           py::arg("stream") = none, "Sums every token's rows, which lie in a room of their ranks.")
       .def("send", &Comm::send, py::arg("tokens"), py::arg("choice"), py::kw_only(), py::arg("num_sms"),
            py::arg("stream") = none, "Casts tokens to FP8 and writes them to their experts' ranks.")
       .def("receive", &Comm::receive, py::arg("counts"), py::arg("origin"), py::arg("rows"), py::arg("row_scale"),
@@ -295,6 +352,8 @@ void bind_comm(py::module_& module) {
            py::arg("stream") = none, "Sums every token's rows, as combine does.")
       .def("error", &Comm::error, "None, or (fault, phase, peer, expected, seen) of the first fault.")
       .def("window_bytes", &Comm::window_bytes)
+      .def("room_address", &Comm::room_address, py::arg("room"),
+           "Where (max_rows, D) BF16 of a room lie; 0: results of experts, 1: gradients of their inputs.")
       .def("num_nodes", &Comm::num_nodes, "Groups of ranks that reach each other's memory.")
       .def("rail_words", &Comm::rail_words, "Elements of a route's `rails`; 0 within one node.")
       .def("destroy", &Comm::destroy);

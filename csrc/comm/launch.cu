@@ -1,6 +1,9 @@
+#include <algorithm>
+
 #include "comm/rails.h"
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
+#include "comm/sm90_ep_fetch.cuh"
 #include "comm/sm90_ep_latency.cuh"
 #include "comm/sm90_ep_nodes.cuh"
 #include "comm/transport.h"
@@ -29,8 +32,9 @@ void stage(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t str
 template <typename AnyTeam>
 void place_and_pull(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t stream) {
   if (params.finds_route) {
-    const int experts = team.shape.num_experts, places = experts + 2 * (experts / team.shape.num_ranks) + 1;
-    const PlaceArgs place{params.route};
+    const int experts = team.shape.num_experts, local = experts / team.shape.num_ranks;
+    const int places = std::max(experts + 2 * local + 1, 2 * experts);
+    const PlaceArgs place{params.route, params.row_weight, params.place};
     ep_place_kernel<<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, place);
   }
   if (params.outputs == nullptr) {
@@ -74,6 +78,18 @@ void reduce(const AnyTeam& team, const EpCombineParams& params, cudaStream_t str
   ep_reduce_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
 }
 
+// After what the products wrote into the room.
+const char* fetch(const Team& team, const EpCombineParams& params, cudaStream_t stream) {
+  if (params.row_weight_grad != nullptr) {
+    DSV3RT_CUDA_CHECK(cudaMemcpyAsync(team.self + team.at.row_weight_grad, params.row_weight_grad,
+                                      params.route.capacity * sizeof(float), cudaMemcpyDeviceToDevice, stream));
+  }
+  const FetchArgs args{params.route,       room_offset(team.at, params.room),          params.place,
+                       params.weight_grad, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+  ep_fetch_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
+  return nullptr;
+}
+
 void combine_between_nodes(const NodesTeam& team, const Rails& rails, const EpCombineParams& params,
                            cudaStream_t stream) {
   push(team, params, stream);
@@ -103,6 +119,8 @@ const char* ep_combine(EpComm* comm, const EpCombineParams& params, void* stream
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (const Rails* rails = rails_of(*comm)) {
     combine_between_nodes(team_of(*comm), *rails, params, cuda_stream);
+  } else if (params.room != EpRoom::kNone) {
+    if (const char* error = fetch(team_of(*comm), params, cuda_stream)) return error;
   } else {
     const Team& team = team_of(*comm);
     push(team, params, cuda_stream);

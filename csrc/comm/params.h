@@ -18,6 +18,7 @@ struct EpShape {
   int max_tokens;   // T, the most of any rank
   int top_k;        // K
   int num_columns;  // D, a multiple of 16; of 128 with low_latency
+  int max_rows;     // of a room, less than 2^26; 0: no rooms
   bool low_latency; // the window has room for the form of that name
 };
 
@@ -46,6 +47,14 @@ struct EpRoute {
   int block;
 };
 
+// Rooms of a window: products write their rows there, and the ranks of their tokens fetch them.
+enum class EpRoom : int32_t { kNone = -1, kResults, kGradients };
+constexpr int kNumRooms = 2;
+
+// Where a choice's row lies: the rank of its expert above these bits, the row's number there below.
+constexpr int kPlaceBits = 26;
+constexpr uint32_t kNoPlace = 0xffffffff;
+
 // Of one dispatch of the low-latency form: expert x owns rows x * capacity on, and fills the first of them.
 struct EpMaskedRoute {
   int* counts;       // (X,)
@@ -68,18 +77,24 @@ struct EpDispatchParams {
   int num_tokens;         // T
   bool finds_route;       // else it is known already, and `choice` is null
   const int64_t* choice;  // (T, K) experts; null also where T is 0
-  const float* weight;    // (T, K), with `outputs`
+  const float* weight;    // (T, K), with `outputs` or `row_weight`
   EpRoute route;
   uint32_t* rail_words;   // (ep_rail_words,) bits of what goes to which node and comes back; null within one node
   EpRows rows;            // P rows, contiguous
   const void* outputs;    // (P, D) BF16 or null. Given: rows are multiplied by their weights, and
   float* weight_grad;     // (T, K) gets the products of tokens and outputs
+  float* row_weight;      // (P,) gets the rows' weights, with `place`; null: not wanted
+  uint32_t* place;        // (T, K) gets where each choice's row lies
   int num_sms;
 };
 
 struct EpCombineParams {
   const void* rows;       // (P, D) BF16, contiguous, 16-byte aligned
   EpRoute route;
+  EpRoom room;            // whose rows are summed instead, with `place` of the dispatch and without weights
+  const uint32_t* place;
+  const float* row_weight_grad;  // (P,), with a room, or null
+  float* weight_grad;     // (T, K) gets row_weight_grad of each choice's row
   const uint32_t* rail_words;  // of the dispatch
   const float* weight;    // (T, K); null: ones
   void* tokens;           // (T, D) BF16, contiguous
@@ -131,6 +146,7 @@ const char* ep_collect(EpComm* comm, const EpCollectParams& params, void* stream
 const EpShape& ep_shape(const EpComm* comm);
 int ep_device(const EpComm* comm);
 int64_t ep_window_bytes(const EpComm* comm);
+void* ep_room(const EpComm* comm, EpRoom room);  // (max_rows, D) BF16 of this rank's window; null: it has no rooms
 int ep_num_nodes(const EpComm* comm);  // groups of ranks that reach each other's memory
 int64_t ep_rail_words(const EpComm* comm);  // 0 within one node
 EpError ep_error(const EpComm* comm);

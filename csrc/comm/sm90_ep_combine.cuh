@@ -19,6 +19,18 @@ struct ReduceArgs {
   int num_tokens;
 };
 
+// Tells this node's ranks whether this rank's rows had room; of them all have to know before they sum.
+template <typename AnyTeam>
+__device__ inline void tell_overflow(const AnyTeam& team, const EpRoute& route) {
+  const int needed = __ldg(route.rows_needed);
+  const bool overflowed = needed > route.capacity;
+  for (int peer = threadIdx.x; peer < num_mates(team); peer += kThreads) {
+    int64_t* told = in_window<int64_t>(team.peers[peer], team.at.overflows) + 2 * team.shape.rank;
+    told[0] = overflowed ? needed : 0;
+    told[1] = overflowed ? route.capacity : 0;
+  }
+}
+
 template <typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
     ep_push_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PushArgs args) {
@@ -36,13 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (!is_last_block(team, EpPhase::kPush)) return;
-  const int needed = __ldg(args.route.rows_needed);
-  const bool overflowed = needed > args.route.capacity;
-  for (int peer = threadIdx.x; peer < num_mates(team); peer += kThreads) {
-    int64_t* told = in_window<int64_t>(team.peers[peer], team.at.overflows) + 2 * team.shape.rank;
-    told[0] = overflowed ? needed : 0;
-    told[1] = overflowed ? args.route.capacity : 0;
-  }
+  tell_overflow(team, args.route);
   tell_peers(team, EpPhase::kPush, epoch);
 }
 
@@ -70,6 +76,21 @@ __device__ __forceinline__ void add_slot(float (&sum)[8], uint4 slot, float weig
   }
 }
 
+__device__ __forceinline__ uint4 round_sums(const float (&sum)[8]) {
+  uint4 rounded;
+  auto* pairs = reinterpret_cast<__nv_bfloat162*>(&rounded);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+  return rounded;
+}
+
+// NaN, where an error was reported; nobody may take what is there for a result. One warp's work.
+__device__ inline void spoil_token(const Team& team, __nv_bfloat16* tokens, int token) {
+  const int num_vectors = team.shape.num_columns / 8;
+  auto* target = reinterpret_cast<uint4*>(tokens) + int64_t(token) * num_vectors;
+  for (int i = threadIdx.x % 32; i < num_vectors; i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+}
+
 // Eight columns of a token, from slots [T * K][D].
 __device__ __forceinline__ void reduce_column(const Team& team, const ReduceArgs& args, const uint4* slots, int token,
                                               int column) {
@@ -89,11 +110,7 @@ __device__ __forceinline__ void reduce_column(const Team& team, const ReduceArgs
       add_slot(sum, held[i], args.weight != nullptr ? __ldg(args.weight + token * top_k + first + i) : 1.0f);
     }
   }
-  uint4 rounded;
-  auto* pairs = reinterpret_cast<__nv_bfloat162*>(&rounded);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-  reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = rounded;
+  reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = round_sums(sum);
 }
 
 template <typename AnyTeam>
@@ -107,9 +124,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int token = warp_in_grid(); token < args.num_tokens; token += warps_in_grid()) {
     if (complete) {
       for (int column = lane; column < num_vectors; column += 32) reduce_column(team, args, slots, token, column);
-    } else {  // an error was reported; nobody may take what is there for a result
-      auto* target = reinterpret_cast<uint4*>(args.tokens) + int64_t(token) * num_vectors;
-      for (int i = lane; i < num_vectors; i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    } else {
+      spoil_token(team, args.tokens, token);
     }
   }
   if (is_last_block(team, EpPhase::kReduce)) tell_peers(team, EpPhase::kReduce, epoch);

@@ -9,6 +9,8 @@
 
 #include <cuda_bf16.h>
 
+#include <type_traits>
+
 #include "comm/team.cuh"
 
 namespace dsv3rt {
@@ -24,6 +26,8 @@ struct StageArgs {
 
 struct PlaceArgs {
   EpRoute route;
+  float* row_weight;
+  uint32_t* place;
 };
 
 struct PullArgs {
@@ -195,13 +199,54 @@ __device__ inline void place_choices(const AnyTeam& team, const PlaceArgs& args,
       if (x < 0 || x >= num_local || packed == kNoExpert) continue;
       const int earlier = __ldcg(chunk_starts + int64_t(entry / kChunk) * num_experts + expert);
       const int row = places.offsets[x] + places.starts[r * num_local + x] + earlier + int(packed & 0xffff);
-      if (row >= 0 && row < args.route.capacity) args.route.origin[row] = r * max_choices + entry;
+      if (row < 0 || row >= args.route.capacity) continue;
+      args.route.origin[row] = r * max_choices + entry;
+      if (args.row_weight != nullptr) {
+        args.row_weight[row] = __ldcg(in_window<float>(window, team.at.weight) + entry);
+      }
     }
   }
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_local * args.route.block; i += gridDim.x * kThreads) {
     const int x = i / args.route.block;
     const int row = places.offsets[x] + places.counts[x] + i % args.route.block;
-    if (row < places.offsets[x + 1] && row < args.route.capacity) args.route.origin[row] = -1;
+    if (row >= places.offsets[x + 1] || row >= args.route.capacity) continue;
+    args.route.origin[row] = -1;
+    if (args.row_weight != nullptr) args.row_weight[row] = 0.0f;
+  }
+}
+
+// Where the rows of this rank's own choices lie, at whatever ranks: their offsets follow from everybody's totals as
+// `sum_counts` has it there. shared: [2][E].
+__device__ inline void find_places(const Team& team, const PlaceArgs& args, int* shared) {
+  const int num_experts = team.shape.num_experts, num_local = num_experts / team.shape.num_ranks;
+  int *starts = shared, *padded = shared + num_experts;
+  __syncthreads();
+  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
+    int total = 0, earlier = 0;
+    for (int r = 0; r < team.shape.num_ranks; ++r) {
+      const int count = __ldcg(in_window<int>(team.peers[r], team.at.totals) + e);
+      if (r < team.shape.rank) earlier += count;
+      total += count;
+    }
+    starts[e] = earlier;
+    padded[e] = round_up(total, args.route.block);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
+    for (int before = e / num_local * num_local; before < e; ++before) starts[e] += padded[before];
+  }
+  __syncthreads();
+  const int num_choices = __ldcg(in_window<int>(team.self, team.at.num_tokens)) * team.shape.top_k;
+  const int* chunk_starts = in_window<int>(team.self, team.at.chunk_starts);
+  for (int entry = blockIdx.x * kThreads + threadIdx.x; entry < num_choices; entry += gridDim.x * kThreads) {
+    const uint32_t packed = __ldcg(in_window<uint32_t>(team.self, team.at.choice) + entry);
+    const int expert = int(packed >> 16);
+    uint32_t place = kNoPlace;
+    if (packed != kNoExpert) {
+      const int earlier = __ldcg(chunk_starts + int64_t(entry / kChunk) * num_experts + expert);
+      place = uint32_t(expert / num_local) << kPlaceBits | uint32_t(starts[expert] + earlier + int(packed & 0xffff));
+    }
+    args.place[entry] = place;
   }
 }
 
@@ -218,6 +263,9 @@ __global__ void __launch_bounds__(kThreads)
   if (fine) sum_counts(team, places, args.route.block);
   if (blockIdx.x == 0) write_layout(team, args, places, fine);
   if (fine) place_choices(team, args, places);
+  if constexpr (std::is_same_v<AnyTeam, Team>) {
+    if (fine && args.place != nullptr) find_places(team, args, shared);
+  }
 }
 
 // ---- pull ----
@@ -293,11 +341,17 @@ __device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int r
   }
 }
 
+// What comes after a dispatch may write into rooms: nobody may still fetch rows of what was combined before it.
+__device__ inline bool await_rooms(const Team& team) {
+  if (team.shape.max_rows == 0) return true;
+  return await_peers(team, EpPhase::kReduce, next_epoch(team, EpPhase::kReduce) - 1);
+}
+
 template <bool kWeighted, typename AnyTeam>
 __global__ void __launch_bounds__(kThreads)
     ep_pull_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PullArgs args) {
   const uint64_t epoch = next_epoch(team, EpPhase::kPull);
-  if (await_peers(team, EpPhase::kStage, epoch)) {
+  if (await_peers(team, EpPhase::kStage, epoch) && await_rooms(team)) {
     const int num_local = team.shape.num_experts / team.shape.num_ranks;
     const int num_rows = __ldg(args.route.offsets + num_local);
     for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {

@@ -140,7 +140,8 @@ class EpComm {
     DSV3RT_NCCL_CHECK(nccl().init_rank(&comm->comm_, shape.num_ranks, unique, shape.rank), "ncclCommInitRank");
     const ncclTeam_t node = nccl().lsa_team(comm->comm_);
     comm->team.nodes = nodes_of(shape, node.nRanks);
-    comm->team.at = layout_of(shape);
+    if (comm->team.nodes.count > 1) comm->team.shape.max_rows = 0;  // rows between nodes are pushed
+    comm->team.at = layout_of(comm->team.shape);
     comm->team.rails.bytes = comm->team.at.bytes;
     if (comm->team.nodes.count > 1) {
       comm->team.rails = rail_layout_of(shape, comm->team.at, comm->team.nodes.count);
@@ -312,6 +313,9 @@ const char* ep_destroy(EpComm* comm) {
 const EpShape& ep_shape(const EpComm* comm) { return comm->team.shape; }
 int ep_device(const EpComm* comm) { return comm->device; }
 int64_t ep_window_bytes(const EpComm* comm) { return comm->team.rails.bytes; }
+void* ep_room(const EpComm* comm, EpRoom room) {
+  return comm->team.shape.max_rows == 0 ? nullptr : comm->team.self + room_offset(comm->team.at, room);
+}
 int ep_num_nodes(const EpComm* comm) { return comm->team.nodes.count; }
 int64_t ep_rail_words(const EpComm* comm) {
   const int nodes = comm->team.nodes.count;

@@ -32,6 +32,9 @@ struct WindowLayout {
   int64_t weight_grad;  // f32 [T * K], written by the ranks that hold the experts
   int64_t tokens;  // [T] rows, each followed by its scales
   int64_t slots;  // bf16 [T * K][D]: the experts' results, written by the ranks that hold them
+  int64_t rooms;  // bf16 [kNumRooms][max_rows][D]: results of this rank's experts, read by their tokens' ranks
+  int64_t room_bytes;  // of one
+  int64_t row_weight_grad;  // f32 [max_rows], read likewise
   // Of the low-latency form, each twice: for epochs of even and of odd number.
   int64_t arrived_choice;  // u32 [2][R][T * K, padded]: all choices of every rank
   int64_t arrived_tokens;  // [2][R][T] rows in FP8, each followed by its scales
@@ -118,6 +121,9 @@ inline WindowLayout layout_of(const EpShape& shape) {
   at.weight_grad = areas.take(choices * 4);
   at.tokens = areas.take(int64_t(shape.max_tokens) * shape.num_columns * 2);
   at.slots = areas.take(choices * shape.num_columns * 2);
+  at.room_bytes = round_up(int64_t(shape.max_rows) * shape.num_columns * 2, int64_t(128));
+  at.rooms = areas.take(kNumRooms * at.room_bytes);
+  at.row_weight_grad = areas.take(int64_t(shape.max_rows) * 4);
   if (shape.low_latency) {
     const int64_t ranks = shape.num_ranks;
     at.arrived_choice = areas.take(2 * ranks * padded_choices(shape) * 4);
@@ -126,6 +132,10 @@ inline WindowLayout layout_of(const EpShape& shape) {
   }
   at.bytes = areas.window_bytes();
   return at;
+}
+
+DSV3RT_HOST_DEVICE inline int64_t room_offset(const WindowLayout& at, EpRoom room) {
+  return at.rooms + int(room) * at.room_bytes;
 }
 
 // Behind the parts that a window of one node has.

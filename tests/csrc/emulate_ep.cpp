@@ -5,6 +5,7 @@
 // (before the kernels: their language)
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
+#include "comm/sm90_ep_fetch.cuh"
 #include "comm/sm90_ep_nodes.cuh"
 #include "comm/sm90_ep_rails.cuh"
 
@@ -55,7 +56,14 @@ class World {
     for (int rail = 0; rail < options.node_size; ++rail) rails_.push_back(std::make_unique<host::Rail>());
     for (int r = 0; r < int(ranks_.size()); ++r) {
       NodesTeam& team = ranks_[r].team;
-      team.shape = {int(ranks_.size()), r, options.experts, options.max_tokens, options.top_k, options.columns, false};
+      team.shape = {int(ranks_.size()),
+                    r,
+                    options.experts,
+                    options.max_tokens,
+                    options.top_k,
+                    options.columns,
+                    options.num_nodes > 1 ? 0 : most_rows(),
+                    false};
       team.nodes = nodes_of(team.shape, options.node_size);
       team.at = layout_of(team.shape);
       team.rails = rail_layout_of(team.shape, team.at, options.num_nodes);
@@ -227,7 +235,7 @@ class World {
       }
     }
     if (params.finds_route) {
-      const PlaceArgs place{params.route};
+      const PlaceArgs place{params.route, params.row_weight, params.place};
       host::launch(kBlocks, kThreads, [=, &team] { ep_place_kernel(team, place); });
     }
     const PullArgs pull{params.route, params.rows, static_cast<const __nv_bfloat16*>(params.outputs), record};
@@ -260,6 +268,15 @@ class World {
     if constexpr (kNodes) host::launch(1, kRailThreads, [&team, &rails] { ep_release_slots_kernel(team, rails); });
   }
 
+  static void fetch_by(const Team& team, const EpCombineParams& params) {
+    if (params.row_weight_grad != nullptr) {
+      std::memcpy(team.self + team.at.row_weight_grad, params.row_weight_grad, params.route.capacity * sizeof(float));
+    }
+    const FetchArgs fetch{params.route,       room_offset(team.at, params.room),          params.place,
+                          params.weight_grad, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
+    host::launch(kBlocks, kThreads, [=, &team] { ep_fetch_kernel(team, fetch); });
+  }
+
   void dispatch(const Rank& rank, const EpDispatchParams& params) const {
     const Team& team = rank.team;
     options_.num_nodes > 1 ? dispatch_by(rank.team, rank.rails, params) : dispatch_by(team, rank.rails, params);
@@ -267,6 +284,7 @@ class World {
 
   void combine(const Rank& rank, const EpCombineParams& params) const {
     const Team& team = rank.team;
+    if (params.room != EpRoom::kNone) return fetch_by(team, params);
     options_.num_nodes > 1 ? combine_by(rank.team, rank.rails, params) : combine_by(team, rank.rails, params);
   }
 
@@ -312,14 +330,13 @@ class World {
       }
     }
     exchange_fp8(r, want);
+    if (options_.num_nodes == 1) exchange_with_weights(r, want);
     std::vector<__nv_bfloat16> y(size_t(batch.num_tokens) * columns), dx(y);
-    combine(rank, {out.data(), route.route, route.rails.data(), batch.weight.data(), y.data(), batch.num_tokens,
-                   columns, kBlocks});
+    combine(rank, pushed(out, route, batch.weight.data(), y, batch.num_tokens));
     // A second one at once, of other rows: its slots must not come before the first have been read.
     std::vector<__nv_bfloat16> negative(out.size()), y_negative(y.size());
     for (size_t i = 0; i < out.size(); ++i) negative[i] = __float2bfloat16(-number(out[i]));
-    combine(rank, {negative.data(), route.route, route.rails.data(), batch.weight.data(), y_negative.data(),
-                   batch.num_tokens, columns, kBlocks});
+    combine(rank, pushed(negative, route, batch.weight.data(), y_negative, batch.num_tokens));
     check_sums(r, y, false);
     for (size_t i = 0; i < y.size(); ++i) {
       if (number(y[i]) != -number(y_negative[i])) differ("a second result", r, int64_t(i));
@@ -343,9 +360,88 @@ class World {
         if (number(drows[i * columns + c]) != expected) differ("a row of the gradient", r, int64_t(i));
       }
     }
-    combine(rank,
-            {drows.data(), route.route, route.rails.data(), nullptr, dx.data(), batch.num_tokens, columns, kBlocks});
+    combine(rank, pushed(drows, route, nullptr, dx, batch.num_tokens));
     check_sums(r, dx, true);
+  }
+
+  EpCombineParams pushed(const std::vector<__nv_bfloat16>& rows, Route& route, const float* weight,
+                         std::vector<__nv_bfloat16>& tokens, int num_tokens) const {
+    EpCombineParams params{};
+    params.rows = rows.data();
+    params.route = route.route;
+    params.room = EpRoom::kNone;
+    params.rail_words = route.rails.data();
+    params.weight = weight;
+    params.tokens = tokens.data();
+    params.num_tokens = num_tokens;
+    params.num_columns = options_.columns;
+    params.num_sms = kBlocks;
+    return params;
+  }
+
+  // Rows get their weights along and stay where they are, in both directions. A row's gradient of its weight is made
+  // up.
+  void exchange_with_weights(int r, const std::vector<Row>& want) {
+    const Rank& rank = ranks_[r];
+    Batch& batch = batches_[r];
+    const int columns = options_.columns, capacity = int(want.size()) + kBlock;
+    Route route;
+    make(route, rank.team, capacity);
+    std::vector<__nv_bfloat16> rows(size_t(capacity) * columns);
+    std::vector<float> row_weight(capacity, NAN), row_weight_grad(capacity), weight_grad(batch.weight.size(), NAN);
+    std::vector<uint32_t> place(batch.choice.size());
+    EpDispatchParams params = by_choice(batch, rows_view(batch.x), route, rows_view(rows));
+    params.weight = batch.weight.data();
+    params.row_weight = row_weight.data();
+    params.place = place.data();
+    dispatch(rank, params);
+    const auto in_room = [&](EpRoom room) {
+      return reinterpret_cast<__nv_bfloat16*>(rank.team.self + room_offset(rank.team.at, room));
+    };
+    for (size_t i = 0; i < want.size(); ++i) {
+      const Row& row = want[i];
+      const Batch* from = row.rank < 0 ? nullptr : &batches_[row.rank];
+      const size_t entry = size_t(row.token) * options_.top_k + row.k;
+      if (row_weight[i] != (from == nullptr ? 0.0f : from->weight[entry])) differ("a row's weight", r, int64_t(i));
+      row_weight_grad[i] = from == nullptr ? NAN : made_up(*from, entry);
+      for (int c = 0; c < columns; ++c) {
+        const float x = from == nullptr ? NAN : number(from->x[size_t(row.token) * columns + c]);
+        const float out = from == nullptr ? NAN : number(__float2bfloat16(x * factor(from->choice[entry])));
+        in_room(EpRoom::kResults)[i * columns + c] = __float2bfloat16(out);
+        in_room(EpRoom::kGradients)[i * columns + c] = __float2bfloat16(-out);
+      }
+    }
+    std::vector<__nv_bfloat16> y(size_t(batch.num_tokens) * columns), dx(y);
+    EpCombineParams fetched = pushed(rows, route, nullptr, y, batch.num_tokens);
+    fetched.rows = nullptr;
+    fetched.place = place.data();
+    fetched.room = EpRoom::kResults;
+    combine(rank, fetched);
+    fetched.room = EpRoom::kGradients;
+    fetched.tokens = dx.data();
+    fetched.row_weight_grad = row_weight_grad.data();
+    fetched.weight_grad = weight_grad.data();
+    combine(rank, fetched);
+    for (size_t i = 0; i < y.size(); ++i) {
+      float sum = 0;
+      for (int k = 0; k < options_.top_k; ++k) {
+        const size_t entry = i / columns * options_.top_k + k;
+        sum += number(__float2bfloat16(number(batch.x[i]) * factor(batch.choice[entry])));
+      }
+      if (number(y[i]) != number(__float2bfloat16(sum))) differ("a fetched result", r, int64_t(i));
+      if (number(dx[i]) != -number(y[i])) differ("a fetched gradient", r, int64_t(i));
+    }
+    for (size_t entry = 0; entry < weight_grad.size(); ++entry) {
+      if (weight_grad[entry] != made_up(batch, entry)) differ("a fetched gradient of a weight", r, int64_t(entry));
+    }
+  }
+
+  static float made_up(const Batch& batch, size_t entry) { return batch.weight[entry] * 3 + 1; }
+
+  // Rows of a rank that gets everybody's.
+  int most_rows() const {
+    const int ranks = options_.num_nodes * options_.node_size, local = options_.experts / ranks;
+    return round_up(ranks * options_.max_tokens * std::min(options_.top_k, local), kBlock) + (local + 1) * kBlock;
   }
 
   void exchange_fp8(int r, const std::vector<Row>& want) {
@@ -429,8 +525,7 @@ class World {
     make(route, ranks_[r].team, r == 0 ? kBlock : round_up(capacity, kBlock));
     std::vector<__nv_bfloat16> rows(size_t(route.route.capacity) * options_.columns), y(batch.x.size());
     dispatch(ranks_[r], by_choice(batch, rows_view(batch.x), route, rows_view(rows)));
-    combine(ranks_[r], {rows.data(), route.route, route.rails.data(), nullptr, y.data(), batch.num_tokens,
-                        options_.columns, kBlocks});
+    combine(ranks_[r], pushed(rows, route, nullptr, y, batch.num_tokens));
     for (size_t i = 0; i < y.size(); ++i) {
       if (!std::isnan(number(y[i]))) differ("a result of rows that did not fit", r, int64_t(i));
     }

@@ -1,4 +1,4 @@
-// ep_layout num_ranks node_size num_experts max_tokens top_k num_columns: prints, for each rank,
+// ep_layout num_ranks node_size num_experts max_tokens top_k num_columns max_rows: prints, for each rank,
 //
 //   area NAME START BYTES        what lies in a window (the same for all ranks)
 //   inbox RANK OTHER START       where RANK lets the rank on its rail in node OTHER put what that has staged
@@ -11,10 +11,11 @@
 
 int main(int argc, char** argv) {
   using namespace dsv3rt;
-  if (argc != 7) return 2;
+  if (argc != 8) return 2;
   const int node_size = std::atoi(argv[2]);
-  EpShape shape{std::atoi(argv[1]), 0,    std::atoi(argv[3]), std::atoi(argv[4]), std::atoi(argv[5]),
-                std::atoi(argv[6]), false};
+  EpShape shape{
+      std::atoi(argv[1]), 0,    std::atoi(argv[3]), std::atoi(argv[4]), std::atoi(argv[5]), std::atoi(argv[6]),
+      std::atoi(argv[7]), false};
   const WindowLayout at = layout_of(shape);
   const RailLayout rails = rail_layout_of(shape, at, shape.num_ranks / node_size);
   const long long choices = static_cast<long long>(shape.max_tokens) * shape.top_k,
@@ -27,6 +28,11 @@ int main(int argc, char** argv) {
   area("local", at.local, sizeof(LocalState));
   area("staged", at.num_tokens, rails.inbox_bytes);
   area("slots", at.slots, choices * shape.num_columns * 2);
+  for (int room = 0; room < kNumRooms; ++room) {
+    area(room == 0 ? "room_of_results" : "room_of_gradients", room_offset(at, static_cast<EpRoom>(room)),
+         2LL * shape.max_rows * shape.num_columns);
+  }
+  area("row_weight_grad", at.row_weight_grad, 4LL * shape.max_rows);
   if (others > 0) {
     area("inbox", rails.inbox, others * rails.inbox_bytes);
     area("outbox", rails.outbox, others * rails.outbox_bytes);

@@ -34,6 +34,7 @@ from tests.gpu.ep_cases import (
     row_factors,
 )
 from tests.gpu.ep_ranks import Ranks, captured, equal, on
+from tests.gpu.ep_weights import check_gradient_of_weights, forward_with_weights, wanted, weights_by_row
 
 
 def check_layout(route: ops.EpRoute, whole: Whole, shape: Shape, rank: int) -> Tensor:
@@ -85,6 +86,32 @@ def check_bf16(ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, who
     equal("result again", again_TD, y_TD.detach().cpu())
 
 
+def check_with_weights(
+    ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole, *, in_rooms: bool
+) -> None:
+    """Twice, so that rooms are used again at once."""
+    tokens = batch.mine(ranks.rank)
+    want_TD, want_dx_TD = wanted(batch, tokens)
+    for turn in ("", " again"):
+        x_TD, routing, dy_TD = on(ranks.device, batch, tokens)
+        rows_PD, weight_P, y_TD, route = forward_with_weights(
+            x_TD, routing, group, shape, ranks.rank, in_rooms=in_rooms
+        )
+        y_TD.backward(dy_TD)
+        torch.cuda.synchronize()
+        assert group.kernels is not None
+        group.kernels.check()
+        want_PD = check_layout(route, whole, shape, ranks.rank)
+        num_rows, first = want_PD.shape[0], int(whole.offsets[ranks.rank * shape.num_local])
+        equal(f"rows with weights{turn}", rows_PD[:num_rows], want_PD)
+        equal(f"weights{turn}", weight_P[:num_rows], weights_by_row(shape, batch, num_rows, first, whole.permutation))
+        equal(f"fetched result{turn}", y_TD, want_TD)
+        assert x_TD.grad is not None
+        assert routing.weight_TK.grad is not None
+        equal(f"fetched gradient{turn}", x_TD.grad, want_dx_TD)
+        check_gradient_of_weights(routing.weight_TK.grad, batch, tokens)
+
+
 def check_fp8(ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> None:
     def moved(q: QuantTensor, tokens: slice) -> QuantTensor:
         """Rows of a CPU tensor as a tensor of their own, in the layout that scales have."""
@@ -107,7 +134,9 @@ def check_fp8(ranks: Ranks, group: ops.EpGroup, shape: Shape, batch: Batch, whol
 
 
 def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) -> None:
-    """A graph of dispatch, combine and both backwards, replayed with other tokens and choices."""
+    """A graph of dispatch, combine and both backwards, replayed with other tokens and choices; where rows may have
+    their weights along, of such an exchange too."""
+    fetches = group.kernels is not None and group.kernels.carries_weights
     count = shape.max_tokens
     x_TD = torch.zeros(count, shape.num_columns, dtype=torch.bfloat16, device=ranks.device).requires_grad_()
     idx_TK = torch.arange(shape.top_k, device=ranks.device).repeat(count, 1)
@@ -117,7 +146,11 @@ def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) ->
 
     def step() -> tuple[Tensor, ...]:
         _, y_TD, _ = forward(x_TD, routing, group, shape, ranks.rank)
-        return (y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_TK), dy_TD))
+        first = (y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_TK), dy_TD))
+        if not fetches:
+            return first
+        _, _, y_TD, _ = forward_with_weights(x_TD, routing, group, shape, ranks.rank, in_rooms=True)
+        return (*first, y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_TK), dy_TD))
 
     graph, replayed = captured(step)
     for seed in seeds:
@@ -131,6 +164,11 @@ def check_graph(ranks: Ranks, group: ops.EpGroup, shape: Shape, seeds: range) ->
         equal("replayed result", replayed[0], whole.y_TD[tokens])
         equal("replayed gradient", replayed[1], whole.dx_TD[tokens])
         check_weight_grad(replayed[2], whole.dweight_TK[tokens], batch, whole, tokens)
+        if fetches:
+            want_TD, want_dx_TD = wanted(batch, tokens)
+            equal("replayed fetched result", replayed[3], want_TD)
+            equal("replayed fetched gradient", replayed[4], want_dx_TD)
+            check_gradient_of_weights(replayed[5], batch, tokens)
 
 
 def fault_of(group: ops.EpGroup) -> str:
@@ -142,15 +180,21 @@ def fault_of(group: ops.EpGroup) -> str:
     raise AssertionError("nobody noticed")
 
 
-def check_overflow(ranks: Ranks, shape: Shape) -> None:
+def check_overflow(ranks: Ranks, shape: Shape, *, with_weights: bool) -> None:
     """Too little room at rank 0: an error there and at the ranks it serves, NaN results, and no other rows touched."""
     group = ranks.group(shape, 4, 30.0)
     batch = full_batch(shape, 5)
     batch.idx_TK.copy_(torch.arange(shape.top_k).expand_as(batch.idx_TK))  # experts of rank 0, where it has enough
     x_TD, routing, _ = on(ranks.device, batch, batch.mine(ranks.rank))
-    rows_PD, route = ops.ep_dispatch(x_TD.detach(), routing, group, block=shape.block, capacity=shape.block)
+    if with_weights:
+        rows_PD, _, route = ops.ep_dispatch_with_weights(
+            x_TD.detach(), routing, group, block=shape.block, capacity=shape.block
+        )
+    else:
+        rows_PD, route = ops.ep_dispatch(x_TD.detach(), routing, group, block=shape.block, capacity=shape.block)
     assert int(route.layout.offsets.max()) <= shape.block
-    y_TD = ops.ep_combine(rows_PD, route, group)  # tells the others, although the error is known here by now
+    with torch.no_grad():
+        y_TD = ops.ep_combine(rows_PD, route, group)  # tells the others, although the error is known here by now
     torch.cuda.synchronize()
     assert bool(y_TD.isnan().all()), "a result was made of rows that did not fit"
     ranks.say(f"overflow: {fault_of(group)}")
@@ -220,6 +264,8 @@ def check_rounds(ranks: Ranks, args: argparse.Namespace) -> None:
             whole = compute(shape, batch)
             try:
                 check_bf16(ranks, group, shape, batch, whole)
+                if ranks.num_nodes == 1:
+                    check_with_weights(ranks, group, shape, batch, whole, in_rooms=seed % 3 != 2)
                 check_fp8(ranks, group, shape, batch, whole)
             except AssertionError as error:
                 raise AssertionError(f"{shape}, round {seed}, router {router}: {error}") from error
@@ -337,7 +383,8 @@ def nccl_info() -> dict[str, Any]:
 
 def faults(ranks: Ranks) -> None:
     shape = Shape(ranks.size, 8 * ranks.size, 64, 4, 256)
-    check_overflow(ranks, shape)
+    for with_weights in (False, True)[: 2 if ranks.num_nodes == 1 else 1]:
+        check_overflow(ranks, shape, with_weights=with_weights)
     check_lost_peer(ranks, shape, 3.0)
 
 

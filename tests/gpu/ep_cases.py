@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt import ops
-from dsv3rt.ops.types import Permutation, QuantTensor, Routing
+from dsv3rt.ops.types import Permutation, QuantTensor, Routing, round_up
 
 ROUTERS = ("even", "skewed", "one rank", "one expert", "no tokens here")
 
@@ -25,6 +25,12 @@ class Shape:
     @property
     def num_local(self) -> int:
         return self.num_experts // self.num_ranks
+
+    @property
+    def worst_case(self) -> int:
+        """Rows of a rank whatever the router does."""
+        rows = self.num_ranks * self.max_tokens * min(self.top_k, self.num_local)
+        return round_up(rows, self.block) + self.num_local * self.block
 
 
 @dataclass(frozen=True)

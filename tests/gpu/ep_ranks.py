@@ -38,7 +38,13 @@ class Ranks:
 
     def group(self, shape: Shape, num_sms: int, timeout_s: float, low_latency: bool = False) -> ops.EpGroup:
         limits = ops.EpLimits(
-            shape.max_tokens, shape.top_k, shape.num_columns, num_sms, timeout_s, low_latency=low_latency
+            shape.max_tokens,
+            shape.top_k,
+            shape.num_columns,
+            num_sms,
+            timeout_s,
+            low_latency=low_latency,
+            max_rows=0 if low_latency else shape.worst_case,
         )
         group = ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
         if self.num_nodes > 1:

@@ -6,7 +6,7 @@ plain torch expression on the CPU and a kernel on the GPU goes through the kerne
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 from dsv3rt import Transformer, ops
 from dsv3rt.config import ParallelConfig, TrainConfig
 from dsv3rt.layers import router
+from dsv3rt.layers.fp8 import Weighed
 from dsv3rt.layers.ledger import WeightGrads
 from dsv3rt.layers.moe import Dispatched
 from dsv3rt.layers.precision import set_precision
@@ -64,14 +65,30 @@ def _balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, *, alph
     return loss
 
 
+@dataclass(frozen=True)
 class _Exchange:
-    """Keeps what the kernels' exchange keeps, of rows that come from and go to this rank alone."""
+    """Keeps what the kernels' exchange keeps, of rows that come from and go to this rank alone.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
-        return Dispatched(*ops.permute(x_TD, routing, num_experts=num_experts, block=block))
+    rooms: where rows are fetched, made at the first forward.
+    """
+
+    fetches: bool
+    rooms: dict[bool, Tensor] = field(default_factory=dict)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool) -> Dispatched:
+        rows_PD, layout, permutation = ops.permute(x_TD, routing, num_experts=num_experts, block=block)
+        if not (self.fetches and with_gates):
+            return Dispatched(rows_PD, layout, permutation)
+        gate_P = routing.weight_TK.new_zeros(len(rows_PD))
+        gate_P = gate_P.index_copy(0, permutation.row_of_TK.flatten(), routing.weight_TK.flatten())
+
+        def room(backward: bool) -> Tensor:
+            return self.rooms.setdefault(backward, torch.empty_like(rows_PD.detach()))
+
+        return Dispatched(rows_PD, layout, permutation, gates=Weighed(gate_P, room))
 
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
-        return ops.unpermute(rows_PD, dispatched.permutation, weight_TK)
+        return ops.unpermute(rows_PD, dispatched.permutation, None if dispatched.gates else weight_TK)
 
 
 @pytest.fixture(autouse=True)
@@ -179,18 +196,23 @@ def test_modules_that_stay_in_bf16(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", [(), ("norm", "mla_up", "swiglu")], ids=str)
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_experts_on_several_ranks(precision: str, recompute: tuple[str, ...]) -> None:
-    """Rows as many as one rank has here; where each comes from is 4 bytes a row there and 8 a choice here."""
+@pytest.mark.parametrize(("precision", "node_ranks"), [("bf16", 2), ("fp8", 2), ("fp8", 1)])
+def test_experts_on_several_ranks(
+    monkeypatch: pytest.MonkeyPatch, precision: str, node_ranks: int, recompute: tuple[str, ...]
+) -> None:
+    """Rows as many as one rank has here; where each comes from is 4 bytes a row there and 8 a choice here. Within a
+    node rows are fetched, and where those of the tokens lie is 4 bytes a choice there and nothing here."""
     config = job(precision, recompute)
     model = build(config)
+    monkeypatch.setattr("dsv3rt.parallel.kept._NODE_RANKS", node_ranks)
+    fetches = precision == "fp8" and node_ranks == 2
     for moe in moe_layers(model).values():
-        moe.exchange = _Exchange()
+        moe.exchange = _Exchange(fetches=fetches)
     found = run(config, model, range(MOE, MOE + 1), is_last=False).kept
     choices, rows = LENGTH * config.model.top_k, kept_of(config).rows
     kept = kept_of(replace(config, parallel=ParallelConfig(dp=2, ep=2)))
     kept.rows = rows
-    different = 4 * kept.rows - 8 * choices
+    different = 4 * kept.rows - (8 - 4 * fetches) * choices
     assert kept.block(model.layers[MOE]) + kept.ends(is_last=False, mtp=[]) - different == near(found)
 
 
@@ -214,7 +236,7 @@ def test_passing_tensors(layer: int, precision: str, recompute: tuple[str, ...])
     config = job(precision, recompute)
     model = build(config)
     for moe in moe_layers(model).values():
-        moe.exchange = _Exchange()
+        moe.exchange = _Exchange(fetches=False)
     rows = kept_of(config).rows
     kept = kept_of(replace(config, parallel=ParallelConfig(dp=2, ep=2)))
     kept.rows = rows

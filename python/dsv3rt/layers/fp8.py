@@ -48,7 +48,7 @@ def swiglu_mlp(
     down: Stack,
     ledger: Ledger | None,
     layout: GroupLayout | None = None,
-    gather: Gather | None = None,
+    gates: Gather | Weighed | None = None,
 ) -> Tensor:
     """down(silu(gate x) * up x), (T, D) -> (T, D) in x's dtype.
 
@@ -57,12 +57,13 @@ def swiglu_mlp(
     up: gate and up, stacked in this order: (2F, D) in all, or (X, 2F, D). down: (D, F) or (X, D, F).
     layout: of rows grouped by expert, in segments of multiples of 128; None: one expert for all. Padding rows of the
         result, and of the gradient, are unspecified on CUDA.
-    gather: x are tokens, of which the experts' rows are made, and so is the result, (T, D): no row is written in more
-        than FP8. The gates multiply the output of SwiGLU, so that no result of an expert is kept for their gradient.
+    gates: multiply the output of SwiGLU, so that no result of an expert is kept for their gradient. With a `Gather` x
+        are tokens, of which the experts' rows are made, and so is the result, (T, D): no row is written in more than
+        FP8.
     """
     weights = (*up[1], *down[1])
-    job = _MlpJob(up[0].of(*up[1]), down[0].of(*down[1]), _trained(weights), ledger, layout, gather)
-    return cast(Tensor, _SwigluMlp.apply(x_TD, None if gather is None else gather.gate_TK, job, *weights))
+    job = _MlpJob(up[0].of(*up[1]), down[0].of(*down[1]), _trained(weights), ledger, layout, gates)
+    return cast(Tensor, _SwigluMlp.apply(x_TD, None if gates is None else gates.values, job, *weights))
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Gather:
 
     permutation: Permutation
     gate_TK: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        return self.gate_TK
 
     def tokens(self) -> Tensor:
         """int32 (P,): the token of each row; 0 for padding."""
@@ -84,6 +89,21 @@ class Gather:
 
     def _by_rows(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.permutation.num_rows).index_copy_(0, self.permutation.row_of_TK.flatten(), values)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What each row of a layout weighs: gate_P FP32.
+
+    room: where results (False) or gradients of x (True) are to be written; None: anywhere.
+    """
+
+    gate_P: Tensor
+    room: Callable[[bool], Tensor | None]
+
+    @property
+    def values(self) -> Tensor:
+        return self.gate_P
 
 
 @dataclass(frozen=True)
@@ -167,27 +187,41 @@ class _MlpJob:
     weights: tuple[nn.Parameter, ...]
     ledger: Ledger | None
     layout: GroupLayout | None
-    gather: Gather | None
+    gates: Gather | Weighed | None
 
-    def of_tokens(self, rows_PD: Tensor) -> Tensor:
-        """Each token's rows added up, where rows are gathered."""
-        return rows_PD if self.gather is None else ops.unpermute(rows_PD, self.gather.permutation, None)
+    def by_rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """Each row's token, where rows are gathered, and its gate, where there are gates."""
+        if isinstance(self.gates, Gather):
+            return self.gates.tokens(), self.gates.gates()
+        return None, None if self.gates is None else self.gates.gate_P.detach()
+
+    def last_product(self, x: QuantTensor, w: QuantTensor, dtype: torch.dtype, *, backward: bool) -> Tensor:
+        """Rows in their room, or each token's rows added up where rows are gathered."""
+        room = self.gates.room(backward) if isinstance(self.gates, Weighed) else None
+        rows_PD = _rows_product(x, w, self.layout, dtype, room)
+        return ops.unpermute(rows_PD, self.gates.permutation, None) if isinstance(self.gates, Gather) else rows_PD
+
+    def gate_gradient(self, of_rows_P: Tensor | None) -> Tensor | None:
+        if self.gates is None:
+            return None
+        assert of_rows_P is not None
+        return of_rows_P[self.gates.permutation.row_of_TK] if isinstance(self.gates, Gather) else of_rows_P
 
 
 class _SwigluMlp(torch.autograd.Function):
     """Saves x by columns and the input of SwiGLU by rows, both in FP8, and what says which tokens the rows are."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, gate_TK: Tensor | None, job: _MlpJob, *weights: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, gates: Tensor | None, job: _MlpJob, *weights: nn.Parameter) -> Tensor:
         ctx.job, ctx.dtype = job, x_TD.dtype
         trains = bool(job.weights)
-        tokens_P, gates_P = (None, None) if job.gather is None else (job.gather.tokens(), job.gather.gates())
+        tokens_P, gates_P = job.by_rows()
         x, x_t = _by_rows_and_columns(x_TD, job.layout, trains, tokens_P)
         gate_up = _rows_product(x, job.up[0], job.layout, torch.bfloat16)
         hidden = ops.swiglu_quantize_1x128(gate_up, weight_T=gates_P, layout=job.layout)
         kept = ops.quantize_1x128(gate_up, layout=job.layout) if trains else None
         ctx.save_for_backward(*_tensors(x_t), *_tensors(kept), tokens_P, gates_P)
-        return job.of_tokens(_rows_product(hidden, job.down[0], job.layout, x_TD.dtype))
+        return job.last_product(hidden, job.down[0], x_TD.dtype, backward=False)
 
     @staticmethod
     @once_differentiable
@@ -204,13 +238,9 @@ class _SwigluMlp(torch.autograd.Function):
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = job.of_tokens(_rows_product(grads.gate_up, transposed(job.up), layout, ctx.dtype))
+            dx = job.last_product(grads.gate_up, transposed(job.up), ctx.dtype, backward=True)
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[:-1], up_product))
-        dgate = None
-        if job.gather is not None:
-            assert grads.weight_T is not None
-            dgate = grads.weight_T[job.gather.permutation.row_of_TK]
-        return dx, dgate, None, *(None for _ in range(len(ctx.needs_input_grad) - 3))
+        return dx, job.gate_gradient(grads.weight_T), None, *(None for _ in range(len(ctx.needs_input_grad) - 3))
 
 
 def _trained(weights: tuple[nn.Parameter, ...]) -> tuple[nn.Parameter, ...]:
@@ -231,10 +261,12 @@ def _columns_of(x_TD: Tensor) -> QuantTensor:
     return ops.quantize_1x128(x_TD, pow2_scales=True, with_transpose=True)[1]
 
 
-def _rows_product(x: QuantTensor, w: QuantTensor, layout: GroupLayout | None, dtype: torch.dtype) -> Tensor:
+def _rows_product(
+    x: QuantTensor, w: QuantTensor, layout: GroupLayout | None, dtype: torch.dtype, out_PF: Tensor | None = None
+) -> Tensor:
     if layout is None:
         return ops.fp8_gemm_nt(x, w, out_dtype=dtype)
-    return ops.m_grouped_fp8_gemm_nt(x, w, layout, out_dtype=dtype)
+    return ops.m_grouped_fp8_gemm_nt(x, w, layout, out_dtype=dtype, out_PF=out_PF)
 
 
 def _product(dy_t: QuantTensor, x_t: QuantTensor, layout: GroupLayout | None) -> main_grad.Contribution:

@@ -23,22 +23,25 @@ class Dispatched:
     """Tokens gathered by expert: rows_PD, where each expert's rows lie, and the way back.
 
     route: what an `Exchange` must remember to find the way back to other ranks.
-    gate_TK: the gates, where the experts apply them: rows_PD are then the tokens themselves (T, D), which experts in
-        FP8 gather while they cast them, and so is what the experts return.
+    gates: where experts in FP8 apply them. With `fp8.Gather` rows_PD are the tokens themselves (T, D), which the
+        experts gather while they cast them, and so is what they return.
     """
 
     rows_PD: Tensor
     layout: GroupLayout
     permutation: Permutation
     route: object = None
-    gate_TK: Tensor | None = None
+    gates: fp8.Gather | fp8.Weighed | None = None
 
 
 class Exchange(Protocol):
     """Carries rows to the ranks that hold their experts, and back."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
-        """As `ops.permute` lays them out, but the rows of all ranks for the experts of this one. Differentiable."""
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool) -> Dispatched:
+        """As `ops.permute` lays them out, but the rows of all ranks for the experts of this one. Differentiable.
+
+        with_gates: the experts can apply them, so they may come along; else `combine` applies them.
+        """
         ...
 
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
@@ -63,12 +66,16 @@ class Experts(nn.Module):
         self._up_cast, self._down_cast = WeightCast(), WeightCast()
 
     def forward(
-        self, rows_PD: Tensor, layout: GroupLayout, ledger: Ledger | None = None, gather: fp8.Gather | None = None
+        self,
+        rows_PD: Tensor,
+        layout: GroupLayout,
+        ledger: Ledger | None = None,
+        gates: fp8.Gather | fp8.Weighed | None = None,
     ) -> Tensor:
-        """gather: for FP8 alone, as `fp8.swiglu_mlp` says."""
+        """gates: for FP8 alone, as `fp8.swiglu_mlp` says."""
         if self.is_fp8:
             up, down = self.fp8_weights()
-            return fp8.swiglu_mlp(rows_PD, up, down, ledger, layout, gather)
+            return fp8.swiglu_mlp(rows_PD, up, down, ledger, layout, gates)
         gate_PF, up_PF = _product(rows_PD, self.gate_up_proj, layout, ledger).chunk(2, dim=-1)
         hidden_PF = recomputed(ledger, "swiglu", ops.swiglu, gate_PF, up_PF)
         return _product(hidden_PF, self.down_proj, layout, ledger)
@@ -92,8 +99,8 @@ class MoE(nn.Module):
     """Routed experts beside shared ones (DeepSeek-V3 report sec. 2.1.2); no token is dropped.
 
     The phases pass their results on and keep nothing, so that a schedule may run them apart. The gates are applied
-    where the rows are summed, in `combine`; by FP8 experts of which all are here, inside them. Names are the Hugging
-    Face checkpoint's, the routed experts fused.
+    where the rows are summed, in `combine`; by FP8 experts inside them, unless the exchange carries rows alone. Names
+    are the Hugging Face checkpoint's, the routed experts fused.
     exchange: None where all experts are here.
     """
 
@@ -118,16 +125,16 @@ class MoE(nn.Module):
         """Rows grouped by expert, each group padded to the GEMM's 128 rows on a GPU or in FP8, else to nothing."""
         block = 128 if x_TD.is_cuda or self.experts.is_fp8 else 1
         if self.exchange is not None:
-            return self.exchange.dispatch(x_TD, routing, num_experts=self.num_experts, block=block)
+            return self.exchange.dispatch(
+                x_TD, routing, num_experts=self.num_experts, block=block, with_gates=self.experts.is_fp8
+            )
         if self.experts.is_fp8:
             layout, permutation = ops.place(routing.idx_TK, num_experts=self.num_experts, block=block)
-            return Dispatched(x_TD, layout, permutation, gate_TK=routing.weight_TK)
+            return Dispatched(x_TD, layout, permutation, gates=fp8.Gather(permutation, routing.weight_TK))
         return Dispatched(*ops.permute(x_TD, routing, num_experts=self.num_experts, block=block))
 
     def run_experts(self, dispatched: Dispatched, ledger: Ledger | None = None) -> Tensor:
-        gate_TK = dispatched.gate_TK
-        gather = None if gate_TK is None else fp8.Gather(dispatched.permutation, gate_TK)
-        rows_PD: Tensor = self.experts(dispatched.rows_PD, dispatched.layout, ledger, gather)
+        rows_PD: Tensor = self.experts(dispatched.rows_PD, dispatched.layout, ledger, dispatched.gates)
         return rows_PD
 
     def run_shared(self, x_TD: Tensor, ledger: Ledger | None = None) -> Tensor | None:
@@ -137,7 +144,7 @@ class MoE(nn.Module):
         """The routed part of the output, (T, D)."""
         if self.exchange is not None:
             return self.exchange.combine(rows_PD, dispatched, routing.weight_TK)
-        if dispatched.gate_TK is not None:
+        if dispatched.gates is not None:
             return rows_PD
         return ops.unpermute(rows_PD, dispatched.permutation, routing.weight_TK)
 

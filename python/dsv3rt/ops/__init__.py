@@ -5,7 +5,7 @@ Stateless functions; docs/architecture.md tabulates their contracts, each docstr
 
 from dsv3rt.ops.attention import mla_decode, mla_prefill
 from dsv3rt.ops.embed import embedding, rope, rope_
-from dsv3rt.ops.ep import EpGroup, ep_combine, ep_dispatch
+from dsv3rt.ops.ep import EpGroup, ep_combine, ep_dispatch, ep_dispatch_with_weights, ep_room
 from dsv3rt.ops.ep_latency import ep_collect, ep_receive, ep_send, ep_send_back
 from dsv3rt.ops.gemm import (
     fp8_gemm_nt,
@@ -58,7 +58,9 @@ __all__ = [
     "ep_collect",
     "ep_combine",
     "ep_dispatch",
+    "ep_dispatch_with_weights",
     "ep_receive",
+    "ep_room",
     "ep_send",
     "ep_send_back",
     "fp8_gemm_nt",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv3rt.errors import BackendUnavailableError
 from dsv3rt.ops.checks import FLOATS, check_quant, check_same_device, check_tensor, require
-from dsv3rt.ops.cuda.ep import KernelExchange, KernelRoute
+from dsv3rt.ops.cuda.ep import FetchedRoute, KernelExchange, KernelRoute
 from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.quant import ROW_TILE
 from dsv3rt.ops.reference.ep import ReferenceExchange, ReferenceRoute
@@ -57,6 +57,7 @@ class EpGroup:
             require(0 < limits.top_k <= num_experts, op, "limits.top_k", f"be in 1..{num_experts}", limits.top_k)
             require(limits.num_columns % 16 == 0, op, "limits.num_columns", "be a multiple of 16", limits.num_columns)
             require(limits.num_sms > 0, op, "limits.num_sms", "be positive", limits.num_sms)
+            require(0 <= limits.max_rows < 2**26, op, "limits.max_rows", "be in 0..2^26 - 1", limits.max_rows)
             self.kernels = KernelExchange(group, num_experts, limits, device)
         self.reference = ReferenceExchange(group, num_experts)
 
@@ -72,6 +73,12 @@ class EpGroup:
         """Rows that suffice whatever the router does, with at most `tokens` tokens a rank."""
         num_local = self.num_experts // self.num_ranks
         return round_up(self.num_ranks * tokens * min(top_k, num_local), block) + num_local * block
+
+    def carries_weights(self, x: Tensor) -> bool:
+        """Whether `ep_dispatch_with_weights` takes these tokens; kernels do where `limits.max_rows` is positive and all
+        ranks are of one node."""
+        body = self.body(x)
+        return isinstance(body, ReferenceExchange) or body.carries_weights
 
     def body(self, x: Tensor) -> KernelExchange | ReferenceExchange:
         """Kernels for BF16 and FP8 on a CUDA device, if the group has a communicator."""
@@ -121,22 +128,80 @@ def ep_dispatch(
         check_quant(op, "x_TD", x_TD, (None, None), (ROW_TILE,))
     else:
         check_tensor(op, "x_TD", x_TD, (None, None), FLOATS)
-    check_tensor(op, "routing.idx_TK", routing.idx_TK, (x_TD.shape[0], None), (torch.int64,))
-    check_same_device(op, x_TD=x_TD.data, routing=routing.idx_TK)
-    require(block > 0, op, "block", "be positive", block)
-    if capacity is not None:
-        require(capacity > 0 and capacity % block == 0, op, "capacity", f"be a positive multiple of {block}", capacity)
+    _check_routed(op, x_TD.data, routing, block, capacity)
     body = group.body(x_TD.data)
     if isinstance(body, ReferenceExchange):
         return body.dispatch(x_TD, routing.idx_TK, block=block, capacity=capacity)
+    _check_limits(op, body.limits, x_TD.data, routing)
+    capacity = capacity or group.worst_case(body.limits.max_tokens, body.limits.top_k, block)
+    return body.dispatch(x_TD, routing.idx_TK, block=block, capacity=capacity)
+
+
+def ep_dispatch_with_weights(
+    x_TD: Tensor, routing: Routing, group: EpGroup, *, block: int = 128, capacity: int | None = None
+) -> tuple[Tensor, Tensor, EpRoute]:
+    """`ep_dispatch` that gives every row its weight along, for experts that multiply by it themselves.
+
+    `ep_combine` then sums the rows as they are, and needs none of them for its backward. By kernels it fetches them
+    from a room of their rank's window: rows that were written there (`ep_room`) are never copied. A group has one
+    room for results and one for gradients of rows. So of its exchanges with weights one at a time may be between
+    dispatch and combine, and one between the combine's backward and the dispatch's.
+
+    Args:
+        x_TD, group, block, capacity: as in `ep_dispatch`; x_TD no QuantTensor, block the same on all ranks, capacity at
+            most limits.max_rows.
+        routing: with weight_TK, fp32, to which this is differentiable too.
+    Returns:
+        rows_PD; weight_P, fp32, 0 for padding and unspecified past the last segment; the EpRoute.
+    Raises:
+        As `ep_dispatch`; ValueError also where `group.carries_weights` is false.
+    Numerics: copies; bitwise repeatable.
+    Source: as `ep_dispatch`.
+    """
+    op = "ep_dispatch_with_weights"
+    check_tensor(op, "x_TD", x_TD, (None, None), FLOATS)
+    _check_routed(op, x_TD, routing, block, capacity)
+    check_tensor(op, "routing.weight_TK", routing.weight_TK, tuple(routing.idx_TK.shape), (torch.float32,))
+    check_same_device(op, x_TD=x_TD, weight_TK=routing.weight_TK)
+    body = group.body(x_TD)
+    if isinstance(body, ReferenceExchange):
+        return body.dispatch_with_weights(x_TD, routing.idx_TK, routing.weight_TK, block=block, capacity=capacity)
     limits = body.limits
+    require(body.carries_weights, op, "group", "have limits.max_rows, and ranks of one node", f"{limits.max_rows} rows "
+            f"and {body.num_nodes} nodes")  # fmt: skip
+    _check_limits(op, limits, x_TD, routing)
+    capacity = capacity or group.worst_case(limits.max_tokens, limits.top_k, block)
+    require(capacity <= limits.max_rows, op, "capacity", f"be at most {limits.max_rows}", capacity)
+    return body.dispatch_with_weights(x_TD, routing.idx_TK, routing.weight_TK, block=block, capacity=capacity)
+
+
+def ep_room(route: EpRoute, group: EpGroup, *, gradients: bool = False) -> Tensor | None:
+    """Where to write rows that `ep_combine` (gradients: the dispatch's backward) is to fetch, so that none is copied.
+
+    Of a route of `ep_dispatch_with_weights`. What lies there is overwritten by the exchange after this one.
+
+    Returns:
+        (P, D) bf16; None where rows are not fetched: write anywhere then.
+    """
+    if not isinstance(route, FetchedRoute):
+        return None
+    assert group.kernels is not None
+    return group.kernels.room(route.origin_P.shape[0], gradients=gradients)
+
+
+def _check_routed(op: str, x_TD: Tensor, routing: Routing, block: int, capacity: int | None) -> None:
+    check_tensor(op, "routing.idx_TK", routing.idx_TK, (x_TD.shape[0], None), (torch.int64,))
+    check_same_device(op, x_TD=x_TD, routing=routing.idx_TK)
+    require(block > 0, op, "block", "be positive", block)
+    if capacity is not None:
+        require(capacity > 0 and capacity % block == 0, op, "capacity", f"be a positive multiple of {block}", capacity)
+
+
+def _check_limits(op: str, limits: EpLimits, x_TD: Tensor, routing: Routing) -> None:
     T, K, D = x_TD.shape[0], routing.idx_TK.shape[1], x_TD.shape[1]
     require(limits.max_tokens >= T, op, "x_TD", f"have at most {limits.max_tokens} rows", T)
     require(limits.num_columns == D, op, "x_TD", f"have {limits.num_columns} columns", D)
     require(limits.top_k == K, op, "routing.idx_TK", f"have {limits.top_k} columns", K)
-    if capacity is None:
-        capacity = group.worst_case(limits.max_tokens, K, block)
-    return body.dispatch(x_TD, routing.idx_TK, block=block, capacity=capacity)
 
 
 def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Tensor | None = None) -> Tensor:
@@ -146,7 +211,7 @@ def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Te
         rows_PD: bf16, fp32 or fp64, laid out as `ep_dispatch` did; rows of padding are not read.
         route: from `ep_dispatch`.
         group: the one that dispatched.
-        weight_TK: fp32 (or fp64, bf16 in the reference); None: ones.
+        weight_TK: fp32 (or fp64, bf16 in the reference); None: ones. None by kernels after `ep_dispatch_with_weights`.
     Returns:
         y_TD, (T, D), rows' dtype; fp32 sum inside. NaN where some rank's rows did not fit or a peer is lost.
     Raises:
@@ -167,6 +232,8 @@ def ep_combine(rows_PD: Tensor, route: EpRoute, group: EpGroup, *, weight_TK: Te
     shape_PD = (route.origin_P.shape[0], group.kernels.limits.num_columns)
     check_tensor(op, "rows_PD", rows_PD, shape_PD, (torch.bfloat16,))
     if weight_TK is not None:
+        fetches = isinstance(route, FetchedRoute)
+        require(not fetches, op, "weight_TK", "be None after ep_dispatch_with_weights", "weights")
         check_tensor(op, "weight_TK", weight_TK, route.shape_TK, (torch.float32,))
     check_same_device(op, rows_PD=rows_PD, route=route.origin_P, weight_TK=weight_TK)
     return group.kernels.combine(rows_PD, route, weight_TK)

@@ -121,6 +121,7 @@ def m_grouped_fp8_gemm_nt(
     layout: GroupLayout,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    out_PF: Tensor | None = None,
     num_sms: int = 0,
 ) -> Tensor:
     """y_PF: rows of group g times dequant(w[g])^T, accumulated in fp32.
@@ -130,6 +131,7 @@ def m_grouped_fp8_gemm_nt(
         w: data (X, F, D) e4m3, tile (128, 128).
         layout: of X groups, on the device: nothing is read back.
         out_dtype: bf16 or fp32.
+        out_PF: (P, F), out_dtype, contiguous, to be written; None: a new tensor.
         num_sms: as in `fp8_gemm_nt`.
     Returns:
         y_PF, (P, F), out_dtype, contiguous. Padding rows are zero on the CPU and unspecified on CUDA.
@@ -146,9 +148,14 @@ def m_grouped_fp8_gemm_nt(
     check_same_device(op, x=x.data, w=w.data, layout=layout.offsets)
     _check_kernel_limits(op, "w", w, num_sms)
     _check_out_dtype(op, out_dtype)
-    out = torch.empty((x.data.shape[0], w.data.shape[1]), dtype=out_dtype, device=x.data.device)
-    _m_grouped_fp8_gemm_nt(x.data, x.scale, w.data, w.scale, layout.counts_X, layout.offsets, out, num_sms)
-    return out
+    shape = (x.data.shape[0], w.data.shape[1])
+    if out_PF is None:
+        out_PF = torch.empty(shape, dtype=out_dtype, device=x.data.device)
+    check_tensor(op, "out_PF", out_PF, shape, (out_dtype,))
+    _check_contiguous(op, "out_PF", out_PF)
+    check_same_device(op, x=x.data, out_PF=out_PF)
+    _m_grouped_fp8_gemm_nt(x.data, x.scale, w.data, w.scale, layout.counts_X, layout.offsets, out_PF, num_sms)
+    return out_PF
 
 
 def _k_grouped_on_cpu(

@@ -117,6 +117,8 @@ class EpLimits:
 
     num_sms: how many SMs a dispatch or a combine uses. timeout_s: after which a wait for a peer is an error.
     low_latency: with room for the form of that name, `ep_send` and what follows it; for ranks of one node.
+    max_rows: the largest capacity of `ep_dispatch_with_weights`, for which windows then have two rooms of that many
+        rows; 0: it is not used. For ranks of one node.
     """
 
     max_tokens: int
@@ -125,6 +127,7 @@ class EpLimits:
     num_sms: int = 16
     timeout_s: float = 100.0
     low_latency: bool = False
+    max_rows: int = 0
 
 
 @dataclass(frozen=True)

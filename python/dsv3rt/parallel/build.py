@@ -43,17 +43,25 @@ def outline(layout: Layout, pp_rank: int, ep_rank: int, dtype: torch.dtype = tor
     return model
 
 
-def build(layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device, tokens: int) -> Transformer:
+def build(
+    layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device, tokens: int, *, carries_gates: bool = False
+) -> Transformer:
     """The rank's model on its device. Draws from torch's generator what `Transformer.init_weights` would draw.
 
-    tokens: the most of a micro-batch.
+    tokens: the most of a micro-batch. carries_gates: see `ExpertExchange`.
     """
     model = outline(layout, mesh.pp_rank, mesh.ep_rank, dtype).to_empty(device=device)
     _draw(model, layout, mesh, torch.empty(0, dtype=dtype, device=device))
     if mesh.config.ep > 1:
         ((_, group),) = mesh.groups("experts", layout.expert_groups()).items()
         config = mesh.config
-        exchange = ExpertExchange(group, config.ep, capacity=config.expert_capacity, num_sms=config.expert_sms)
+        exchange = ExpertExchange(
+            group,
+            config.ep,
+            capacity=config.expert_capacity,
+            num_sms=config.expert_sms,
+            carries_gates=carries_gates,
+        )
         if device.type == "cuda":
             like_TD = torch.empty(tokens, layout.model.dim, dtype=dtype, device=device)
             exchange.open(like_TD, layout.model.num_experts, layout.model.top_k)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3rt import ops
+from dsv3rt.layers import fp8
 from dsv3rt.layers.moe import Dispatched
-from dsv3rt.ops.types import Permutation, Routing, round_up
+from dsv3rt.ops.types import TILE, Permutation, Routing, round_up
 from dsv3rt.parallel.eplb import Placement
 
 
@@ -43,9 +44,12 @@ class ExpertExchange:
         *,
         capacity: float = 0.0,
         num_sms: int = 16,
+        carries_gates: bool = False,
     ) -> None:
         """placement: of replicas, for serving; rank i then holds the experts `placement.experts_on(i)`, in this order.
         capacity: rows that a rank's experts have room for, over an even load; 0: for any load. num_sms: of the kernels.
+        carries_gates: gates go along with the rows where experts want them and the ranks are of one node; not for
+            layers of which two forwards may be under way at a time (`ops.ep_dispatch_with_weights`).
 
         Raises:
             ValueError: a placement on another number of GPUs than there are ranks.
@@ -59,6 +63,7 @@ class ExpertExchange:
         self._placement = placement
         self._capacity = capacity
         self._num_sms = num_sms
+        self._carries_gates = carries_gates
         self._most_tokens = 0
         self._experts: ops.EpGroup | None = None
 
@@ -69,10 +74,12 @@ class ExpertExchange:
         in a pipeline from its first step on, that could be for ever.
         """
         slots = num_experts if self._placement is None else self._placement.num_slots
-        limits = self._limits(like_TD, top_k)
+        limits = self._limits(like_TD, slots, top_k)
         self._experts = ops.EpGroup(self._group, slots, limits=limits, device=like_TD.device)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool = False
+    ) -> Dispatched:
         """See `layers.moe.Exchange`.
 
         Raises:
@@ -85,18 +92,21 @@ class ExpertExchange:
         if self._experts is None:
             self.open(x_TD, num_experts, top_k)
             assert self._experts is not None
-        capacity = None
-        if self._capacity:
-            choices = self._most_tokens, top_k
-            capacity = room(num_experts, self._num_ranks, self._capacity, choices, block)
-        rows_PD, route = ops.ep_dispatch(x_TD, routing, self._experts, block=block, capacity=capacity)
-        return Dispatched(rows_PD, route.layout, Permutation(routing.idx_TK, rows_PD.shape[0]), route)
+        capacity = self._room(num_experts, top_k, block) if self._capacity else None
+        group, gates = self._experts, None
+        if with_gates and self._carries_gates and group.carries_weights(x_TD):
+            rows_PD, gate_P, route = ops.ep_dispatch_with_weights(x_TD, routing, group, block=block, capacity=capacity)
+            gates = fp8.Weighed(gate_P, lambda backward: ops.ep_room(route, group, gradients=backward))
+        else:
+            rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=block, capacity=capacity)
+        return Dispatched(rows_PD, route.layout, Permutation(routing.idx_TK, rows_PD.shape[0]), route, gates)
 
     def combine(self, rows_PD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
         """See `layers.moe.Exchange`."""
         assert self._experts is not None
         assert isinstance(dispatched.route, ops.EpRoute)
-        return ops.ep_combine(rows_PD, dispatched.route, self._experts, weight_TK=weight_TK)
+        weight = weight_TK if dispatched.gates is None else None
+        return ops.ep_combine(rows_PD, dispatched.route, self._experts, weight_TK=weight)
 
     def _to_slots(self, x_TD: Tensor, routing: Routing, num_experts: int) -> tuple[Routing, int]:
         """Replicas' slots in the place of experts."""
@@ -110,11 +120,16 @@ class ExpertExchange:
             raise ValueError("ExpertExchange: replicas must serve without gradients (torch.no_grad), got a gradient")
         return dataclasses.replace(routing, idx_TK=placement.assign(routing.idx_TK)), placement.num_slots
 
-    def _limits(self, x_TD: Tensor, top_k: int) -> ops.EpLimits | None:
+    def _limits(self, x_TD: Tensor, num_experts: int, top_k: int) -> ops.EpLimits | None:
         """What all ranks agree on; None: some rank has no kernels for these rows."""
         fits = x_TD.is_cuda and x_TD.dtype == torch.bfloat16
         lacks = not fits or ops.EpGroup.kernels_problem() != ""
         here = torch.tensor([x_TD.shape[0], int(lacks)], device=x_TD.device)
         dist.all_reduce(here, dist.ReduceOp.MAX, group=self._group)
         self._most_tokens, lacking = here.tolist()
-        return None if lacking else ops.EpLimits(self._most_tokens, top_k, x_TD.shape[1], self._num_sms)
+        rows = self._room(num_experts, top_k, TILE) if self._carries_gates else 0
+        limits = ops.EpLimits(self._most_tokens, top_k, x_TD.shape[1], self._num_sms, max_rows=rows)
+        return None if lacking else limits
+
+    def _room(self, num_experts: int, top_k: int, block: int) -> int:
+        return room(num_experts, self._num_ranks, self._capacity, (self._most_tokens, top_k), block)

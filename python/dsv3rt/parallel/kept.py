@@ -20,6 +20,7 @@ from dsv3rt.ops.types import TILE, ceil_div, round_up
 from dsv3rt.parallel.expert import room
 
 _FP32, _INT32, _INT64 = 4, 4, 8
+_NODE_RANKS = 8  # so many are taken to reach each other's memory, and then fetch results instead of keeping them
 # Tensors of a token's width that pass through a phase beside its own: residual, gradients, sums; as tests find them.
 _PASSING_FORWARD, _PASSING_BACKWARD = 3, 8
 
@@ -44,9 +45,11 @@ class Kept:
         self.tokens = config.train.micro_batch_size * config.train.seq_len
         self._item = item
         self._recompute = frozenset(config.train.recompute)
-        self._spread = config.parallel.ep > 1
-        experts = model.num_experts
+        self._is_fp8 = config.train.precision == "fp8"
         parallel = config.parallel
+        self._spread = parallel.ep > 1
+        self._fetches = self._spread and parallel.ep <= _NODE_RANKS and not self._recomputes("experts")
+        experts = model.num_experts
         choices = self.tokens, model.top_k
         self.rows = room(experts, parallel.ep, parallel.expert_capacity, choices, row_block)
 
@@ -96,6 +99,8 @@ class Kept:
         if not moe.experts.is_fp8:
             return kept + where + 2 * self._item * P * dim + self._swiglu(P, hidden, keeps=keeps_swiglu)
         kept += where + by_columns(P, dim) + by_rows(P, 2 * hidden)
+        if self._spread and self._fetches:  # rows as they arrived, their gates, and where those of the tokens lie
+            return kept + self._item * P * dim + _FP32 * P + _INT32 * T * self._model.top_k
         if self._spread:
             return kept + 2 * self._item * P * dim  # as they arrived, and the results, for the gradient of the gates
         return kept + (_INT32 + _FP32) * P + self._wide(dim)
@@ -167,8 +172,11 @@ class Kept:
         return again + max(attention, mlp) + _PASSING_BACKWARD * self._wide(model.dim)
 
     def window(self) -> int:
-        """What the kernels' exchange registers: a rank's tokens and the results of its choices."""
-        return self._item * self.tokens * self._model.dim * (1 + self._model.top_k) if self._spread else 0
+        """What the kernels' exchange registers: a rank's tokens, the results of its choices, and rooms for rows."""
+        if not self._spread:
+            return 0
+        rows = self.tokens * (1 + self._model.top_k) + (2 * self.rows if self._fetches and self._is_fp8 else 0)
+        return self._item * self._model.dim * rows
 
     def _recomputes(self, what: str) -> bool:
         return what in self._recompute

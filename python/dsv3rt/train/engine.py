@@ -71,7 +71,9 @@ class Engine:
         self._shapes = parameter_shapes(config.model)
         torch.manual_seed(run.seed)
         tokens = run.micro_batch_size * run.seq_len
-        self.model = build(self.layout, self.mesh, self.dtype, self.device, tokens)
+        # A second forward for the backward may run beside another micro-batch's first.
+        gates = run.precision == "fp8" and "experts" not in run.recompute
+        self.model = build(self.layout, self.mesh, self.dtype, self.device, tokens, carries_gates=gates)
         check_patterns(run.bf16_modules, _module_names(self._shapes), "train.bf16_modules")
         set_precision(self.model, run.precision, run.bf16_modules, run.weight_orientations)
         like = torch.empty(0, dtype=self.dtype, device=self.device)

@@ -196,6 +196,7 @@ inline float __shfl_xor_sync(unsigned, float value, int distance) {
   std::memcpy(&value, &other, 4);
   return value;
 }
+inline uint64_t __shfl_sync(unsigned, uint64_t value, int lane) { return host::block->exchange(value)[lane]; }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned atomicAdd(unsigned* target, unsigned value) {

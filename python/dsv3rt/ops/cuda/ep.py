@@ -16,6 +16,7 @@ from dsv3rt.ops.types import TILE, EpLimits, EpRoute, GroupLayout, QuantTensor, 
 
 _PHASES = ("stage", "pull", "push", "reduce", "send", "receive", "send back", "collect")
 _FAULTS = ("none", "timeout", "overflow", "peer overflow", "bad expert", "network")
+_RESULTS, _GRADIENTS = 0, 1  # rooms
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class KernelRoute(EpRoute):
     rows_needed: Tensor
     rails: Tensor
     block: int
+
+
+@dataclass(frozen=True)
+class FetchedRoute(KernelRoute):
+    """Of a dispatch with weights, whose rows are fetched from rooms. place_TK: rank and row of each choice's row."""
+
+    place_TK: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,16 @@ class KernelExchange:
             max_tokens=limits.max_tokens,
             top_k=limits.top_k,
             num_columns=limits.num_columns,
+            max_rows=limits.max_rows,
             id=ids[0],
             device=device.index if device.index is not None else torch.cuda.current_device(),
             timeout_us=int(limits.timeout_s * 1e6),
             low_latency=limits.low_latency,
         )
         self._rail_words = int(self._comm.rail_words())
+        self._rooms: list[Tensor] = []
+        if self.carries_weights:
+            self._rooms = [_Room(self._comm, room, limits).tensor(device) for room in (_RESULTS, _GRADIENTS)]
         dist.barrier(group=group)  # every window is cleared before anyone writes into it
 
     @property
@@ -73,6 +85,11 @@ class KernelExchange:
     def num_nodes(self) -> int:
         """Sets of ranks that reach each other's memory; between them NCCL's one-sided puts carry the rows."""
         return int(self._comm.num_nodes())
+
+    @property
+    def carries_weights(self) -> bool:
+        """Whether `dispatch_with_weights` is there: the window has rooms, and all ranks reach them."""
+        return self.limits.max_rows > 0 and self.num_nodes == 1
 
     def check(self) -> None:
         """Does not wait: a fault of a kernel that still runs is found by a later call.
@@ -86,6 +103,7 @@ class KernelExchange:
 
     def destroy(self) -> None:
         """By all ranks together; after a fault each may do it alone."""
+        self._rooms = []
         self._comm.destroy()
 
     def dispatch(
@@ -97,8 +115,21 @@ class KernelExchange:
         rows, route = _Dispatch.apply(x, self, idx_TK, block, capacity)
         return rows, route
 
+    def dispatch_with_weights(
+        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, *, block: int, capacity: int
+    ) -> tuple[Tensor, Tensor, FetchedRoute]:
+        self.check()
+        rows_PD, weight_P, route = _DispatchWithWeights.apply(x_TD, weight_TK, self, idx_TK, block, capacity)
+        return rows_PD, weight_P, route
+
+    def room(self, num_rows: int, *, gradients: bool) -> Tensor:
+        """The first rows of a room. Not a view for autograd, which would tie together all that ever lies there."""
+        return self._rooms[_GRADIENTS if gradients else _RESULTS][:num_rows].data
+
     def combine(self, rows_PD: Tensor, route: EpRoute, weight_TK: Tensor | None) -> Tensor:
         """Raises nothing: a rank whose rows did not fit tells its peers so here, and must not leave them waiting."""
+        if isinstance(route, FetchedRoute):
+            return cast(Tensor, _Fetch.apply(rows_PD, self, route))
         return cast(Tensor, _Combine.apply(rows_PD, weight_TK, self, route))
 
     # What follows is not differentiable.
@@ -106,13 +137,17 @@ class KernelExchange:
     def dispatch_by_choice(
         self, x: Tensor | QuantTensor, idx_TK: Tensor, block: int, capacity: int
     ) -> tuple[Tensor | QuantTensor, KernelRoute]:
-        def integers(count: int) -> Tensor:
-            return torch.empty(count, dtype=torch.int32, device=idx_TK.device)
-
-        layout = GroupLayout(integers(self._num_local), integers(self._num_local + 1))
-        shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
-        route = KernelRoute(layout, shape_TK, integers(capacity), integers(1), integers(self._rail_words), block)
+        route = self._route_for(idx_TK, block, capacity)
         return self._pull(x, route, choice=idx_TK.contiguous()), route
+
+    def dispatch_by_choice_with_weights(
+        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, block: int, capacity: int
+    ) -> tuple[Tensor, Tensor, FetchedRoute]:
+        place_TK = torch.empty(idx_TK.shape, dtype=torch.int32, device=idx_TK.device)
+        weight_P = torch.empty(capacity, dtype=torch.float32, device=idx_TK.device)
+        route = FetchedRoute(**vars(self._route_for(idx_TK, block, capacity)), place_TK=place_TK)
+        given = {"choice": idx_TK.contiguous(), "weight": weight_TK, "row_weight": weight_P, "place": place_TK}
+        return cast(Tensor, self._pull(x_TD, route, **given)), weight_P, route
 
     def dispatch_weighted(
         self, x_TD: Tensor, route: KernelRoute, weight_TK: Tensor, outputs_PD: Tensor
@@ -130,6 +165,26 @@ class KernelExchange:
         y_TD = rows_PD.new_empty(route.shape_TK[0], rows_PD.shape[1])
         self._comm.combine(rows_PD, self._route(route), y_TD, weight=weight_TK, num_sms=self.limits.num_sms)
         return y_TD
+
+    def fetch(
+        self, rows_PD: Tensor, route: FetchedRoute, weight_grad_P: Tensor | None = None, *, gradients: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums of rows, and where rows are gradients those of the weights. Rows that lie elsewhere are copied first."""
+        room_PD = self.room(rows_PD.shape[0], gradients=gradients)
+        if rows_PD.data_ptr() != room_PD.data_ptr():
+            room_PD.copy_(rows_PD)
+        y_TD = rows_PD.new_empty(route.shape_TK[0], rows_PD.shape[1])
+        weight_grad_TK = None if weight_grad_P is None else weight_grad_P.new_empty(route.shape_TK)
+        self._comm.fetch(
+            _GRADIENTS if gradients else _RESULTS,
+            self._route(route),
+            route.place_TK,
+            y_TD,
+            row_weight_grad=weight_grad_P,
+            weight_grad=weight_grad_TK,
+            num_sms=self.limits.num_sms,
+        )
+        return y_TD, weight_grad_TK
 
     # The low-latency form.
 
@@ -156,6 +211,16 @@ class KernelExchange:
         weight_TK = None if weight_TK is None else weight_TK.contiguous()
         self._comm.collect(y_TD, weight=weight_TK, num_sms=self.limits.num_sms)
         return y_TD
+
+    def _route_for(self, idx_TK: Tensor, block: int, capacity: int) -> KernelRoute:
+        """For a dispatch to fill in."""
+
+        def integers(count: int) -> Tensor:
+            return torch.empty(count, dtype=torch.int32, device=idx_TK.device)
+
+        layout = GroupLayout(integers(self._num_local), integers(self._num_local + 1))
+        shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
+        return KernelRoute(layout, shape_TK, integers(capacity), integers(1), integers(self._rail_words), block)
 
     def _pull(self, x: Tensor | QuantTensor, route: KernelRoute, **given: Tensor) -> Tensor | QuantTensor:
         capacity = route.origin_P.shape[0]
@@ -199,6 +264,61 @@ class _Dispatch(torch.autograd.Function):
         exchange, route = ctx.way
         exchange.check()
         return exchange.sum_rows(drows_PD.contiguous(), route, None), None, None, None, None
+
+
+class _DispatchWithWeights(torch.autograd.Function):
+    """Its backward fetches the rows' gradients, and their weights', from the room where they lie."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        exchange: KernelExchange,
+        idx_TK: Tensor,
+        block: int,
+        capacity: int,
+    ) -> tuple[Tensor, Tensor, FetchedRoute]:
+        x_TD, weight_TK = x_TD.contiguous(), weight_TK.contiguous()
+        rows_PD, weight_P, route = exchange.dispatch_by_choice_with_weights(x_TD, idx_TK, weight_TK, block, capacity)
+        ctx.way = exchange, route
+        return rows_PD, weight_P, route
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_PD: Tensor, dweight_P: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        exchange, route = ctx.way
+        exchange.check()
+        dx_TD, dweight_TK = exchange.fetch(drows_PD.contiguous(), route, dweight_P.contiguous(), gradients=True)
+        return dx_TD, dweight_TK, None, None, None, None
+
+
+class _Fetch(torch.autograd.Function):
+    """Keeps none of the rows: no gradient needs them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_PD: Tensor, exchange: KernelExchange, route: FetchedRoute) -> Tensor:
+        ctx.way = exchange, route
+        return exchange.fetch(rows_PD.contiguous(), route, gradients=False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, route = ctx.way
+        exchange.check()
+        return exchange.dispatch_again(dy_TD.contiguous(), route), None, None
+
+
+class _Room:
+    """A room of a window as memory that torch takes for a tensor, and that lives until the window is destroyed."""
+
+    def __init__(self, comm: Any, room: int, limits: EpLimits) -> None:
+        shape = (limits.max_rows, limits.num_columns)
+        address = int(comm.room_address(room))
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": "<i2", "data": (address, False), "version": 3}
+
+    def tensor(self, device: torch.device) -> Tensor:
+        return torch.as_tensor(self, device=device).view(torch.bfloat16)
 
 
 class _Combine(torch.autograd.Function):

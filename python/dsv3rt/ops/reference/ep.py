@@ -59,6 +59,16 @@ class ReferenceExchange:
         rows = cast(Tensor, Permute.apply(x, packed.row_of_TK, num_rows))
         return self._send(rows, route, num_places), route
 
+    def dispatch_with_weights(
+        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, *, block: int, capacity: int | None
+    ) -> tuple[Tensor, Tensor, EpRoute]:
+        rows, route = self.dispatch(x_TD, idx_TK, block=block, capacity=capacity)
+        assert isinstance(rows, Tensor)
+        assert isinstance(route, ReferenceRoute)
+        row_of_TK = route.permutation.row_of_TK.flatten()
+        leaving = weight_TK.new_zeros(row_of_TK.numel(), 1).index_copy(0, row_of_TK, weight_TK.reshape(-1, 1))
+        return rows, self._send(leaving, route, rows.shape[0])[:, 0], route
+
     def combine(self, rows_PD: Tensor, route: EpRoute, weight_TK: Tensor | None) -> Tensor:
         assert isinstance(route, ReferenceRoute)
         leaving_RD = rows_PD.index_select(0, route.place_R)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dsv3rt import ops
+from dsv3rt.layers.fp8 import Weighed
 from dsv3rt.layers.ledger import Ledger, WeightGrads
 from dsv3rt.layers.mla import Sequences
+from dsv3rt.layers.moe import Dispatched
 from dsv3rt.model.block import Block, ExpertOutput, Routed
 from dsv3rt.model.mtp import MTPBlock, shifted_labels, shifted_tokens
 from dsv3rt.model.transformer import Transformer
@@ -157,8 +159,7 @@ class Chunk:
             # Made on one stream, read on the other: by weight gradients that are put off, for which nobody waits.
             layout, rows_TK = dispatched.layout, dispatched.permutation.row_of_TK
             self._lanes.share((layout.counts_X, layout.offsets, rows_TK))
-            (rows_PD,) = tape.cut("dispatch", dispatched.rows_PD)
-            dispatched = dataclasses.replace(dispatched, rows_PD=rows_PD)
+            dispatched = _cut(tape, dispatched)
         yield "experts"
         with torch.set_grad_enabled(keeps):
             output = block.experts(routed, dispatched, ledger)
@@ -230,6 +231,15 @@ class Chunk:
             self._total = balance if self._total is None else self._total + balance
             self.losses[2] = balance.detach()
             self._balance = []
+
+
+def _cut(tape: Tape, dispatched: Dispatched) -> Dispatched:
+    gates = dispatched.gates
+    if not isinstance(gates, Weighed):
+        (rows_PD,) = tape.cut("dispatch", dispatched.rows_PD)
+        return dataclasses.replace(dispatched, rows_PD=rows_PD)
+    rows_PD, gate_P = tape.cut("dispatch", dispatched.rows_PD, gates.gate_P)
+    return dataclasses.replace(dispatched, rows_PD=rows_PD, gates=dataclasses.replace(gates, gate_P=gate_P))
 
 
 def _restore(ledger: Ledger) -> Iterator[Phase]:
