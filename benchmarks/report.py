@@ -42,6 +42,12 @@ PEERS = {
     "dsv3rt_bf16": "this package in BF16",
 }
 
+# What the header says of all suites and isn't so of these.
+NOTES = {
+    "layer": "Parts of a step as they follow each other, with warm caches: all steps of ours, then all of the peer's.",
+    "memory": "Peaks of a step, not times.",
+}
+
 HEADER = """\
 # Performance
 
@@ -108,6 +114,7 @@ def _render_suite(suite: Suite) -> str:
     return "\n".join([
         f"### {suite.name}\n",
         f"{', '.join(where)}. Command: `{machine.get('command', 'unknown')}`\n",
+        *(f"{note}\n" for name, note in NOTES.items() if name == suite.name),
         "| op | shape | ours | peer | | ratio |",
         "|---|---|---:|---|---:|---:|",
         *rows,

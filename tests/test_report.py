@@ -49,6 +49,13 @@ def test_report_shows_every_line_and_where_it_came_from(tmp_path: Path) -> None:
     assert "- `copy`: the same run's" in page
 
 
+def test_report_says_where_a_suite_measures_otherwise(tmp_path: Path) -> None:
+    folder = results_folder(tmp_path, result())
+    assert report.NOTES["memory"] not in report.render(report.load(folder))
+    (folder / "h100" / "quant.json").rename(folder / "h100" / "memory.json")
+    assert f"\n{report.NOTES['memory']}\n\n| op |" in report.render(report.load(folder))
+
+
 def test_report_without_results_claims_nothing(tmp_path: Path) -> None:
     page = report.render(report.load(tmp_path))
     assert "Nothing has been measured yet." in page

@@ -138,8 +138,8 @@ def test_embedding_is_differentiable_on_the_kernel() -> None:
 
     room = Guarded()
     target = room.halves(50, 144)
-    order, tokens, offsets = (torch.zeros(size, dtype=torch.int32, device="cuda") for size in (0, 0, 51))
-    extension.embedding_backward(dy[:0, 0], order.long(), tokens, offsets, target)
+    order, no_tokens, offsets = (torch.zeros(size, dtype=torch.int32, device="cuda") for size in (0, 0, 51))
+    extension.embedding_backward(dy[:0, 0], order.long(), no_tokens, offsets, target)
     assert target.eq(0).all()
     room.assert_intact()
     torch.library.opcheck(torch.ops.dsv3rt.embedding_backward.default, (dy[0].contiguous(), tokens[0], 50))
