@@ -5,6 +5,7 @@
 #include "gemm/heuristics.h"
 #include "gemm/params.h"
 #include "hopper/barrier.cuh"
+#include "hopper/ring.cuh"
 
 namespace dsv3rt {
 
@@ -18,13 +19,28 @@ DSV3RT_HOST_DEVICE constexpr int gcd(int x, int y) { return y == 0 ? x : gcd(y, 
 // 128-column blocks that a tile of `block_n` columns can touch, over all its positions.
 constexpr int blocks_touched(int block_n) { return (128 - gcd(block_n, 128) + block_n + 127) / 128; }
 
-template <int kBlockM_, int kBlockN_, Share kShare_, ScaleB kScaleB_, GemmOutput kOutput_, Grouping kGrouping_>
+// How finished tiles leave: through a buffer of their size, through one of half of it, or from registers.
+enum class WayOut : uint8_t { kWhole, kHalves, kRegisters };
+
+// When a stage of operands is free again: once its scales have been used, or, where these have a ring of their own,
+// once it has been multiplied.
+enum class ScaleRing : uint8_t { kOfStages, kOwn };
+
+// Whether three consumers multiply as they come or one after the other. Those that wait for the same stage start
+// together, share the tensor cores, and then promote together while these idle.
+enum class Turns : uint8_t { kFree, kOrdered };
+
+template <int kBlockM_, int kBlockN_, Share kShare_, ScaleB kScaleB_, GemmOutput kOutput_, Grouping kGrouping_,
+          WayOut kWayOut_ = WayOut::kWhole, ScaleRing kScaleRing_ = ScaleRing::kOfStages, Turns kTurns_ = Turns::kFree>
 struct GemmConfig {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_;
   static constexpr Share kShare = kShare_;
   static constexpr ScaleB kScaleB = kScaleB_;
   static constexpr GemmOutput kOutput = kOutput_;
   static constexpr Grouping kGrouping = kGrouping_;
+  static constexpr WayOut kWayOut = kWayOut_;
+  static constexpr bool kOwnScaleRing = kScaleRing_ == ScaleRing::kOwn;
+  static constexpr bool kTakesTurns = kTurns_ == Turns::kOrdered;
 
   static constexpr int kClusterSize = kShare == Share::kNone ? 1 : 2;
   static constexpr bool kMulticast = kShare == Share::kA || kShare == Share::kB;
@@ -41,18 +57,40 @@ struct GemmConfig {
   static constexpr int kSlabColumns = 128 / kElementBytes;
   static constexpr int kSlabBytes = kWaveRows * 128;
   static constexpr int kWaveBytes = kBlockN / kSlabColumns * kSlabBytes;
-  static constexpr int kTileBytes = kBlockM / kWaveRows * kWaveBytes;
+  static constexpr int kParts = kWayOut == WayOut::kHalves ? 2 : 1;
+  static constexpr int kPartBytes = kWaveBytes / kParts;
+  static constexpr int kTileBytes = kWayOut == WayOut::kRegisters ? 128 : kBlockM / kWaveRows * kPartBytes;
 
   static constexpr int kPrefixInts = kGrouping == Grouping::kRows ? kMaxGroups + 1 : 1;
   static constexpr int kStageBytes =
       (kBlockM + kBlockN) * kBlockK + kBlockM * 4 + (kScaleB == ScaleB::kRow ? kBlockN * 4 : 0);
-  static constexpr int kStages = (kMaxSharedBytes - kTileBytes - kPrefixInts * 4 - 1024) /
-                                 ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + round_up(kScaleBFloats * 4, 128) + 16);
+  static constexpr int kScaleBytes = kBlockM * 4 + round_up(kScaleBFloats * 4, 128);
+  static constexpr int kStages =
+      (kMaxSharedBytes - kTileBytes - kPrefixInts * 4 - 1024 - (kOwnScaleRing ? kScaleBytes : 0)) /
+      ((kBlockM + kBlockN) * kBlockK + kScaleBytes + 16);
+  // A warp that releases a stage has used the scales of the K-block before it: one slot more needs no barriers.
+  static constexpr int kScaleSlots = kStages + (kOwnScaleRing ? 1 : 0);
   static constexpr bool kFits = kStages >= 3;
 
   static_assert(kBlockScales <= 2);
   static_assert(kBlockN % 64 == 0, "whole slabs");
   static_assert(kBlockM % (kWaveRows * kConsumers) == 0);
+  static_assert(kWayOut == WayOut::kWhole || (kPairedRows && kOutput != GemmOutput::kBFloat16 && kWaves == 1));
+  static_assert(!kOwnScaleRing || kScaleB == ScaleB::kRow);
+  static_assert(!kTakesTurns || (kConsumers == 3 && kScaleB == ScaleB::kRow));
+};
+
+// A K-block's place in the ring of operands, and in that of scales where they have their own.
+template <typename C>
+struct GemmRing : RingPosition<C::kStages> {
+  RingPosition<C::kScaleSlots> scales;
+
+  __device__ __forceinline__ uint32_t scale_slot() const { return C::kOwnScaleRing ? scales.stage : this->stage; }
+
+  __device__ __forceinline__ void advance() {
+    RingPosition<C::kStages>::advance();
+    if (C::kOwnScaleRing) scales.advance();
+  }
 };
 
 template <typename C>
@@ -60,8 +98,8 @@ struct GemmStorage {
   alignas(1024) uint8_t a[C::kStages][C::kBlockM * kBlockK];
   alignas(1024) uint8_t b[C::kStages][C::kBlockN * kBlockK];
   alignas(1024) uint8_t tile[C::kTileBytes];
-  alignas(128) float scale_a[C::kStages][C::kBlockM];
-  alignas(128) float scale_b[C::kStages][C::kScaleBFloats];
+  alignas(128) float scale_a[C::kScaleSlots][C::kBlockM];
+  alignas(128) float scale_b[C::kScaleSlots][C::kScaleBFloats];
   Barrier full[C::kStages];
   Barrier empty[C::kStages];
   int block_prefix[C::kPrefixInts];

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "gemm/epilogue.cuh"
-#include "hopper/ring.cuh"
 #include "hopper/shared.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_fp8.cuh"
@@ -57,12 +56,12 @@ struct ConsumerView {
 
   __device__ __forceinline__ uint32_t tile() const { return base + offsetof(Storage, tile); }
 
-  __device__ __forceinline__ void wait(const RingPosition<C::kStages>& ring) const {
+  __device__ __forceinline__ void wait(const GemmRing<C>& ring) const {
     BarrierAddress(base + offsetof(Storage, full) + ring.stage * sizeof(Barrier)).wait(ring.parity);
   }
 
-  __device__ __forceinline__ float2 row_scales(int stage, int wave) const {
-    const uint32_t address = scale_a + stage * (C::kBlockM * 4) + wave * (kWaveRows * 4);
+  __device__ __forceinline__ float2 row_scales(int slot, int wave) const {
+    const uint32_t address = scale_a + slot * (C::kBlockM * 4) + wave * (kWaveRows * 4);
     return make_float2(load_shared(address), load_shared(address + 8 * 4));
   }
 
@@ -86,6 +85,12 @@ struct ConsumerView {
     }
   }
 
+  // The turn of a consumer: the one before it has passed it on.
+  __device__ __forceinline__ void take_turn() const { named_barrier_sync(7 + consumer, 256); }
+  __device__ __forceinline__ void pass_turn() const {
+    named_barrier_arrive(consumer == C::kConsumers - 1 ? 7 : 8 + consumer, 256);
+  }
+
   __device__ __forceinline__ void multiply_wave(float (&partial)[C::kFragment], int stage, int wave) const {
     const uint32_t wave_a = a + stage * (C::kBlockM * kBlockK / 16) + wave * (kWaveRows * kBlockK / 16);
     const uint32_t stage_b = b + stage * (C::kBlockN * kBlockK / 16);
@@ -95,6 +100,7 @@ struct ConsumerView {
     for (int step = 0; step < kBlockK / 32; ++step) {
       WgmmaE4M3<C::kBlockN>::multiply(partial, k_major_swizzle128_descriptor(wave_a + step * 2),
                                       k_major_swizzle128_descriptor(stage_b + step * 2), step != 0);
+      if (C::kTakesTurns && step == kBlockK / 32 - 2) wgmma_commit();
     }
     wgmma_commit();
     pin_registers(partial);
@@ -174,8 +180,7 @@ __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const fl
 // Two waves a consumer: few registers are left beside the sums, so it multiplies and promotes wave by wave, and the
 // other consumer keeps the tensor cores busy meanwhile.
 template <typename C>
-__device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& view, const Tile& tile,
-                                                      RingPosition<C::kStages>& ring,
+__device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& view, const Tile& tile, GemmRing<C>& ring,
                                                       float (&sum)[C::kWaves][C::kFragment]) {
   static_assert(C::kScaleB == ScaleB::kBlock128);
   const int first_columns = __shfl_sync(~0u, 128 - tile.n % 128, 0);
@@ -204,20 +209,25 @@ __device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& vie
 // promoted while its own next one multiplies (kAhead). Three keep the tensor cores busy by themselves, and so do two
 // with block scales.
 template <typename C, int kBlocks, bool kAhead>
-__device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, RingPosition<C::kStages>& ring,
+__device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, GemmRing<C>& ring,
                                                float (&sum)[C::kFragment], int first_columns) {
   constexpr int kPartials = kAhead ? 2 : 1;
   float partial[kPartials][C::kFragment];
   float2 scale_a[kPartials];
   BlockScales<C> scale_b[kPartials];
-  const auto multiply = [&]<int kBlock>(const RingPosition<C::kStages>& position) {
+  const auto multiply = [&]<int kBlock>(const GemmRing<C>& position) {
     view.wait(position);
     if constexpr (C::kScaleB == ScaleB::kBlock128) scale_b[kBlock % kPartials] = view.block_scales(position.stage);
-    scale_a[kBlock % kPartials] = view.row_scales(position.stage, 0);
+    scale_a[kBlock % kPartials] = view.row_scales(position.scale_slot(), 0);
+    if constexpr (C::kTakesTurns) view.take_turn();
     view.multiply_wave(partial[kBlock % kPartials], position.stage, 0);
+    if constexpr (C::kTakesTurns) {  // the last quarter covers the way to the next consumer
+      wgmma_wait<1>();
+      view.pass_turn();
+    }
   };
   const auto step = [&]<int kBlock>() {
-    RingPosition<C::kStages> next = ring;
+    GemmRing<C> next = ring;
     next.advance();
     if constexpr (!kAhead) multiply.template operator()<kBlock>(ring);
     if constexpr (kAhead && kBlock + 1 < kBlocks) {
@@ -232,9 +242,10 @@ __device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, Ring
       const BlockFactors<C> factors(scale_b[kBlock % kPartials], scale_a[kBlock % kPartials]);
       promote_block<C>(sum, partial[kBlock % kPartials], factors, first_columns);
     } else {
+      if constexpr (C::kOwnScaleRing) view.release(ring.stage);
       promote_row<C>(sum, partial[kBlock % kPartials], scale_a[kBlock % kPartials],
-                     view.scale_b + ring.stage * (C::kScaleBFloats * 4));
-      view.release(ring.stage);
+                     view.scale_b + ring.scale_slot() * (C::kScaleBFloats * 4));
+      if constexpr (!C::kOwnScaleRing) view.release(ring.stage);
     }
     ring = next;
   };
@@ -247,8 +258,8 @@ __device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, Ring
 // ptxas serialises a multiplication that is in flight across the end of a loop, hence bodies of several K-blocks that
 // drain at their end.
 template <typename C>
-__device__ __forceinline__ void consume_tile_by_blocks(const ConsumerView<C>& view, const Tile& tile,
-                                                       RingPosition<C::kStages>& ring, float (&sum)[C::kFragment]) {
+__device__ __forceinline__ void consume_tile_by_blocks(const ConsumerView<C>& view, const Tile& tile, GemmRing<C>& ring,
+                                                       float (&sum)[C::kFragment]) {
   constexpr bool kAhead = C::kScaleB == ScaleB::kRow && C::kConsumers == 2;
   // Row scales leave few registers: longer bodies would spill.
   constexpr int kUnroll = C::kScaleB == ScaleB::kBlock128 ? 4 : kAhead ? 2 : 1;
@@ -300,9 +311,11 @@ __device__ __forceinline__ bool gather_halves(uint32_t ring, float (&sum)[C::kWa
 }
 
 template <typename C>
-__device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage, TileScheduler<C> scheduler) {
+__device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage, const GemmParams& params,
+                                                        TileScheduler<C> scheduler) {
   const ConsumerView<C> view(storage);
-  RingPosition<C::kStages> ring;
+  GemmRing<C> ring;
+  if (C::kTakesTurns && view.consumer == C::kConsumers - 1) view.pass_turn();
   Tile tile;
   while (scheduler.next(tile)) {
     float sum[C::kWaves][C::kFragment];
@@ -315,7 +328,13 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
     if constexpr (C::kShare == Share::kDepth) {
       if (!gather_halves<C>(view.base, sum)) return;
     }
-    leave_tile<C>(view.tile(), view.consumer, sum);
+    if constexpr (C::kWayOut == WayOut::kRegisters) {
+      leave_from_registers<C>(params, tile, view.consumer, sum[0]);
+    } else if constexpr (C::kWayOut == WayOut::kHalves) {
+      leave_tile_in_parts<C>(view.tile(), view.consumer, sum[0]);
+    } else {
+      leave_tile<C>(view.tile(), view.consumer, sum);
+    }
   }
 }
 

@@ -52,10 +52,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       cluster_sync();
     }
     const bool stores = C::kShare != Share::kDepth || cluster_cta_rank() == 0;
-    if (warp == 2 && stores) storer_empty_tiles<C>(storage, maps, scheduler);
+    if constexpr (C::kWayOut == WayOut::kWhole) {
+      if (warp == 2 && stores) storer_empty_tiles<C>(storage, maps, scheduler);
+    } else if constexpr (C::kWayOut == WayOut::kHalves) {
+      if (warp >= 1 && warp <= C::kConsumers) storer_empty_parts<C>(storage, maps, scheduler, warp - 1);
+    }
   } else {
     claim_registers<kConsumerRegisters>();
-    consumer_multiply_tiles<C>(storage, scheduler);
+    consumer_multiply_tiles<C>(storage, params, scheduler);
   }
   if constexpr (C::kShare != Share::kNone) cluster_sync();  // the peer may still write here
 }
