@@ -30,8 +30,13 @@ enum class ScaleRing : uint8_t { kOfStages, kOwn };
 // together, share the tensor cores, and then promote together while these idle.
 enum class Turns : uint8_t { kFree, kOrdered };
 
+// The last wave of tiles, where it fills a part of the machine: as the others, or cut along the depth, so that every
+// cluster gets as much of it. The parts of a tile add to D one after the other, always in the same order.
+enum class LastWave : uint8_t { kWhole, kSpread };
+
 template <int kBlockM_, int kBlockN_, Share kShare_, ScaleB kScaleB_, GemmOutput kOutput_, Grouping kGrouping_,
-          WayOut kWayOut_ = WayOut::kWhole, ScaleRing kScaleRing_ = ScaleRing::kOfStages, Turns kTurns_ = Turns::kFree>
+          WayOut kWayOut_ = WayOut::kWhole, ScaleRing kScaleRing_ = ScaleRing::kOfStages, Turns kTurns_ = Turns::kFree,
+          LastWave kLastWave_ = LastWave::kWhole>
 struct GemmConfig {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_;
   static constexpr Share kShare = kShare_;
@@ -41,6 +46,7 @@ struct GemmConfig {
   static constexpr WayOut kWayOut = kWayOut_;
   static constexpr bool kOwnScaleRing = kScaleRing_ == ScaleRing::kOwn;
   static constexpr bool kTakesTurns = kTurns_ == Turns::kOrdered;
+  static constexpr bool kSpread = kLastWave_ == LastWave::kSpread;
 
   static constexpr int kClusterSize = kShare == Share::kNone ? 1 : 2;
   static constexpr bool kMulticast = kShare == Share::kA || kShare == Share::kB;
@@ -77,6 +83,8 @@ struct GemmConfig {
   static_assert(kBlockM % (kWaveRows * kConsumers) == 0);
   static_assert(kWayOut == WayOut::kWhole || (kPairedRows && kOutput != GemmOutput::kBFloat16 && kWaves == 1));
   static_assert(!kOwnScaleRing || kScaleB == ScaleB::kRow);
+  static_assert(!kSpread || (kWayOut != WayOut::kWhole && kOutput == GemmOutput::kFloat32Add &&
+                             kGrouping == Grouping::kNone && kShare != Share::kDepth));
   static_assert(!kTakesTurns || (kConsumers == 3 && kScaleB == ScaleB::kRow));
 };
 

@@ -85,7 +85,7 @@ struct ConsumerView {
     }
   }
 
-  // The turn of a consumer: the one before it has passed it on.
+  // One named barrier a consumer (epilogue.cuh has the first six): the one before it passes it the turn.
   __device__ __forceinline__ void take_turn() const { named_barrier_sync(7 + consumer, 256); }
   __device__ __forceinline__ void pass_turn() const {
     named_barrier_arrive(consumer == C::kConsumers - 1 ? 7 : 8 + consumer, 256);
@@ -100,7 +100,7 @@ struct ConsumerView {
     for (int step = 0; step < kBlockK / 32; ++step) {
       WgmmaE4M3<C::kBlockN>::multiply(partial, k_major_swizzle128_descriptor(wave_a + step * 2),
                                       k_major_swizzle128_descriptor(stage_b + step * 2), step != 0);
-      if (C::kTakesTurns && step == kBlockK / 32 - 2) wgmma_commit();
+      if (C::kTakesTurns && step == kBlockK / 64 - 1) wgmma_commit();
     }
     wgmma_commit();
     pin_registers(partial);
@@ -221,7 +221,7 @@ __device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, Gemm
     scale_a[kBlock % kPartials] = view.row_scales(position.scale_slot(), 0);
     if constexpr (C::kTakesTurns) view.take_turn();
     view.multiply_wave(partial[kBlock % kPartials], position.stage, 0);
-    if constexpr (C::kTakesTurns) {  // the last quarter covers the way to the next consumer
+    if constexpr (C::kTakesTurns) {  // the second half covers the way of the turn to the next consumer
       wgmma_wait<1>();
       view.pass_turn();
     }
@@ -329,7 +329,7 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
       if (!gather_halves<C>(view.base, sum)) return;
     }
     if constexpr (C::kWayOut == WayOut::kRegisters) {
-      leave_from_registers<C>(params, tile, view.consumer, sum[0]);
+      leave_from_registers<C>(params, scheduler, tile, view.consumer, sum[0]);
     } else if constexpr (C::kWayOut == WayOut::kHalves) {
       leave_tile_in_parts<C>(view.tile(), view.consumer, sum[0]);
     } else {

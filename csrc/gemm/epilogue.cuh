@@ -107,15 +107,32 @@ __device__ __forceinline__ void leave_tile_in_parts(uint32_t tile_buffer, int co
   leave.template operator()<1>();
 }
 
+// The parts of a tile add in their order. By whole warps, of which all lanes do the same: a single lane would make
+// ptxas take the ring for divergent.
+__device__ __forceinline__ void wait_for_parts_before(const GemmParams& params, const TilePart& part, int place) {
+  const int* added = params.parts_added + part.slot + place;
+  while (!__all_sync(~0u, load_acquire(added) == part.place)) {
+  }
+}
+
+__device__ __forceinline__ void count_part(const GemmParams& params, const TilePart& part, int place) {
+  const int added = part.place + 1;
+  store_release(params.parts_added + part.slot + place, added == part.count ? 0 : added);
+}
+
 // Past the copy engine: each thread adds or stores its quads of columns itself.
 template <typename C>
-__device__ __forceinline__ void leave_from_registers(const GemmParams& params, const Tile& tile, int consumer,
-                                                     const float (&sum)[C::kFragment]) {
-  const int lane = threadIdx.x % 32;
-  const int row = tile.m + consumer * kWaveRows + threadIdx.x % 128 / 32 * 16 + lane / 4;
+__device__ __forceinline__ void leave_from_registers(const GemmParams& params, const TileScheduler<C>& scheduler,
+                                                     const Tile& tile, int consumer, const float (&sum)[C::kFragment]) {
+  const int thread = thread_idx_read_here(), lane = thread % 32;
+  const int row = tile.m + consumer * kWaveRows + thread % 128 / 32 * 16 + lane / 4;
   const int column = tile.n + lane % 4 * 4, columns = params.n - tile.n;
   const int64_t group_rows = C::kGrouping == Grouping::kDepth ? int64_t(tile.group) * params.m : 0;
   float* first = static_cast<float*>(params.d) + (group_rows + row) * params.stride_d + column;
+  const int place = thread / 32 - 4;
+  if (C::kSpread && tile.step >= 0) {
+    wait_for_parts_before(params, scheduler.part_of(tile), place);
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float* target = first + half * 8 * params.stride_d;
@@ -132,6 +149,11 @@ __device__ __forceinline__ void leave_from_registers(const GemmParams& params, c
         store_global_quad(target + pair * 16, quad);
       }
     }
+  }
+  if (C::kSpread && tile.step >= 0) {
+    __threadfence();
+    __syncwarp();
+    count_part(params, scheduler.part_of(tile), place);
   }
 }
 
@@ -162,7 +184,7 @@ __device__ __forceinline__ void store_waves(uint32_t tile_buffer, const GemmMaps
 // With buffers of half a tile each consumer has a storing warp of its own: none waits for another's.
 template <typename C>
 __device__ __forceinline__ void storer_empty_parts(GemmStorage<C>& storage, const GemmMaps& maps,
-                                                   TileScheduler<C> scheduler, int consumer) {
+                                                   const GemmParams& params, TileScheduler<C> scheduler, int consumer) {
   constexpr int kSlabs = C::kPartBytes / C::kSlabBytes;
   const bool issues = threadIdx.x % 32 == 0;
   const uint32_t buffer = smem_address(storage.tile) + consumer * C::kPartBytes;
@@ -174,6 +196,10 @@ __device__ __forceinline__ void storer_empty_parts(GemmStorage<C>& storage, cons
 #pragma unroll 1
     for (int part = 0; part < C::kParts; ++part) {
       named_barrier_sync(buffer_filled(consumer), kHandoverThreads);
+      if (C::kSpread && part == 0 && tile.step >= 0 && row < tile.row_end) {
+        wait_for_parts_before(params, scheduler.part_of(tile), consumer);
+        fence_async_proxy_global();
+      }
       if (issues && row < tile.row_end) {
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab) {
@@ -185,6 +211,11 @@ __device__ __forceinline__ void storer_empty_parts(GemmStorage<C>& storage, cons
           }
         }
         tma_store_commit();
+        if (C::kSpread && part == C::kParts - 1 && tile.step >= 0) {
+          tma_store_wait_all();
+          fence_async_proxy_global();
+          count_part(params, scheduler.part_of(tile), consumer);
+        }
         tma_store_wait_read<0>();
       }
       __syncwarp();

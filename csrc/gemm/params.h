@@ -27,6 +27,7 @@ struct GemmParams {
   ScaleB scale_b_kind;
   GemmOutput output;
   Grouping grouping;
+  int32_t* parts_added;     // (num_sms, 16) zeros, left as zeros; only for kernels that spread their last wave
 };
 
 struct GemmChoice;

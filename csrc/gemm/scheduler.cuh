@@ -17,6 +17,13 @@ struct Tile {
   int b_row;         // first row of B
   int group;
   int k_block_begin, num_k_blocks;
+  int step;          // of a spread last wave, at which this part of a tile begins; -1 in whole waves
+};
+
+// A part of a tile of a spread last wave: its place in the order in which they add to D, their number, and where it is
+// counted how many have.
+struct TilePart {
+  int place, count, slot;
 };
 
 // Fills prefix[g] with the number of row blocks of all groups before g; called by one whole warp.
@@ -72,6 +79,10 @@ class TileScheduler {
       }
       return false;
     } else {
+      if constexpr (C::kSpread) {
+        if (unit_ >= units / num_clusters * num_clusters) return next_of_spread(tile);
+        tile.step = -1;
+      }
       if (unit_ >= units) return false;
       tile.group = 0;
       tile.k_block_begin = 0;
@@ -87,7 +98,47 @@ class TileScheduler {
     }
   }
 
+  __device__ __forceinline__ TilePart part_of(const Tile& tile) const {
+    const SpreadWave wave = spread_wave();
+    const int index = tile.step / wave.depth;
+    const int first_cluster = (wave.total - (index + 1) * wave.depth) / wave.span;
+    return {int(blockIdx.x / C::kClusterSize) - first_cluster,
+            (wave.total - 1 - index * wave.depth) / wave.span - first_cluster + 1,
+            int(index * C::kClusterSize + blockIdx.x % C::kClusterSize) * 16};
+  }
+
  private:
+  struct SpreadWave {
+    int whole, depth, total, span;
+  };
+
+  __device__ __forceinline__ SpreadWave spread_wave() const {
+    constexpr int kMaxParts = 4;
+    const int units = m_units_ * n_units_, num_clusters = gridDim.x / C::kClusterSize;
+    const int whole = units / num_clusters * num_clusters, depth = ceil_div(params_.k, kBlockK);
+    const int total = (units - whole) * depth;
+    return {whole, depth, total, max(ceil_div(total, num_clusters), ceil_div(depth, kMaxParts))};
+  }
+
+  // Cluster c has the steps [total - (c + 1) span, total - c span) of all tiles of the last wave put end to end, first
+  // to last. Of a tile's parts the deepest is added first: it belongs to the lowest cluster, which starts with it. So
+  // no cluster waits for a later one.
+  __device__ __forceinline__ bool next_of_spread(Tile& tile) {
+    const SpreadWave wave = spread_wave();
+    const int end = wave.total - int(blockIdx.x / C::kClusterSize) * wave.span;
+    // Behind the whole units unit_ counts steps.
+    const int first_step = wave.whole + gridDim.x / C::kClusterSize;
+    const int step = unit_ < first_step ? max(end - wave.span, 0) : unit_ - first_step;
+    if (step >= end) return false;
+    tile.group = 0;
+    tile.step = step;
+    tile.k_block_begin = step % wave.depth;
+    tile.num_k_blocks = min(wave.depth - tile.k_block_begin, end - step);
+    place(wave.whole + step / wave.depth, tile);
+    unit_ = first_step + step + tile.num_k_blocks;
+    return true;
+  }
+
   __device__ __forceinline__ void place(int unit, Tile& tile) const {
     const int band_units = band_ * n_units_, band = unit / band_units, inside = unit % band_units;
     const int height = min(band_, m_units_ - band * band_);

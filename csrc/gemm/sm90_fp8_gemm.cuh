@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::kWayOut == WayOut::kWhole) {
       if (warp == 2 && stores) storer_empty_tiles<C>(storage, maps, scheduler);
     } else if constexpr (C::kWayOut == WayOut::kHalves) {
-      if (warp >= 1 && warp <= C::kConsumers) storer_empty_parts<C>(storage, maps, scheduler, warp - 1);
+      if (warp >= 1 && warp <= C::kConsumers) storer_empty_parts<C>(storage, maps, params, scheduler, warp - 1);
     }
   } else {
     claim_registers<kConsumerRegisters>();

@@ -31,6 +31,17 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ld.acquire and st.release between blocks of one GPU
+__device__ __forceinline__ int load_acquire(const int* pointer) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(int* pointer, int value) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
 // red.add and st of four neighbouring numbers, 16-byte aligned
 __device__ __forceinline__ void add_global_quad(float* target, const float (&values)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(values[0]),

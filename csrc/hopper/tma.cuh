@@ -106,6 +106,9 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // Waits until all groups have been written.
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// fence.proxy.async on global memory: orders the copy engine's accesses with ordinary ones
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // fence.proxy.async: ordinary shared-memory writes become visible to wgmma and the copy engine
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
