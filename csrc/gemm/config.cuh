@@ -5,6 +5,7 @@
 #include "gemm/heuristics.h"
 #include "gemm/params.h"
 #include "hopper/barrier.cuh"
+#include "hopper/ring.cuh"
 
 namespace dsv3rt {
 
@@ -41,18 +42,49 @@ struct GemmConfig {
   static constexpr int kSlabColumns = 128 / kElementBytes;
   static constexpr int kSlabBytes = kWaveRows * 128;
   static constexpr int kWaveBytes = kBlockN / kSlabColumns * kSlabBytes;
-  static constexpr int kTileBytes = kBlockM / kWaveRows * kWaveBytes;
+  // In FP32 it leaves in two parts where that makes room for a fourth stage.
+  static constexpr int kParts = kPairedRows && kOutput != GemmOutput::kBFloat16 && kConsumers == 3 ? 2 : 1;
+  static constexpr int kPartBytes = kWaveBytes / kParts;
+  static constexpr int kTileBytes = kBlockM / kWaveRows * kPartBytes;
+
+  // With row scales two consumers multiply the next K-block while they promote one: of each two partial results.
+  static constexpr bool kAhead = kScaleB == ScaleB::kRow && kConsumers == 2;
+  static constexpr int kPartials = kAhead ? 2 : 1;
+
+  // Row scales have a ring of their own with more slots, so that a stage is free once it has been multiplied. An
+  // arrival does not wait for loads that are under way: a stage that is handed back right behind the last load of its
+  // scales can be written before that load reads it. A warp that hands a stage back has multiplied into the registers
+  // which the scales of `kPartials` K-blocks before were applied to, so those have been read.
+  static constexpr bool kOwnScaleRing = kScaleB == ScaleB::kRow;
+  static constexpr int kMoreScaleSlots = kOwnScaleRing ? kPartials : 0;
 
   static constexpr int kPrefixInts = kGrouping == Grouping::kRows ? kMaxGroups + 1 : 1;
   static constexpr int kStageBytes =
       (kBlockM + kBlockN) * kBlockK + kBlockM * 4 + (kScaleB == ScaleB::kRow ? kBlockN * 4 : 0);
-  static constexpr int kStages = (kMaxSharedBytes - kTileBytes - kPrefixInts * 4 - 1024) /
-                                 ((kBlockM + kBlockN) * kBlockK + kBlockM * 4 + round_up(kScaleBFloats * 4, 128) + 16);
+  static constexpr int kScaleBytes = kBlockM * 4 + round_up(kScaleBFloats * 4, 128);
+  static constexpr int kStages =
+      (kMaxSharedBytes - kTileBytes - kPrefixInts * 4 - 1024 - kMoreScaleSlots * kScaleBytes) /
+      ((kBlockM + kBlockN) * kBlockK + kScaleBytes + 16);
+  static constexpr int kScaleSlots = kStages + kMoreScaleSlots;
   static constexpr bool kFits = kStages >= 3;
 
   static_assert(kBlockScales <= 2);
   static_assert(kBlockN % 64 == 0, "whole slabs");
   static_assert(kBlockM % (kWaveRows * kConsumers) == 0);
+  static_assert(kParts == 1 || kWaves == 1);
+};
+
+// A K-block's place in the ring of operands, and in that of scales where they have their own.
+template <typename C>
+struct GemmRing : RingPosition<C::kStages> {
+  RingPosition<C::kScaleSlots> scales;
+
+  __device__ __forceinline__ uint32_t scale_slot() const { return C::kOwnScaleRing ? scales.stage : this->stage; }
+
+  __device__ __forceinline__ void advance() {
+    RingPosition<C::kStages>::advance();
+    if (C::kOwnScaleRing) scales.advance();
+  }
 };
 
 template <typename C>
@@ -60,8 +92,8 @@ struct GemmStorage {
   alignas(1024) uint8_t a[C::kStages][C::kBlockM * kBlockK];
   alignas(1024) uint8_t b[C::kStages][C::kBlockN * kBlockK];
   alignas(1024) uint8_t tile[C::kTileBytes];
-  alignas(128) float scale_a[C::kStages][C::kBlockM];
-  alignas(128) float scale_b[C::kStages][C::kScaleBFloats];
+  alignas(128) float scale_a[C::kScaleSlots][C::kBlockM];
+  alignas(128) float scale_b[C::kScaleSlots][C::kScaleBFloats];
   Barrier full[C::kStages];
   Barrier empty[C::kStages];
   int block_prefix[C::kPrefixInts];

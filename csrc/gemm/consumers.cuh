@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "gemm/epilogue.cuh"
-#include "hopper/ring.cuh"
 #include "hopper/shared.cuh"
 #include "hopper/wgmma.cuh"
 #include "hopper/wgmma_fp8.cuh"
@@ -57,12 +56,12 @@ struct ConsumerView {
 
   __device__ __forceinline__ uint32_t tile() const { return base + offsetof(Storage, tile); }
 
-  __device__ __forceinline__ void wait(const RingPosition<C::kStages>& ring) const {
+  __device__ __forceinline__ void wait(const GemmRing<C>& ring) const {
     BarrierAddress(base + offsetof(Storage, full) + ring.stage * sizeof(Barrier)).wait(ring.parity);
   }
 
-  __device__ __forceinline__ float2 row_scales(int stage, int wave) const {
-    const uint32_t address = scale_a + stage * (C::kBlockM * 4) + wave * (kWaveRows * 4);
+  __device__ __forceinline__ float2 row_scales(int slot, int wave) const {
+    const uint32_t address = scale_a + slot * (C::kBlockM * 4) + wave * (kWaveRows * 4);
     return make_float2(load_shared(address), load_shared(address + 8 * 4));
   }
 
@@ -174,8 +173,7 @@ __device__ __forceinline__ void promote_row(float (&sum)[C::kFragment], const fl
 // Two waves a consumer: few registers are left beside the sums, so it multiplies and promotes wave by wave, and the
 // other consumer keeps the tensor cores busy meanwhile.
 template <typename C>
-__device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& view, const Tile& tile,
-                                                      RingPosition<C::kStages>& ring,
+__device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& view, const Tile& tile, GemmRing<C>& ring,
                                                       float (&sum)[C::kWaves][C::kFragment]) {
   static_assert(C::kScaleB == ScaleB::kBlock128);
   const int first_columns = __shfl_sync(~0u, 128 - tile.n % 128, 0);
@@ -201,44 +199,43 @@ __device__ __forceinline__ void consume_tile_by_waves(const ConsumerView<C>& vie
 }
 
 // One wave a consumer. With row scales, promotion takes longer than multiplication: of two consumers each has a K-block
-// promoted while its own next one multiplies (kAhead). Three keep the tensor cores busy by themselves, and so do two
+// promoted while its own next one multiplies. Three keep the tensor cores busy by themselves, and so do two
 // with block scales.
-template <typename C, int kBlocks, bool kAhead>
-__device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, RingPosition<C::kStages>& ring,
+template <typename C, int kBlocks>
+__device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, GemmRing<C>& ring,
                                                float (&sum)[C::kFragment], int first_columns) {
-  constexpr int kPartials = kAhead ? 2 : 1;
+  constexpr int kPartials = C::kPartials;
   float partial[kPartials][C::kFragment];
   float2 scale_a[kPartials];
   BlockScales<C> scale_b[kPartials];
-  const auto multiply = [&]<int kBlock>(const RingPosition<C::kStages>& position) {
+  const auto multiply = [&]<int kBlock>(const GemmRing<C>& position) {
     view.wait(position);
     if constexpr (C::kScaleB == ScaleB::kBlock128) scale_b[kBlock % kPartials] = view.block_scales(position.stage);
-    scale_a[kBlock % kPartials] = view.row_scales(position.stage, 0);
+    scale_a[kBlock % kPartials] = view.row_scales(position.scale_slot(), 0);
     view.multiply_wave(partial[kBlock % kPartials], position.stage, 0);
   };
   const auto step = [&]<int kBlock>() {
-    RingPosition<C::kStages> next = ring;
+    GemmRing<C> next = ring;
     next.advance();
-    if constexpr (!kAhead) multiply.template operator()<kBlock>(ring);
-    if constexpr (kAhead && kBlock + 1 < kBlocks) {
+    if constexpr (!C::kAhead) multiply.template operator()<kBlock>(ring);
+    if constexpr (C::kAhead && kBlock + 1 < kBlocks) {
       multiply.template operator()<kBlock + 1>(next);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
     }
     pin_registers(partial[kBlock % kPartials]);
+    view.release(ring.stage);
     if constexpr (C::kScaleB == ScaleB::kBlock128) {
-      view.release(ring.stage);
       const BlockFactors<C> factors(scale_b[kBlock % kPartials], scale_a[kBlock % kPartials]);
       promote_block<C>(sum, partial[kBlock % kPartials], factors, first_columns);
     } else {
       promote_row<C>(sum, partial[kBlock % kPartials], scale_a[kBlock % kPartials],
-                     view.scale_b + ring.stage * (C::kScaleBFloats * 4));
-      view.release(ring.stage);
+                     view.scale_b + ring.scale_slot() * (C::kScaleBFloats * 4));
     }
     ring = next;
   };
-  if constexpr (kAhead) multiply.template operator()<0>(ring);
+  if constexpr (C::kAhead) multiply.template operator()<0>(ring);
   [&]<int... kBlock>(std::integer_sequence<int, kBlock...>) {
     (step.template operator()<kBlock>(), ...);
   }(std::make_integer_sequence<int, kBlocks>{});
@@ -247,22 +244,21 @@ __device__ __forceinline__ void consume_blocks(const ConsumerView<C>& view, Ring
 // ptxas serialises a multiplication that is in flight across the end of a loop, hence bodies of several K-blocks that
 // drain at their end.
 template <typename C>
-__device__ __forceinline__ void consume_tile_by_blocks(const ConsumerView<C>& view, const Tile& tile,
-                                                       RingPosition<C::kStages>& ring, float (&sum)[C::kFragment]) {
-  constexpr bool kAhead = C::kScaleB == ScaleB::kRow && C::kConsumers == 2;
+__device__ __forceinline__ void consume_tile_by_blocks(const ConsumerView<C>& view, const Tile& tile, GemmRing<C>& ring,
+                                                       float (&sum)[C::kFragment]) {
   // Row scales leave few registers: longer bodies would spill.
-  constexpr int kUnroll = C::kScaleB == ScaleB::kBlock128 ? 4 : kAhead ? 2 : 1;
-  static_assert(kUnroll <= C::kStages || !kAhead);
+  constexpr int kUnroll = C::kScaleB == ScaleB::kBlock128 ? 4 : C::kAhead ? 2 : 1;
+  static_assert(kUnroll <= C::kStages || !C::kAhead);
   const int first_columns = C::kBlockScales > 1 ? __shfl_sync(~0u, 128 - tile.n % 128, 0) : 128;
   int k_block = 0;
   if constexpr (kUnroll > 1) {
 #pragma unroll 1
     for (; k_block + kUnroll <= tile.num_k_blocks; k_block += kUnroll) {
-      consume_blocks<C, kUnroll, kAhead>(view, ring, sum, first_columns);
+      consume_blocks<C, kUnroll>(view, ring, sum, first_columns);
     }
   }
 #pragma unroll 1
-  for (; k_block < tile.num_k_blocks; ++k_block) consume_blocks<C, 1, kAhead>(view, ring, sum, first_columns);
+  for (; k_block < tile.num_k_blocks; ++k_block) consume_blocks<C, 1>(view, ring, sum, first_columns);
 }
 
 // Halves of a depth: the second block hands its sums to the first, which adds them. They pass through the first one's
@@ -302,7 +298,7 @@ __device__ __forceinline__ bool gather_halves(uint32_t ring, float (&sum)[C::kWa
 template <typename C>
 __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage, TileScheduler<C> scheduler) {
   const ConsumerView<C> view(storage);
-  RingPosition<C::kStages> ring;
+  GemmRing<C> ring;
   Tile tile;
   while (scheduler.next(tile)) {
     float sum[C::kWaves][C::kFragment];
@@ -315,7 +311,11 @@ __device__ __forceinline__ void consumer_multiply_tiles(GemmStorage<C>& storage,
     if constexpr (C::kShare == Share::kDepth) {
       if (!gather_halves<C>(view.base, sum)) return;
     }
-    leave_tile<C>(view.tile(), view.consumer, sum);
+    if constexpr (C::kParts > 1) {
+      leave_tile_in_parts<C>(view.tile(), view.consumer, sum[0]);
+    } else {
+      leave_tile<C>(view.tile(), view.consumer, sum);
+    }
   }
 }
 

@@ -47,18 +47,18 @@ __device__ __forceinline__ void leave_fp32_wave(uint32_t buffer, const float (&s
 }
 
 // With paired rows a thread holds columns 16i + 4q .. + 4 in octets 2i and 2i + 1, q its place in the quad.
-template <typename C>
+template <typename C, int kPart = 0>
 __device__ __forceinline__ void leave_paired_wave(uint32_t buffer, const float (&sum)[C::kFragment]) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x % 128 / 32 * 16;
   const uint32_t row_address = buffer + (warp_row + lane / 4) * 128;
 #pragma unroll
-  for (int pair = 0; pair < C::kBlockN / 16; ++pair) {
+  for (int pair = 0; pair < C::kBlockN / 16 / C::kParts; ++pair) {
     const int byte = (pair * 16 % C::kSlabColumns + lane % 4 * 4) * C::kElementBytes;
     const uint32_t address =
         row_address + pair * 16 / C::kSlabColumns * C::kSlabBytes + ((byte / 16) ^ (lane / 4)) * 16 + byte % 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float* values = &sum[pair * 8 + half * 2];
+      const float* values = &sum[(kPart * (C::kBlockN / 16 / C::kParts) + pair) * 8 + half * 2];
       if constexpr (C::kOutput == GemmOutput::kBFloat16) {
         store_shared_pair(address + half * 8 * 128, pack_bf16(values[0], values[1]), pack_bf16(values[4], values[5]));
       } else {
@@ -92,6 +92,20 @@ __device__ __forceinline__ void leave_tile(uint32_t tile_buffer, int consumer,
   named_barrier_arrive(buffer_filled(consumer), kHandoverThreads);
 }
 
+// The same in two parts, one after the other through one buffer.
+template <typename C>
+__device__ __forceinline__ void leave_tile_in_parts(uint32_t tile_buffer, int consumer,
+                                                    const float (&sum)[C::kFragment]) {
+  const auto leave = [&]<int kPart>() {
+    named_barrier_sync(buffer_free(consumer), kHandoverThreads);
+    leave_paired_wave<C, kPart>(tile_buffer + consumer * C::kPartBytes, sum);
+    fence_async_proxy();
+    named_barrier_arrive(buffer_filled(consumer), kHandoverThreads);
+  };
+  leave.template operator()<0>();
+  leave.template operator()<1>();
+}
+
 // Rows and columns past the end of D are clipped by its map, rows past the end of a group wave by wave: what is left of
 // them is padding.
 template <typename C>
@@ -114,6 +128,41 @@ __device__ __forceinline__ void store_waves(uint32_t tile_buffer, const GemmMaps
     }
   }
   tma_store_commit();
+}
+
+// With buffers of half a tile each consumer has a storing warp of its own: none waits for another's.
+template <typename C>
+__device__ __forceinline__ void storer_empty_parts(GemmStorage<C>& storage, const GemmMaps& maps,
+                                                   TileScheduler<C> scheduler, int consumer) {
+  constexpr int kSlabs = C::kPartBytes / C::kSlabBytes;
+  const bool issues = threadIdx.x % 32 == 0;
+  const uint32_t buffer = smem_address(storage.tile) + consumer * C::kPartBytes;
+  Tile tile;
+  named_barrier_arrive(buffer_free(consumer), kHandoverThreads);
+  while (scheduler.next(tile)) {
+    const int row = tile.m + consumer * kWaveRows;
+    const int z = C::kGrouping == Grouping::kDepth ? tile.group : 0;
+#pragma unroll 1
+    for (int part = 0; part < C::kParts; ++part) {
+      named_barrier_sync(buffer_filled(consumer), kHandoverThreads);
+      if (issues && row < tile.row_end) {
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          const int column = tile.n + (part * kSlabs + slab) * C::kSlabColumns;
+          if constexpr (C::kOutput == GemmOutput::kFloat32Add) {
+            tma_add_3d(maps.d, buffer + slab * C::kSlabBytes, column, row, z);
+          } else {
+            tma_store_3d(maps.d, buffer + slab * C::kSlabBytes, column, row, z);
+          }
+        }
+        tma_store_commit();
+        tma_store_wait_read<0>();
+      }
+      __syncwarp();
+      named_barrier_arrive(buffer_free(consumer), kHandoverThreads);
+    }
+  }
+  if (issues) tma_store_wait_all();
 }
 
 // Hands each buffer back as soon as it has been read; the groups of stores end in the order of the consumers.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "gemm/scheduler.cuh"
-#include "hopper/ring.cuh"
 #include "hopper/tma.cuh"
 
 namespace dsv3rt {
@@ -32,7 +31,8 @@ __device__ __forceinline__ void load_b(uint8_t* target, const GemmMaps& maps, Ba
 
 template <typename C>
 __device__ __forceinline__ void load_stage(GemmStorage<C>& storage, const GemmMaps& maps, const Tile& tile, int k_block,
-                                           int stage, uint32_t cta_rank) {
+                                           const GemmRing<C>& ring, uint32_t cta_rank) {
+  const int stage = ring.stage, slot = ring.scale_slot();
   Barrier& full = storage.full[stage];
   full.arrive_and_expect(C::kStageBytes);
   const int depth = (tile.k_block_begin + k_block) * kBlockK;
@@ -44,9 +44,9 @@ __device__ __forceinline__ void load_stage(GemmStorage<C>& storage, const GemmMa
     tma_load_2d(storage.a[stage], maps.a, full, depth, tile.m);
   }
   load_b<C>(storage.b[stage], maps, full, depth, tile.b_row, cta_rank);
-  tma_load_2d(storage.scale_a[stage], maps.scale_a, full, tile.m, tile.k_block_begin + k_block);
+  tma_load_2d(storage.scale_a[slot], maps.scale_a, full, tile.m, tile.k_block_begin + k_block);
   if constexpr (C::kScaleB == ScaleB::kRow) {
-    tma_load_2d(storage.scale_b[stage], maps.scale_b, full, tile.n, tile.k_block_begin + k_block);
+    tma_load_2d(storage.scale_b[slot], maps.scale_b, full, tile.n, tile.k_block_begin + k_block);
   }
 }
 
@@ -54,13 +54,13 @@ template <typename C>
 __device__ __forceinline__ void producer_load_tiles(GemmStorage<C>& storage, const GemmMaps& maps,
                                                     TileScheduler<C> scheduler) {
   const uint32_t cta_rank = C::kShare == Share::kNone ? 0 : cluster_cta_rank();
-  RingPosition<C::kStages> ring;
+  GemmRing<C> ring;
   Tile tile;
   while (scheduler.next(tile)) {
 #pragma unroll 1  // a producer has few registers
     for (int k_block = 0; k_block < tile.num_k_blocks; ++k_block, ring.advance()) {
       storage.empty[ring.stage].wait(ring.parity ^ 1);
-      load_stage<C>(storage, maps, tile, k_block, ring.stage, cta_rank);
+      load_stage<C>(storage, maps, tile, k_block, ring, cta_rank);
     }
   }
 }

@@ -52,7 +52,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       cluster_sync();
     }
     const bool stores = C::kShare != Share::kDepth || cluster_cta_rank() == 0;
-    if (warp == 2 && stores) storer_empty_tiles<C>(storage, maps, scheduler);
+    if constexpr (C::kParts == 1) {
+      if (warp == 2 && stores) storer_empty_tiles<C>(storage, maps, scheduler);
+    } else {
+      if (warp >= 1 && warp <= C::kConsumers) storer_empty_parts<C>(storage, maps, scheduler, warp - 1);
+    }
   } else {
     claim_registers<kConsumerRegisters>();
     consumer_multiply_tiles<C>(storage, scheduler);
