@@ -2,12 +2,12 @@
 
     python tests/gpu/run_ranks.py --ranks 8 --gpus 1 --nccl path/to/libnccl.so.2 tests/gpu/check_fp8_trainer.py
 
-A rank alone multiplies by the gates before the experts' last product, ranks that exchange rows after it: E4M3 rounds
-other numbers, which moves a step no farther than FP8 moves it from BF16, a hundredth at most
-(tests/train/test_fp8_training.py). That holds for the first step's losses and gradient norm. The first gradients are
-compared by parameter too: of the mean of as many roundings as a matrix has numbers little is left, but a vector or a
-router's row has few, so they may differ by a tenth. Later losses may differ three times as far as those of one process
-whose weights were moved in their last bits: any difference grows with the steps.
+Experts get the gates along with their rows, so a forward multiplies and rounds what one process does, row by row: first
+losses differ by the order of some ten FP32 additions of equal sign, 2^-24 each. Weight gradients of experts are of rows
+cast in columns of 128, and ranks put rows of several micro-batches into one column, so E4M3 rounds other numbers: by
+2^-4 / sqrt(3) of their size in the mean, for both factors 0.05. Noise of that size in one gradient and none in the other
+would move its norm by 0.05^2 / 2 = 1.3e-3; three times that is asked. Later losses may differ three times as far as
+those of one process whose weights were moved in their last bits: any difference grows with the steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsv3rt.parallel.mesh import leave
 from tests.gpu.check_trainer import LAYOUTS, change_last_bits
 from tests.parallel.fleet import Sections, train
 
-NEAR, NORMS_NEAR = 1e-2, 1e-1
+LOSS_NEAR, NORMS_NEAR = 1e-6, 4e-3
 MODEL = asdict(replace(presets.model("tiny"), num_layers=8, dim=256))
 
 
@@ -68,7 +68,7 @@ def main() -> int:
         first, *later = apart(got["steps"], want["steps"])
         norm = abs(got["steps"][0][3] / want["steps"][0][3] - 1)
         worst = farthest(got["norms"], want["norms"], 3)
-        if not (first <= NEAR and norm <= NEAR and worst[0][0] <= NORMS_NEAR and max(later) <= max(NEAR, 3 * drift)):
+        if not (first <= LOSS_NEAR and max(norm, worst[0][0]) <= NORMS_NEAR and max(later) <= 3 * drift):
             failed.append(name)
         farther = ", ".join(f"{which} {by:.1e}" for by, which in worst)
         say(f"{name}: losses first {first:.1e}, later {max(later):.1e}; gradient norm {norm:.1e}, farthest {farther}")
