@@ -2,12 +2,12 @@
 
     python tests/gpu/run_ranks.py --ranks 8 --gpus 1 --nccl path/to/libnccl.so.2 tests/gpu/check_fp8_trainer.py
 
-Experts get the gates along with their rows, so a forward multiplies and rounds what one process does, row by row: first
-losses differ by the order of some ten FP32 additions of equal sign, 2^-24 each. Weight gradients of experts are of rows
-cast in columns of 128, and ranks put rows of several micro-batches into one column, so E4M3 rounds other numbers: by
-2^-4 / sqrt(3) of their size in the mean, for both factors 0.05. Noise of that size in one gradient and none in the other
-would move its norm by 0.05^2 / 2 = 1.3e-3; three times that is asked. Later losses may differ three times as far as
-those of one process whose weights were moved in their last bits: any difference grows with the steps.
+Experts get the gates along with their rows, so a forward multiplies and rounds what one process does, row by row:
+first losses differ by the order of some ten FP32 additions of equal sign, 2^-24 each. Weight gradients of experts are
+of rows cast in columns of 128, and ranks put rows of several micro-batches into one column, so E4M3 rounds other
+numbers: by 2^-4 / sqrt(3) of their size in the mean, for both factors 0.05. Noise of that size in one gradient and
+none in the other would move its norm by 0.05^2 / 2 = 1.3e-3; three times that is asked. Later losses may differ three
+times as far as those of one process whose weights were moved in their last bits: any difference grows with the steps.
 """
 
 from __future__ import annotations

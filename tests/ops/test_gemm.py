@@ -102,6 +102,9 @@ def test_m_grouped_fp8_gemm_nt_matches_fp64(counts: list[int]) -> None:
     torch.testing.assert_close(y.double(), expected, **FP32_SUM)
     assert torch.equal(y == 0, expected == 0)  # padding rows are zero
     torch.testing.assert_close(ops.m_grouped_fp8_gemm_nt(x, w, layout).double(), expected, **BF16_OUT)
+    out_PF = torch.full(y.shape, torch.nan)
+    assert ops.m_grouped_fp8_gemm_nt(x, w, layout, out_dtype=torch.float32, out_PF=out_PF) is out_PF
+    assert torch.equal(out_PF, y)
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -225,6 +228,11 @@ def test_grouped_gemms_reject_bad_arguments() -> None:
         ValueError, match=r"^k_grouped_fp8_gemm_nt: accumulate_into must have shape \(\*, 4, 4\), got \(2, 4, 5\)$"
     ):
         ops.k_grouped_fp8_gemm_nt(x, x, layout, accumulate_into=torch.zeros(2, 4, 5))
+    w = ops.quantize_128x128(torch.randn(2, 64, 128))
+    with pytest.raises(ValueError, match=r"^m_grouped_fp8_gemm_nt: out_PF must have shape \(4, 64\), got \(4, 65\)$"):
+        ops.m_grouped_fp8_gemm_nt(x, w, layout, out_PF=torch.zeros(4, 65, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^m_grouped_fp8_gemm_nt: out_PF must be contiguous"):
+        ops.m_grouped_fp8_gemm_nt(x, w, layout, out_PF=torch.zeros(64, 4, dtype=torch.bfloat16).t())
     with pytest.raises(TypeError, match=r"^grouped_gemm_nt: w_XFD must be bfloat16, got float32$"):
         ops.grouped_gemm_nt(torch.randn(4, 8).bfloat16(), torch.randn(2, 3, 8), layout)
     with pytest.raises(ValueError, match=r"^grouped_gemm_nt: w_XFD must have shape \(\*, \*, 8\), got \(2, 3, 9\)$"):

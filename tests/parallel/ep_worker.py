@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from tests.gpu.ep_cases import (
     rounded,
     row_factors,
 )
+from tests.gpu.ep_weights import check_gradient_of_weights, forward_with_weights, wanted, weights_by_row
 
 
 def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> dict[str, bool]:
@@ -53,7 +55,31 @@ def findings(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> di
         "gradient": torch.equal(x_TD.grad, whole.dx_TD[tokens]),
         "weight gradient": torch.equal(routing.weight_TK.grad, whole.dweight_TK[tokens]),
         "quantised": quantised(group, shape, batch, whole),
+        **with_weights(group, shape, batch, whole),
         **in_halves(group, shape, batch),
+    }
+
+
+def with_weights(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -> dict[str, bool]:
+    """Rows get their weights along, for experts that multiply by them."""
+    rank = dist.get_rank()
+    tokens = batch.mine(rank)
+    x_TD, routing = batch.x_TD[tokens].clone().requires_grad_(), batch.routing(tokens)
+    routing = replace(routing, weight_TK=routing.weight_TK.clone().requires_grad_())
+    rows_PD, weight_P, y_TD, route = forward_with_weights(x_TD, routing, group, shape, rank, in_rooms=False)
+    y_TD.backward(batch.dy_TD[tokens])
+    assert x_TD.grad is not None
+    assert routing.weight_TK.grad is not None
+    want_PD, _, _ = whole.local(shape, rank)
+    first = int(whole.offsets[rank * shape.num_local])
+    want_TD, want_dx_TD = wanted(batch, tokens)
+    check_gradient_of_weights(routing.weight_TK.grad, batch, tokens)
+    return {
+        "rows with weights": torch.equal(rows_PD[: len(want_PD)], want_PD),
+        "weights": torch.equal(weight_P, weights_by_row(shape, batch, len(want_PD), first, whole.permutation)),
+        "result with weights": torch.equal(y_TD, want_TD),
+        "gradient with weights": torch.equal(x_TD.grad, want_dx_TD),
+        "no room": ops.ep_room(route, group) is None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def test_group_rejects_what_it_has_no_room_for(tmp_path: Path) -> None:
         x_TD, idx_TK = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
         with pytest.raises(ValueError, match="ep_send: group must have limits with low_latency, got None"):
             ops.ep_send(x_TD, ops.Routing(idx_TK, x_TD, x_TD, x_TD), plain)
+        routing = ops.Routing(idx_TK, torch.ones(1, 1), x_TD, x_TD)
+        with pytest.raises(TypeError, match=r"with_weights: routing\.weight_TK must be float32, got bfloat16"):
+            ops.ep_dispatch_with_weights(x_TD, replace(routing, weight_TK=x_TD[:, :1]), plain)
+        with pytest.raises(ValueError, match="with_weights: capacity must be a positive multiple of 128, got 5"):
+            ops.ep_dispatch_with_weights(x_TD, routing, plain, capacity=5)
     finally:
         torch.distributed.destroy_process_group()
 
