@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Sink = Callable[[nn.Parameter, Tensor], None]
 
@@ -127,7 +128,7 @@ class _Entry:
         self._inputs: tuple[Tensor, ...] = ()
         self._places: list[tuple[Tensor, int]] = []  # each output's memory, and its size in bytes
         self._leaves: list[Tensor] = []
-        self._outputs: tuple[Tensor, ...] = ()
+        self._edges: list[GradientEdge | None] = []
 
     def call(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         outputs = self._function(*inputs)
@@ -148,17 +149,20 @@ class _Entry:
     def restore(self) -> None:
         self._leaves = [x.requires_grad_() for x in (x.detach() for x in self._inputs)]
         with torch.enable_grad():
-            self._outputs = self.call(tuple(self._leaves))
-        for (place, num_bytes), y in zip(self._places, self._outputs, strict=True):
+            outputs = self.call(tuple(self._leaves))
+        for (place, num_bytes), y in zip(self._places, outputs, strict=True):
             place.untyped_storage().resize_(num_bytes)
             place.copy_(y.detach())
+        # Not the outputs, which would be there twice until the backward comes here.
+        self._edges = [get_gradient_edge(y) if y.requires_grad else None for y in outputs]
         self._places = []
 
     def backward(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        reached = [(y, dy) for y, dy in zip(self._outputs, grads, strict=True) if dy is not None]
-        torch.autograd.backward([y for y, _ in reached], [dy for _, dy in reached])
+        pairs = zip(self._edges, grads, strict=True)
+        reached = [(edge, dy) for edge, dy in pairs if edge is not None and dy is not None]
+        torch.autograd.backward([edge for edge, _ in reached], [dy for _, dy in reached])
         dx = tuple(leaf.grad for leaf in self._leaves)
-        self._inputs, self._leaves, self._outputs = (), [], ()
+        self._inputs, self._leaves, self._edges = (), [], []
         return dx
 
 
