@@ -78,12 +78,15 @@ class Subject:
 
 
 class EvenShare:
-    """Stands for the exchange of 64 ranks: this rank's experts get the rows that all ranks' tokens would send it."""
+    """Stands for the exchange of 64 ranks: this rank's experts get the rows that all ranks' tokens would send it. As
+    between nodes, gates do not come along."""
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int) -> Dispatched:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool
+    ) -> Dispatched:
         local = dataclasses.replace(routing, idx_TK=routing.idx_TK % self._experts)
         return Dispatched(*ops.permute(x_TD, local, num_experts=self._experts, block=block))
 

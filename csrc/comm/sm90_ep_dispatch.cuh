@@ -316,43 +316,28 @@ __device__ inline float weigh_row(uint4* target, const uint4* token, const uint4
   return dot;
 }
 
-// A row and its scales: all loads of the scales and of half a row of BF16 are under way together.
-__device__ __forceinline__ void copy_record(const PullArgs& args, const char* record, int64_t row, int lane) {
-  constexpr int kHeld = 2, kUnroll = 14;
-  const auto* scales = reinterpret_cast<const float*>(record + args.rows.row_bytes);
-  float* row_scales = args.rows.scale + row;
-  float held[kHeld];
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (lane + 32 * i < args.rows.num_scales) held[i] = __ldcg(scales + lane + 32 * i);
-  }
-  auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
-  copy_row<kUnroll>(target, reinterpret_cast<const uint4*>(record), args.rows.row_bytes / 16, lane);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (lane + 32 * i < args.rows.num_scales) row_scales[(lane + 32 * i) * args.rows.scale_stride] = held[i];
-  }
-  for (int i = lane + 32 * kHeld; i < args.rows.num_scales; i += 32) {
-    row_scales[i * args.rows.scale_stride] = __ldcg(scales + i);
-  }
-}
-
 template <bool kWeighted, typename AnyTeam>
-__device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int row, int origin, int lane) {
+__device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int row, int lane) {
+  const int origin = __ldg(args.route.origin + row);
   if (origin < 0) return zero_row(args, row, lane);
   const int max_choices = team.shape.max_tokens * team.shape.top_k;
   char* window = staged_by(team, origin / max_choices);
   const int entry = origin % max_choices;
   const char* record = window + team.at.tokens + int64_t(entry / team.shape.top_k) * args.record_bytes;
+  const auto* source = reinterpret_cast<const uint4*>(record);
+  auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
+  const int num_vectors = args.rows.row_bytes / 16;
   if constexpr (kWeighted) {
-    auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
-    const auto* source = reinterpret_cast<const uint4*>(record);
     const float weight = __ldcg(in_window<float>(window, team.at.weight) + entry);
     const auto* output = reinterpret_cast<const uint4*>(args.outputs + int64_t(row) * team.shape.num_columns);
-    const float dot = weigh_row(target, source, output, weight, args.rows.row_bytes / 16, lane);
+    const float dot = weigh_row(target, source, output, weight, num_vectors, lane);
     if (lane == 0) in_window<float>(window, team.at.weight_grad)[entry] = dot;
   } else {
-    copy_record(args, record, row, lane);
+    copy_row(target, source, num_vectors, lane);
+    const auto* scales = reinterpret_cast<const float*>(record + args.rows.row_bytes);
+    for (int i = lane; i < args.rows.num_scales; i += 32) {
+      args.rows.scale[i * args.rows.scale_stride + row] = __ldcg(scales + i);
+    }
   }
 }
 
@@ -369,11 +354,8 @@ __global__ void __launch_bounds__(kThreads)
   if (await_peers(team, EpPhase::kStage, epoch) && await_rooms(team)) {
     const int num_local = team.shape.num_experts / team.shape.num_ranks;
     const int num_rows = __ldg(args.route.offsets + num_local);
-    int origin = warp_in_grid() < num_rows ? __ldg(args.route.origin + warp_in_grid()) : -1;
     for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
-      const int next = row + warps_in_grid() < num_rows ? __ldg(args.route.origin + row + warps_in_grid()) : -1;
-      pull_row<kWeighted>(team, args, row, origin, threadIdx.x % 32);
-      origin = next;
+      pull_row<kWeighted>(team, args, row, threadIdx.x % 32);
     }
   }
   if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);

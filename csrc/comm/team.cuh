@@ -131,8 +131,8 @@ __device__ __forceinline__ int warp_in_grid() { return blockIdx.x * kWarps + thr
 __device__ __forceinline__ int warps_in_grid() { return gridDim.x * kWarps; }
 
 // One warp copies a row; all loads of a turn are under way before its first store.
-template <int kUnroll = 7>
 __device__ __forceinline__ void copy_row(uint4* target, const uint4* source, int num_vectors, int lane) {
+  constexpr int kUnroll = 7;
   for (int start = lane; start < num_vectors; start += 32 * kUnroll) {
     uint4 held[kUnroll];
 #pragma unroll

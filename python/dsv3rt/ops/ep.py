@@ -148,13 +148,17 @@ def ep_dispatch_with_weights(
     dispatch and combine, and one between the combine's backward and the dispatch's.
 
     Args:
-        x_TD, group, block, capacity: as in `ep_dispatch`; x_TD no QuantTensor, block the same on all ranks, capacity at
-            most limits.max_rows.
+        x_TD: as in `ep_dispatch`, but no QuantTensor.
         routing: with weight_TK, fp32, to which this is differentiable too.
+        group: one that `carries_weights`.
+        block: as in `ep_dispatch`; the same on all ranks.
+        capacity: as in `ep_dispatch`; with kernels at most limits.max_rows.
     Returns:
         rows_PD; weight_P, fp32, 0 for padding and unspecified past the last segment; the EpRoute.
     Raises:
-        As `ep_dispatch`; ValueError also where `group.carries_weights` is false.
+        ValueError: shape or range, or a group that carries no weights.
+        TypeError: dtype outside the above.
+        ExchangeError: as `ep_dispatch`.
     Numerics: copies; bitwise repeatable.
     Source: as `ep_dispatch`.
     """
@@ -176,12 +180,16 @@ def ep_dispatch_with_weights(
 
 
 def ep_room(route: EpRoute, group: EpGroup, *, gradients: bool = False) -> Tensor | None:
-    """Where to write rows that `ep_combine` (gradients: the dispatch's backward) is to fetch, so that none is copied.
+    """Where to write rows that are to be fetched, so that none is copied.
 
-    Of a route of `ep_dispatch_with_weights`. What lies there is overwritten by the exchange after this one.
-
+    Args:
+        route: from `ep_dispatch_with_weights`; any other has no room.
+        group: the one that dispatched.
+        gradients: of rows, which the dispatch's backward fetches, instead of results, which `ep_combine` does.
     Returns:
-        (P, D) bf16; None where rows are not fetched: write anywhere then.
+        (P, D) bf16, overwritten by the exchange after this one; None where rows are not fetched: write anywhere then.
+    Raises:
+        Nothing.
     """
     if not isinstance(route, FetchedRoute):
         return None
