@@ -175,6 +175,19 @@ def test_trains_and_completes(config: Path, capsys: pytest.CaptureFixture[str]) 
     assert "completion" not in again
 
 
+def test_bench_measures_where_the_sources_lie(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert cli.main(["bench", "no-such"]) == 2
+    assert "no suite no-such; there are: " in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "slice"]) == 2
+    assert capfd.readouterr().err == (
+        f"dsv3rt: error: bench: must run where dsv3rt's sources lie, beside benchmarks/, got {tmp_path}\n"
+    )
+
+
 def test_doctor_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv3rt import doctor
 

@@ -1,11 +1,13 @@
 """The command line: `dsv3rt tokenize`, `train CONFIG.toml [--section.key value ...]`, `generate`, `convert`, `plan`,
-`doctor`."""
+`bench`, `doctor`."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dsv3rt.env import launch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
-_WITH_OPTIONS = (["convert"], ["generate"], ["plan"], ["tokenize"])
+_WITH_OPTIONS = (["bench"], ["convert"], ["generate"], ["plan"], ["tokenize"])
 _SAMPLE_TEMPERATURE, _SAMPLE_TOP_P = 0.8, 0.9
 
 
@@ -80,6 +82,8 @@ def _run(argv: list[str]) -> int:
         raise ValueError(f"--{overrides[0][0]}: {options.command} takes no configuration keys")
     if options.command == "doctor":
         return _doctor()
+    if options.command == "bench":
+        return _bench(options.suites)
     if options.command == "convert":
         return _convert(options)
     if options.command == "generate":
@@ -183,6 +187,12 @@ def _open_model(options: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
             f"got '{name}' with {tokenizer.vocab_size}"
         )
     return model, tokenizer
+
+
+def _bench(suites: list[str]) -> int:
+    if not Path("benchmarks/__main__.py").is_file():
+        raise ValueError(f"bench: must run where dsv3rt's sources lie, beside benchmarks/, got {Path.cwd()}")
+    return subprocess.run([sys.executable, "-m", "benchmarks", *suites], check=False).returncode
 
 
 def _doctor() -> int:
@@ -311,6 +321,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_tokenize(commands)
     _add_plan(commands)
+    bench = commands.add_parser("bench", help="measure kernels on this GPU, beside dsv3rt's sources")
+    bench.add_argument("suites", nargs="*", metavar="SUITE", help="e.g. slice, gemm (default: all)")
     commands.add_parser("doctor", help="say what this installation can do, and what it lacks")
     return parser
 
