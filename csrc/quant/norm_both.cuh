@@ -113,7 +113,8 @@ class NormTile {
     if (kWhole || rows() > 0) weight_.load(static_cast<const Weight*>(params_.weight) + column_);
   }
 
-  // Every thread of the block calls it.
+  // Every thread of the block calls it. Rows that do not exist are zeros, and stay so with a root of zero.
+  template <bool kWhole>
   __device__ __forceinline__ void wait_for_roots(NormTileStorage& storage) const {
     wait_for_prior_grid();
     if (threadIdx.x < place_.rows.read) {
@@ -124,6 +125,8 @@ class NormTile {
         bits = root.load(cuda::memory_order_acquire);
       }
       storage.rstd[threadIdx.x] = __uint_as_float(bits);
+    } else if (!kWhole && threadIdx.x < kTile) {
+      storage.rstd[threadIdx.x] = 0.0f;
     }
     __syncthreads();
   }
@@ -166,7 +169,7 @@ template <bool kWhole, typename Weight>
 __device__ __forceinline__ void cast_tile(const NormParams& params, NormTile<Weight>& tile, NormTileStorage& storage) {
   tile.template load_weight<kWhole>();
   if (params.residual == nullptr) tile.template load<kWhole>();  // x is there, roots perhaps not yet
-  tile.wait_for_roots(storage);
+  tile.template wait_for_roots<kWhole>(storage);
   if (params.residual != nullptr) tile.template load<kWhole>();
   tile.template norm<kWhole>(storage);
   tile.template write<kWhole>(storage);

@@ -160,6 +160,16 @@ def test_rms_norm_quantize_equals_norm_then_cast(T: int, D: int, pow2_scales: bo
             assert_same(got, want)
 
 
+@pytest.mark.parametrize("D", [64, 512, 1536, 7168])
+@pytest.mark.parametrize("T", [1, 5, 129])
+def test_rms_norm_quantize_knows_nothing_of_the_launch_before(T: int, D: int) -> None:
+    x, weight = inputs(T, D, seed=T + D)
+    want = separate(x, weight, None, False)
+    left_by = torch.full((300 * 128, D), float("nan"), dtype=torch.bfloat16, device="cuda")  # in every shared memory
+    ops.rms_norm_quantize_1x128(left_by, weight, EPS, with_transpose=True)
+    assert_same(ops.rms_norm_quantize_1x128(x, weight, EPS, with_transpose=True), want)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, 0.0])
 @pytest.mark.parametrize("D", [512, 7168])
 def test_norm_kernels_show_bad_numbers_in_their_row_alone(D: int, value: float) -> None:
