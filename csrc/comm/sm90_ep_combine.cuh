@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "comm/team.cuh"
+#include "common/bf16_pack.cuh"
 
 namespace dsv3rt {
 
@@ -76,14 +77,6 @@ __device__ __forceinline__ void add_slot(float (&sum)[8], uint4 slot, float weig
   }
 }
 
-__device__ __forceinline__ uint4 round_sums(const float (&sum)[8]) {
-  uint4 rounded;
-  auto* pairs = reinterpret_cast<__nv_bfloat162*>(&rounded);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-  return rounded;
-}
-
 // NaN, where an error was reported; nobody may take what is there for a result. One warp's work.
 __device__ inline void spoil_token(const Team& team, __nv_bfloat16* tokens, int token) {
   const int num_vectors = team.shape.num_columns / 8;
@@ -110,7 +103,7 @@ __device__ __forceinline__ void reduce_column(const Team& team, const ReduceArgs
       add_slot(sum, held[i], args.weight != nullptr ? __ldg(args.weight + token * top_k + first + i) : 1.0f);
     }
   }
-  reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = round_sums(sum);
+  reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = pack_bf16(sum);
 }
 
 template <typename AnyTeam>

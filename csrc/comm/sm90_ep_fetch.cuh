@@ -67,7 +67,7 @@ __device__ inline void fetch_token(const Team& team, const FetchArgs& args, int 
     }
 #pragma unroll
     for (int c = 0; c < kFetchColumns; ++c) {
-      if (column + 32 * c < num_vectors) target[column + 32 * c] = round_sums(sums[c]);
+      if (column + 32 * c < num_vectors) target[column + 32 * c] = pack_bf16(sums[c]);
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/bf16_pack.cuh"
 #include "hopper/arithmetic.cuh"
 
 namespace dsv3rt {
@@ -125,14 +126,7 @@ struct Octet<float> {
   }
 };
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ Octet<__nv_bfloat16> round_octet(const float (&x)[8]) {
-  return {make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]))};
-}
+__device__ __forceinline__ Octet<__nv_bfloat16> round_octet(const float (&x)[8]) { return {pack_bf16(x)}; }
 
 template <typename Element>
 __device__ __forceinline__ uint2 quantize_octet(const Octet<Element>& x, float inverse) {

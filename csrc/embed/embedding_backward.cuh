@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 
+#include "common/bf16_pack.cuh"
 #include "common/math.h"
 #include "embed/params.h"
 
@@ -34,14 +35,6 @@ __device__ __forceinline__ void add_octet(float (&sums)[8], const uint4& octet) 
     sums[2 * i] += __uint_as_float(words[i] << 16);
     sums[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
   }
-}
-
-__device__ __forceinline__ uint4 round_sums(const float (&sums)[8]) {
-  uint4 words;
-  auto* pairs = reinterpret_cast<__nv_bfloat162*>(&words);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(sums[2 * i], sums[2 * i + 1]);
-  return words;
 }
 
 // Where the tokens of one row of the table lie in `order`.
@@ -88,7 +81,7 @@ __device__ __forceinline__ void add_long_run(const EmbeddingBackwardParams& para
     }
     offset = next;
   }
-  if (octet < num_octets) row_of_table(params, run.row)[octet] = round_sums(sums);
+  if (octet < num_octets) row_of_table(params, run.row)[octet] = pack_bf16(sums);
 }
 
 // A row of the table, but for a long run.
@@ -109,7 +102,7 @@ __device__ __forceinline__ void write_row(const EmbeddingBackwardParams& params,
 #pragma unroll
     for (int i = 0; i < kOctetsAtOnce; ++i) {
       const int octet = first + i * kEmbeddingThreads;
-      if (octet < num_octets) target[octet] = round_sums(sums[i]);
+      if (octet < num_octets) target[octet] = pack_bf16(sums[i]);
     }
   }
 }

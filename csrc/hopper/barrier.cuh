@@ -120,8 +120,8 @@ __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// griddepcontrol: programmatic dependent launch. A kernel that may start early (launch_early) waits in every block, so
-// that it does not end before the one that it follows.
+// griddepcontrol: programmatic dependent launch. A kernel that may start early (launch_early) waits in each block that
+// needs what the one before it writes, and in one at least, so that it does not end first.
 __device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_prior_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
