@@ -47,9 +47,6 @@ class Instruction:
     def name(self) -> str:
         return self.operation.split()[0]
 
-    def never_runs(self) -> bool:
-        return self.operation.startswith("@!PT")
-
 
 @dataclass(frozen=True)
 class UnderWay:
@@ -114,7 +111,7 @@ def _waited(state: State, instruction: Instruction) -> State:
 
 
 def _issued(state: State, place: int, instruction: Instruction) -> State:
-    if not LOAD.match(instruction.operation) or instruction.never_runs():
+    if not LOAD.match(instruction.operation):
         return state
     if instruction.sets != NO_SCOREBOARD:
         state = frozenset(

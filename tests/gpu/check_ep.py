@@ -104,7 +104,7 @@ def check_with_weights(
         want_PD = check_layout(route, whole, shape, ranks.rank)
         num_rows, first = want_PD.shape[0], int(whole.offsets[ranks.rank * shape.num_local])
         equal(f"rows with weights{turn}", rows_PD[:num_rows], want_PD)
-        equal(f"weights{turn}", weight_P[:num_rows], weights_by_row(shape, batch, num_rows, first, whole.permutation))
+        equal(f"weights{turn}", weight_P[:num_rows], weights_by_row(batch, num_rows, first, whole.permutation))
         equal(f"fetched result{turn}", y_TD, want_TD)
         assert x_TD.grad is not None
         assert routing.weight_TK.grad is not None

@@ -13,11 +13,10 @@ from tests.gpu.ep_cases import Batch, Shape, factor_of, row_factors
 
 
 class _InRooms(torch.autograd.Function):
-    """Rows, and their gradients, as products would leave them."""
+    """Rows as the experts' last product would leave them."""
 
     @staticmethod
     def forward(ctx: Any, rows_PD: Tensor, route: ops.EpRoute, group: ops.EpGroup) -> Tensor:
-        ctx.way = route, group
         return _moved(rows_PD, ops.ep_room(route, group))
 
     @staticmethod
@@ -26,6 +25,8 @@ class _InRooms(torch.autograd.Function):
 
 
 class _GradientsInRooms(torch.autograd.Function):
+    """Gradients of rows as the last product of the experts' backward would leave them."""
+
     @staticmethod
     def forward(ctx: Any, rows_PD: Tensor, route: ops.EpRoute, group: ops.EpGroup) -> Tensor:
         ctx.way = route, group
@@ -73,7 +74,7 @@ def _in_order(rows_TKD: Tensor) -> Tensor:
     return total.bfloat16()
 
 
-def weights_by_row(shape: Shape, batch: Batch, num_rows: int, first: int, permutation: ops.Permutation) -> Tensor:
+def weights_by_row(batch: Batch, num_rows: int, first: int, permutation: ops.Permutation) -> Tensor:
     """Of the rows from `first` on of all ranks' rows; 0 for padding."""
     rows = torch.zeros(permutation.num_rows)
     rows.index_copy_(0, permutation.row_of_TK.flatten(), batch.weight_TK.flatten())

@@ -76,7 +76,7 @@ def with_weights(group: ops.EpGroup, shape: Shape, batch: Batch, whole: Whole) -
     check_gradient_of_weights(routing.weight_TK.grad, batch, tokens)
     return {
         "rows with weights": torch.equal(rows_PD[: len(want_PD)], want_PD),
-        "weights": torch.equal(weight_P, weights_by_row(shape, batch, len(want_PD), first, whole.permutation)),
+        "weights": torch.equal(weight_P, weights_by_row(batch, len(want_PD), first, whole.permutation)),
         "result with weights": torch.equal(y_TD, want_TD),
         "gradient with weights": torch.equal(x_TD.grad, want_dx_TD),
         "no room": ops.ep_room(route, group) is None,

@@ -77,15 +77,22 @@ class Gather:
     def values(self) -> Tensor:
         return self.gate_TK
 
-    def tokens(self) -> Tensor:
-        """int32 (P,): the token of each row; 0 for padding."""
+    def by_rows(self) -> tuple[Tensor, Tensor]:
+        """int32 (P,) and FP32 (P,): the token of each row and its gate; 0 for padding."""
         T, K = self.gate_TK.shape
         tokens = torch.arange(T, dtype=torch.int32, device=self.gate_TK.device).repeat_interleave(K)
-        return self._by_rows(tokens)
+        return self._by_rows(tokens), self._by_rows(self.gate_TK.detach().flatten())
 
-    def gates(self) -> Tensor:
-        """FP32 (P,): the gate of each row; 0 for padding."""
-        return self._by_rows(self.gate_TK.detach().flatten())
+    def room(self, backward: bool) -> None:
+        """Rows may be anywhere: they are added up at once."""
+
+    def of_tokens(self, rows_PD: Tensor) -> Tensor:
+        """(T, D): each token's rows added up."""
+        return ops.unpermute(rows_PD, self.permutation, None)
+
+    def gradient(self, of_rows_P: Tensor) -> Tensor:
+        """(T, K), as `values`."""
+        return of_rows_P[self.permutation.row_of_TK]
 
     def _by_rows(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.permutation.num_rows).index_copy_(0, self.permutation.row_of_TK.flatten(), values)
@@ -104,6 +111,18 @@ class Weighed:
     @property
     def values(self) -> Tensor:
         return self.gate_P
+
+    def by_rows(self) -> tuple[None, Tensor]:
+        """The rows are there, so no tokens are gathered; and the gate of each."""
+        return None, self.gate_P.detach()
+
+    def of_tokens(self, rows_PD: Tensor) -> Tensor:
+        """The rows, which the exchange adds up."""
+        return rows_PD
+
+    def gradient(self, of_rows_P: Tensor) -> Tensor:
+        """(P,), as `values`."""
+        return of_rows_P
 
 
 @dataclass(frozen=True)
@@ -191,21 +210,19 @@ class _MlpJob:
 
     def by_rows(self) -> tuple[Tensor | None, Tensor | None]:
         """Each row's token, where rows are gathered, and its gate, where there are gates."""
-        if isinstance(self.gates, Gather):
-            return self.gates.tokens(), self.gates.gates()
-        return None, None if self.gates is None else self.gates.gate_P.detach()
+        return (None, None) if self.gates is None else self.gates.by_rows()
 
     def last_product(self, x: QuantTensor, w: QuantTensor, dtype: torch.dtype, *, backward: bool) -> Tensor:
         """Rows in their room, or each token's rows added up where rows are gathered."""
-        room = self.gates.room(backward) if isinstance(self.gates, Weighed) else None
-        rows_PD = _rows_product(x, w, self.layout, dtype, room)
-        return ops.unpermute(rows_PD, self.gates.permutation, None) if isinstance(self.gates, Gather) else rows_PD
+        if self.gates is None:
+            return _rows_product(x, w, self.layout, dtype)
+        return self.gates.of_tokens(_rows_product(x, w, self.layout, dtype, self.gates.room(backward)))
 
     def gate_gradient(self, of_rows_P: Tensor | None) -> Tensor | None:
         if self.gates is None:
             return None
         assert of_rows_P is not None
-        return of_rows_P[self.gates.permutation.row_of_TK] if isinstance(self.gates, Gather) else of_rows_P
+        return self.gates.gradient(of_rows_P)
 
 
 class _SwigluMlp(torch.autograd.Function):

@@ -99,7 +99,7 @@ class Kept:
         if not moe.experts.is_fp8:
             return kept + where + 2 * self._item * P * dim + self._swiglu(P, hidden, keeps=keeps_swiglu)
         kept += where + by_columns(P, dim) + by_rows(P, 2 * hidden)
-        if self._spread and self._fetches:  # rows as they arrived, their gates, and where those of the tokens lie
+        if self._fetches:  # rows as they arrived, their gates, and where those of the tokens lie
             return kept + self._item * P * dim + _FP32 * P + _INT32 * T * self._model.top_k
         if self._spread:
             return kept + 2 * self._item * P * dim  # as they arrived, and the results, for the gradient of the gates
