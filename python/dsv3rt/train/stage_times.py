@@ -23,9 +23,10 @@ _DENSE, _MOE, _NONE = range(1), range(1, 2), range(0)
 def run(config: TrainConfig, *, measure: bool) -> int:
     """Print the stages; returns 0."""
     if measure:
-        costs = measured(config)
+        printed = {name: f"{cost:.4g}" for name, cost in dataclasses.asdict(measured(config)).items()}
+        costs = LayerCosts(**{name: float(text) for name, text in printed.items()})
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, layer_costs=costs))
-        texts = (f"{field.name} = {getattr(costs, field.name):.4g}" for field in dataclasses.fields(costs))
+        texts = (f"{name} = {text}" for name, text in printed.items())
         print(f"layer_costs = {{ {', '.join(texts)} }} # ms, for [parallel]")
     layout = Layout(config.model, config.parallel, config.train.seq_len)
     layers, tail = layout.costs
