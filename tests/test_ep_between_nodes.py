@@ -51,7 +51,8 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "arguments",  # nodes, ranks of a node, experts, tokens, top k, columns, rounds, microseconds of delay, seed
     [(2, 1, 8, 60, 4, 32, 3, 20000, 3), (3, 2, 12, 70, 5, 32, 2, 20000, 3), (2, 4, 16, 20, 4, 256, 2, 200, 5),
-     (4, 1, 8, 33, 3, 16, 2, 1000, 6), (1, 4, 8, 150, 7, 16, 2, 0, 6), (1, 2, 32, 60, 12, 272, 2, 0, 3)],
+     (4, 1, 8, 33, 3, 16, 2, 1000, 6), (1, 4, 8, 150, 7, 16, 2, 0, 6), (1, 2, 32, 60, 12, 272, 2, 0, 3),
+     (1, 9, 18, 30, 4, 64, 1, 100, 8), (1, 3, 12, 300, 4, 16, 3, 0, 9)],
     ids=str,
 )  # fmt: skip
 def test_ep_kernels_give_everybodys_rows_and_sums(emulate: Path, arguments: tuple[int, ...]) -> None:

@@ -62,9 +62,8 @@ def test_choose_gemm_never_shares_b_between_groups(program: Path) -> None:
 
 
 def test_choose_gemm_takes_the_measured_tile_of_a_weight_gradient(program: Path) -> None:
-    """192x128 is faster a tile, but 10 waves of it, the last a third full, take longer than 14 of 128x128."""
-    assert ask(program, 4096, 7168, 4096, row_scaled=1).tile == (128, 128)
-    for m, n in ((7168, 16384), (24576, 1536), (2112, 7168), (36864, 7168)):
+    """Also for 4096x7168, though the last of its 10 waves of 192x128 is a third full (docs/notes/gemm.md)."""
+    for m, n in ((7168, 16384), (4096, 7168), (24576, 1536), (2112, 7168), (36864, 7168)):
         assert ask(program, m, n, 4096, row_scaled=1).tile == (192, 128)
 
 

@@ -44,9 +44,9 @@ py::bytes unique_id() {
   return py::bytes(reinterpret_cast<const char*>(id), sizeof(id));
 }
 
-// Counts, offsets, origin, rows_needed and rails of one dispatch.
+// Of one dispatch.
 struct RouteViews {
-  TensorView counts, offsets, origin, rows_needed, rails;
+  TensorView counts, offsets, origin, order, rows_needed, rails;
   int block;
 };
 
@@ -276,10 +276,12 @@ class Comm {
     check("counts", route.counts, num_local);
     check("offsets", route.offsets, num_local + 1);
     check("origin", route.origin, kAny);
+    check("order", route.order, route.origin.shape[0]);
     check("rows_needed", route.rows_needed, 1);
     return {static_cast<int*>(route.counts.data),
             static_cast<int*>(route.offsets.data),
             static_cast<int*>(route.origin.data),
+            static_cast<int*>(route.order.data),
             static_cast<int*>(route.rows_needed.data),
             route.origin.shape[0],
             route.block};
@@ -323,10 +325,10 @@ void bind_comm(py::module_& module) {
   module.def("ep_unique_id", &unique_id, "The id with which the ranks of a new communicator find each other.");
   py::class_<RouteViews>(module, "EpRoute", "Where rows of one dispatch came from; keeps no array alive.")
       .def(py::init([](const TensorView& counts, const TensorView& offsets, const TensorView& origin,
-                       const TensorView& rows_needed, const TensorView& rails,
-                       int block) { return RouteViews{counts, offsets, origin, rows_needed, rails, block}; }),
-           py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("rows_needed"), py::arg("rails"),
-           py::arg("block"));
+                       const TensorView& order, const TensorView& rows_needed, const TensorView& rails,
+                       int block) { return RouteViews{counts, offsets, origin, order, rows_needed, rails, block}; }),
+           py::arg("counts"), py::arg("offsets"), py::arg("origin"), py::arg("order"), py::arg("rows_needed"),
+           py::arg("rails"), py::arg("block"));
   py::class_<Comm>(module, "EpComm", "One rank of a group that exchanges rows; made and destroyed by all together.")
       .def(py::init<int, int, int, int, int, int, int, const std::string&, int, int64_t, bool>(), py::arg("num_ranks"),
            py::arg("rank"), py::arg("num_experts"), py::arg("max_tokens"), py::arg("top_k"), py::arg("num_columns"),

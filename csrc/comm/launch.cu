@@ -1,11 +1,10 @@
-#include <algorithm>
-
 #include "comm/rails.h"
 #include "comm/sm90_ep_combine.cuh"
 #include "comm/sm90_ep_dispatch.cuh"
 #include "comm/sm90_ep_fetch.cuh"
 #include "comm/sm90_ep_latency.cuh"
 #include "comm/sm90_ep_nodes.cuh"
+#include "comm/sm90_ep_place.cuh"
 #include "comm/transport.h"
 #include "common/launch.h"
 
@@ -32,10 +31,9 @@ void stage(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t str
 template <typename AnyTeam>
 void place_and_pull(const AnyTeam& team, const EpDispatchParams& params, cudaStream_t stream) {
   if (params.finds_route) {
-    const int experts = team.shape.num_experts, local = experts / team.shape.num_ranks;
-    const int places = std::max(experts + 2 * local + 1, 2 * experts);
     const PlaceArgs place{params.route, params.row_weight, params.place};
-    ep_place_kernel<<<params.num_sms, kThreads, places * sizeof(int), stream>>>(team, place);
+    const int shared_bytes = place_shared_ints(team.shape) * int(sizeof(int));
+    ep_place_kernel<<<params.num_sms, kThreads, shared_bytes, stream>>>(team, place);
   }
   if (params.outputs == nullptr) {
     ep_pull_kernel<false><<<params.num_sms, kThreads, 0, stream>>>(team, pull_args(params));

@@ -42,6 +42,7 @@ struct EpRoute {
   int* counts;       // (X,) rows of each local expert
   int* offsets;      // (X + 1,)
   int* origin;       // (P,) where a row came from: rank * T * K + token * K + k; -1 for padding
+  int* order;        // (P,) rows by the numbers of their tokens, those of all ranks in turns; padding last
   int* rows_needed;  // (1,) P that would have sufficed
   int64_t capacity;  // P, a multiple of block
   int block;

@@ -1,15 +1,10 @@
-// Dispatch in three kernels: `stage` lays this rank's tokens and choices out in its window, `place` finds the row of
-// every choice of every rank that this rank's experts serve, `pull` reads those tokens from their ranks' windows. Those
-// of other nodes are read where `put_tokens` (sm90_ep_rails.cuh) laid them, in a window of this node. A kernel takes a
-// Team or, in a group of several nodes, a NodesTeam.
-//
-// Rows of an expert lie in the order (rank, token, k). A row's number is a sum of counts: offset of the expert, choices
-// of earlier ranks, of earlier chunks of its rank, of earlier entries of its chunk. No step depends on who came first.
+// Dispatch in three kernels: `stage` lays this rank's tokens and choices out in its window, `place` (sm90_ep_place.cuh)
+// finds the row of every choice of every rank that this rank's experts serve, `pull` reads those tokens from their
+// ranks' windows. Those of other nodes are read where `put_tokens` (sm90_ep_rails.cuh) laid them, in a window of this
+// node. A kernel takes a Team or, in a group of several nodes, a NodesTeam.
 #pragma once
 
 #include <cuda_bf16.h>
-
-#include <type_traits>
 
 #include "comm/team.cuh"
 
@@ -22,12 +17,6 @@ struct StageArgs {
   const float* weight;
   int num_tokens;
   int record_bytes;  // a row and its scales
-};
-
-struct PlaceArgs {
-  EpRoute route;
-  float* row_weight;
-  uint32_t* place;
 };
 
 struct PullArgs {
@@ -132,148 +121,11 @@ __global__ void __launch_bounds__(kThreads)
   tell_peers(team, EpPhase::kStage, epoch);
 }
 
-// ---- place ----
-
-// In shared memory, for this rank's X experts.
-struct Places {
-  int* starts;  // [R][X] first the choices of each rank, then of all earlier ranks
-  int* counts;  // [X]
-  int* offsets;  // [X + 1]
-};
-
-template <typename AnyTeam>
-__device__ inline void sum_counts(const AnyTeam& team, const Places& places, int block) {
-  const int num_ranks = team.shape.num_ranks, num_local = team.shape.num_experts / num_ranks;
-  for (int i = threadIdx.x; i < num_ranks * num_local; i += kThreads) {
-    const int* totals = in_window<int>(staged_by(team, i / num_local), team.at.totals);
-    places.starts[i] = __ldcg(totals + team.shape.rank * num_local + i % num_local);
-  }
-  __syncthreads();
-  for (int x = threadIdx.x; x < num_local; x += kThreads) {
-    int total = 0;
-    for (int r = 0; r < num_ranks; ++r) {
-      const int count = places.starts[r * num_local + x];
-      places.starts[r * num_local + x] = total;
-      total += count;
-    }
-    places.counts[x] = total;
-  }
-  __syncthreads();
-  for (int x = threadIdx.x; x <= num_local; x += kThreads) {
-    int offset = 0;
-    for (int earlier = 0; earlier < x; ++earlier) offset += round_up(places.counts[earlier], block);
-    places.offsets[x] = offset;
-  }
-  __syncthreads();
-}
-
-// The layout as the grouped products see it. Rows past the capacity are not there: what does not fit is left out of the
-// counts too, and reported.
-__device__ inline void write_layout(const Team& team, const PlaceArgs& args, const Places& places, bool fine) {
-  const int num_local = team.shape.num_experts / team.shape.num_ranks;
-  const int capacity = int(args.route.capacity);
-  for (int x = threadIdx.x; x <= num_local; x += kThreads) {
-    const int offset = fine ? min(places.offsets[x], capacity) : 0;
-    args.route.offsets[x] = offset;
-    if (x < num_local) args.route.counts[x] = fine ? min(places.counts[x], capacity - offset) : 0;
-  }
-  if (threadIdx.x != 0) return;
-  const int needed = fine ? places.offsets[num_local] : 0;
-  *args.route.rows_needed = needed;
-  if (needed > capacity) report(team, {0, EpFault::kOverflow, EpPhase::kPull, team.shape.rank, capacity, needed});
-}
-
-template <typename AnyTeam>
-__device__ inline void place_choices(const AnyTeam& team, const PlaceArgs& args, const Places& places) {
-  const int num_experts = team.shape.num_experts, num_local = num_experts / team.shape.num_ranks;
-  const int first = team.shape.rank * num_local;
-  const int max_choices = team.shape.max_tokens * team.shape.top_k;
-  for (int r = 0; r < team.shape.num_ranks; ++r) {
-    char* window = staged_by(team, r);
-    const int num_choices = __ldcg(in_window<int>(window, team.at.num_tokens)) * team.shape.top_k;
-    const uint32_t* choice = in_window<uint32_t>(window, team.at.choice);
-    const int* chunk_starts = in_window<int>(window, team.at.chunk_starts);
-    for (int entry = blockIdx.x * kThreads + threadIdx.x; entry < num_choices; entry += gridDim.x * kThreads) {
-      const uint32_t packed = __ldcg(choice + entry);
-      const int expert = int(packed >> 16), x = expert - first;
-      if (x < 0 || x >= num_local || packed == kNoExpert) continue;
-      const int earlier = __ldcg(chunk_starts + int64_t(entry / kChunk) * num_experts + expert);
-      const int row = places.offsets[x] + places.starts[r * num_local + x] + earlier + int(packed & 0xffff);
-      if (row < 0 || row >= args.route.capacity) continue;
-      args.route.origin[row] = r * max_choices + entry;
-      if (args.row_weight != nullptr) {
-        args.row_weight[row] = __ldcg(in_window<float>(window, team.at.weight) + entry);
-      }
-    }
-  }
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < num_local * args.route.block; i += gridDim.x * kThreads) {
-    const int x = i / args.route.block;
-    const int row = places.offsets[x] + places.counts[x] + i % args.route.block;
-    if (row >= places.offsets[x + 1] || row >= args.route.capacity) continue;
-    args.route.origin[row] = -1;
-    if (args.row_weight != nullptr) args.row_weight[row] = 0.0f;
-  }
-}
-
-// Where the rows of this rank's own choices lie, at whatever ranks: their offsets follow from everybody's totals as
-// `sum_counts` has it there. shared: [2][E].
-__device__ inline void find_places(const Team& team, const PlaceArgs& args, int* shared) {
-  const int num_experts = team.shape.num_experts, num_local = num_experts / team.shape.num_ranks;
-  int *starts = shared, *padded = shared + num_experts;
-  __syncthreads();
-  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
-    int total = 0, earlier = 0;
-    for (int r = 0; r < team.shape.num_ranks; ++r) {
-      const int count = __ldcg(in_window<int>(team.peers[r], team.at.totals) + e);
-      if (r < team.shape.rank) earlier += count;
-      total += count;
-    }
-    starts[e] = earlier;
-    padded[e] = round_up(total, args.route.block);
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
-    for (int before = e / num_local * num_local; before < e; ++before) starts[e] += padded[before];
-  }
-  __syncthreads();
-  const int num_choices = __ldcg(in_window<int>(team.self, team.at.num_tokens)) * team.shape.top_k;
-  const int* chunk_starts = in_window<int>(team.self, team.at.chunk_starts);
-  for (int entry = blockIdx.x * kThreads + threadIdx.x; entry < num_choices; entry += gridDim.x * kThreads) {
-    const uint32_t packed = __ldcg(in_window<uint32_t>(team.self, team.at.choice) + entry);
-    const int expert = int(packed >> 16);
-    uint32_t place = kNoPlace;
-    if (packed != kNoExpert) {
-      const int earlier = __ldcg(chunk_starts + int64_t(entry / kChunk) * num_experts + expert);
-      place = uint32_t(expert / num_local) << kPlaceBits | uint32_t(starts[expert] + earlier + int(packed & 0xffff));
-    }
-    args.place[entry] = place;
-  }
-}
-
-template <typename AnyTeam>
-__global__ void __launch_bounds__(kThreads)
-    ep_place_kernel(const __grid_constant__ AnyTeam team, const __grid_constant__ PlaceArgs args) {
-  extern __shared__ int shared[];
-  const int num_local = team.shape.num_experts / team.shape.num_ranks;
-  Places places;
-  places.starts = shared;
-  places.counts = shared + team.shape.num_experts;
-  places.offsets = places.counts + num_local;
-  const bool fine = await_peers(team, EpPhase::kStage, next_epoch(team, EpPhase::kPull));
-  if (fine) sum_counts(team, places, args.route.block);
-  if (blockIdx.x == 0) write_layout(team, args, places, fine);
-  if (fine) place_choices(team, args, places);
-  if constexpr (std::is_same_v<AnyTeam, Team>) {
-    if (fine && args.place != nullptr) find_places(team, args, shared);
-  }
-}
-
 // ---- pull ----
 
 __device__ __forceinline__ void zero_row(const PullArgs& args, int64_t row, int lane) {
   auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
   for (int i = lane; i < args.rows.row_bytes / 16; i += 32) target[i] = make_uint4(0, 0, 0, 0);
-  for (int i = lane; i < args.rows.num_scales; i += 32) args.rows.scale[i * args.rows.scale_stride + row] = 0.0f;
 }
 
 // target = weight * token, rounded to BF16; returns this lane's share of the product of token and output.
@@ -316,27 +168,73 @@ __device__ inline float weigh_row(uint4* target, const uint4* token, const uint4
   return dot;
 }
 
-template <bool kWeighted, typename AnyTeam>
-__device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int row, int lane) {
-  const int origin = __ldg(args.route.origin + row);
-  if (origin < 0) return zero_row(args, row, lane);
+// A staged token: its row, and the scales behind it.
+template <typename AnyTeam>
+__device__ __forceinline__ const char* record_of(const AnyTeam& team, const PullArgs& args, int origin) {
   const int max_choices = team.shape.max_tokens * team.shape.top_k;
-  char* window = staged_by(team, origin / max_choices);
-  const int entry = origin % max_choices;
-  const char* record = window + team.at.tokens + int64_t(entry / team.shape.top_k) * args.record_bytes;
+  const int token = origin % max_choices / team.shape.top_k;
+  return staged_by(team, origin / max_choices) + team.at.tokens + int64_t(token) * args.record_bytes;
+}
+
+template <bool kWeighted, typename AnyTeam>
+__device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int row, int origin, const char* record,
+                                int lane) {
+  if (origin < 0) return zero_row(args, row, lane);
   const auto* source = reinterpret_cast<const uint4*>(record);
   auto* target = reinterpret_cast<uint4*>(static_cast<char*>(args.rows.data) + row * args.rows.row_stride);
   const int num_vectors = args.rows.row_bytes / 16;
   if constexpr (kWeighted) {
+    const int max_choices = team.shape.max_tokens * team.shape.top_k, entry = origin % max_choices;
+    char* window = staged_by(team, origin / max_choices);
     const float weight = __ldcg(in_window<float>(window, team.at.weight) + entry);
     const auto* output = reinterpret_cast<const uint4*>(args.outputs + int64_t(row) * team.shape.num_columns);
     const float dot = weigh_row(target, source, output, weight, num_vectors, lane);
     if (lane == 0) in_window<float>(window, team.at.weight_grad)[entry] = dot;
   } else {
     copy_row(target, source, num_vectors, lane);
-    const auto* scales = reinterpret_cast<const float*>(record + args.rows.row_bytes);
-    for (int i = lane; i < args.rows.num_scales; i += 32) {
-      args.rows.scale[i * args.rows.scale_stride + row] = __ldcg(scales + i);
+  }
+}
+
+// A warp takes rows in the route's order, and looks up 32 of its turns at once, a lane each.
+template <bool kWeighted, typename AnyTeam>
+__device__ inline void pull_rows(const AnyTeam& team, const PullArgs& args, int num_rows) {
+  const int lane = threadIdx.x % 32, stride = warps_in_grid();
+  for (int first = warp_in_grid(); first < num_rows; first += 32 * stride) {
+    const int mine = first + lane * stride;
+    int row = 0, origin = -1;
+    if (mine < num_rows) {
+      row = __ldg(args.route.order + mine);
+      origin = __ldg(args.route.origin + row);
+    }
+    const char* record = origin < 0 ? nullptr : record_of(team, args, origin);
+    for (int turn = 0; turn < 32 && first + turn * stride < num_rows; ++turn) {
+      const uint64_t address = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(record), turn);
+      pull_row<kWeighted>(team, args, __shfl_sync(0xffffffffu, row, turn), __shfl_sync(0xffffffffu, origin, turn),
+                          reinterpret_cast<const char*>(address), lane);
+    }
+  }
+}
+
+// Scales of 32 neighbouring rows, a row a lane, so that a store fills whole sectors. Zeros where there is padding.
+template <typename AnyTeam>
+__device__ inline void pull_scales(const AnyTeam& team, const PullArgs& args, int row) {
+  constexpr int kUnroll = 7;
+  const int origin = __ldg(args.route.origin + row), num_scales = args.rows.num_scales;
+  const float4* source = nullptr;
+  if (origin >= 0) source = reinterpret_cast<const float4*>(record_of(team, args, origin) + args.rows.row_bytes);
+  float* target = args.rows.scale + row;
+  for (int first = 0; first < num_scales; first += 4 * kUnroll) {
+    float4 held[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      held[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (origin >= 0 && first + 4 * i < num_scales) held[i] = __ldcg(source + first / 4 + i);
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kUnroll; ++i) {
+      const float4 four = held[i / 4];
+      const float scale = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+      if (first + i < num_scales) target[(first + i) * args.rows.scale_stride] = scale;
     }
   }
 }
@@ -354,8 +252,10 @@ __global__ void __launch_bounds__(kThreads)
   if (await_peers(team, EpPhase::kStage, epoch) && await_rooms(team)) {
     const int num_local = team.shape.num_experts / team.shape.num_ranks;
     const int num_rows = __ldg(args.route.offsets + num_local);
-    for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
-      pull_row<kWeighted>(team, args, row, threadIdx.x % 32);
+    pull_rows<kWeighted>(team, args, num_rows);
+    const int scaled_rows = args.rows.num_scales > 0 ? num_rows : 0;
+    for (int row = blockIdx.x * kThreads + threadIdx.x; row < scaled_rows; row += gridDim.x * kThreads) {
+      pull_scales(team, args, row);
     }
   }
   if (is_last_block(team, EpPhase::kPull)) tell_peers(team, EpPhase::kPull, epoch);

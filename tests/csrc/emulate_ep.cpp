@@ -1,6 +1,8 @@
 // emulate_ep nodes node_size experts max_tokens top_k columns rounds delay_us seed: the kernels of the exchange between
 // ranks of one node or of several, all in this process on the host, against sums over everybody's tokens. Prints what
 // was put between nodes; exits with 1 at the first difference.
+#include <climits>
+
 #include "cuda_on_host.h"
 // (before the kernels: their language)
 #include "exchange_launches.h"
@@ -9,7 +11,7 @@ namespace dsv3rt {
 
 // The kernels' `extern __shared__` arrays.
 thread_local uint8_t warp_counts[kWarps * kMaxEpExperts];
-thread_local int shared[4 * kMaxEpExperts];
+thread_local int shared[6 * kMaxEpExperts];
 
 namespace {
 
@@ -224,7 +226,7 @@ class World {
 
   // A route's arrays.
   struct Route {
-    std::vector<int> counts, offsets, origin, rows_needed;
+    std::vector<int> counts, offsets, origin, order, rows_needed;
     std::vector<uint32_t> rails;
     EpRoute route{};
   };
@@ -233,10 +235,16 @@ class World {
     route.counts.assign(num_local(), -1);
     route.offsets.assign(num_local() + 1, -1);
     route.origin.assign(capacity, -7);
+    route.order.assign(capacity, -7);
     route.rows_needed.assign(1, 0);
     route.rails.assign(size_t(2) * team.nodes.count * rail_words(team.shape), 0xdeadbeef);
-    route.route = {
-        route.counts.data(), route.offsets.data(), route.origin.data(), route.rows_needed.data(), capacity, kBlock};
+    route.route = {route.counts.data(),
+                   route.offsets.data(),
+                   route.origin.data(),
+                   route.order.data(),
+                   route.rows_needed.data(),
+                   capacity,
+                   kBlock};
   }
 
   void dispatch(const Rank& rank, const EpDispatchParams& params) const {
@@ -281,6 +289,7 @@ class World {
     EpDispatchParams params = by_choice(batch, rows_view(batch.x), route, rows_view(rows));
     dispatch(rank, params);
     if (route.counts != counts) differ("the counts", r, 0);
+    check_order(r, route, want);
     for (size_t i = 0; i < want.size(); ++i) {
       const Row& row = want[i];
       for (int c = 0; c < columns; ++c) {
@@ -424,6 +433,24 @@ class World {
     return round_up(ranks * options_.max_tokens * std::min(options_.top_k, local), kBlock) + (local + 1) * kBlock;
   }
 
+  // Every row once, padding last, and tokens not far from the order of their numbers.
+  void check_order(int r, const Route& route, const std::vector<Row>& want) const {
+    const int num_rows = int(want.size());
+    std::vector<int> seen(route.order.begin(), route.order.begin() + num_rows);
+    std::sort(seen.begin(), seen.end());
+    for (int i = 0; i < num_rows; ++i) {
+      if (seen[i] != i) differ("the rows of the order", r, i);
+    }
+    int last = 0;  // the greatest number of a group of 32 choices so far
+    for (int i = 0; i < num_rows; ++i) {
+      const Row& row = want[route.order[i]];
+      const int group = row.rank < 0 ? INT_MAX : (row.token * options_.top_k + row.k) / 32;
+      const bool in_turns = int(ranks_.size()) <= kTurns;  // more ranks come in several turns of a chunk each
+      if (in_turns && group < last) differ("the order", r, i);
+      last = std::max(last, group);
+    }
+  }
+
   void exchange_fp8(int r, const std::vector<Row>& want) {
     Batch& batch = batches_[r];
     const int columns = options_.columns, scales = num_scales(), capacity = int(want.size()) + kBlock;
@@ -437,6 +464,11 @@ class World {
     dispatch(ranks_[r],
              by_choice(batch, tokens, route, {rows.data(), row_scale.data(), columns, capacity, columns, scales}));
     for (size_t i = 0; i < want.size(); ++i) {
+      for (int c = 0; want[i].rank < 0 && c < columns + scales; ++c) {
+        const bool is_zero =
+            c < columns ? rows[i * columns + c] == 0 : row_scale[size_t(c - columns) * capacity + i] == 0;
+        if (!is_zero) differ("padding of FP8", r, int64_t(i));
+      }
       if (want[i].rank < 0) continue;
       const Batch& from = batches_[want[i].rank];
       const auto* bytes = reinterpret_cast<const uint8_t*>(from.x.data() + size_t(want[i].token) * columns);

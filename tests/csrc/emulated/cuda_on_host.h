@@ -196,6 +196,14 @@ inline float __shfl_xor_sync(unsigned, float value, int distance) {
   std::memcpy(&value, &other, 4);
   return value;
 }
+inline int __shfl_xor_sync(unsigned, int value, int distance) {
+  return int(uint32_t(host::block->exchange(uint32_t(value))[(host::block->current() % 32) ^ distance]));
+}
+inline int __shfl_up_sync(unsigned, int value, int distance) {
+  const uint64_t* values = host::block->exchange(uint32_t(value));
+  const int lane = host::block->current() % 32;
+  return int(uint32_t(values[lane < distance ? lane : lane - distance]));
+}
 inline uint64_t __shfl_sync(unsigned, uint64_t value, int lane) { return host::block->exchange(value)[lane]; }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

@@ -8,6 +8,7 @@
 #include "comm/sm90_ep_dispatch.cuh"
 #include "comm/sm90_ep_fetch.cuh"
 #include "comm/sm90_ep_nodes.cuh"
+#include "comm/sm90_ep_place.cuh"
 #include "comm/sm90_ep_rails.cuh"
 
 namespace dsv3rt {

@@ -21,12 +21,14 @@ _RESULTS, _GRADIENTS = 0, 1  # rooms
 
 @dataclass(frozen=True)
 class KernelRoute(EpRoute):
-    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. rows_needed: (1,) on the device.
+    """origin_P: rank * max_tokens * K + token * K + k of each row, -1 for padding. order_P: rows as they travel, by the
+    numbers of their tokens. rows_needed: (1,) on the device.
 
     rails: bits of what goes to other nodes and what comes back from them; empty within one node.
     """
 
     origin_P: Tensor
+    order_P: Tensor
     rows_needed: Tensor
     rails: Tensor
     block: int
@@ -220,7 +222,8 @@ class KernelExchange:
 
         layout = GroupLayout(integers(self._num_local), integers(self._num_local + 1))
         shape_TK = (idx_TK.shape[0], idx_TK.shape[1])
-        return KernelRoute(layout, shape_TK, integers(capacity), integers(1), integers(self._rail_words), block)
+        origin_P, order_P = integers(capacity), integers(capacity)
+        return KernelRoute(layout, shape_TK, origin_P, order_P, integers(1), integers(self._rail_words), block)
 
     def _pull(self, x: Tensor | QuantTensor, route: KernelRoute, **given: Tensor) -> Tensor | QuantTensor:
         capacity = route.origin_P.shape[0]
@@ -245,7 +248,13 @@ class KernelExchange:
     def _route(route: KernelRoute) -> Any:
         layout = route.layout
         return load().EpRoute(
-            layout.counts_X, layout.offsets, route.origin_P, route.rows_needed, route.rails, route.block
+            layout.counts_X,
+            layout.offsets,
+            route.origin_P,
+            route.order_P,
+            route.rows_needed,
+            route.rails,
+            route.block,
         )
 
 
