@@ -2,10 +2,7 @@
 // token's slots in the order of k, in FP32. Between nodes `put_slots` (sm90_ep_rails.cuh) sends rows on in between.
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include "comm/team.cuh"
-#include "common/bf16_pack.cuh"
+#include "comm/sm90_ep_sum.cuh"
 
 namespace dsv3rt {
 
@@ -40,13 +37,17 @@ __global__ void __launch_bounds__(kThreads)
   if (await_mates(team, EpPhase::kReduce, epoch - 1)) {  // the slots have been read
     const int num_rows = __ldg(args.route.offsets + team.shape.num_experts / team.shape.num_ranks);
     const int max_choices = team.shape.max_tokens * team.shape.top_k;
-    for (int row = warp_in_grid(); row < num_rows; row += warps_in_grid()) {
-      const int origin = __ldg(args.route.origin + row);
-      if (origin < 0) continue;
-      char* slot = slots_towards(team, origin / max_choices) + int64_t(origin % max_choices) * row_bytes;
+    const auto find_slot_of_row = [&](int row) -> const char* {
+      const int origin = row < 0 ? -1 : __ldg(args.route.origin + row);
+      if (origin < 0) return nullptr;
+      return slots_towards(team, origin / max_choices) + int64_t(origin % max_choices) * row_bytes;
+    };
+    in_turns(num_rows, find_slot_of_row, [&](int row, const char* found, int turn) {
+      char* slot = address_of_lane(found, turn);
+      if (slot == nullptr) return;
       copy_row(reinterpret_cast<uint4*>(slot), reinterpret_cast<const uint4*>(args.rows + int64_t(row) * row_bytes),
                row_bytes / 16, threadIdx.x % 32);
-    }
+    });
   }
   if (!is_last_block(team, EpPhase::kPush)) return;
   tell_overflow(team, args.route);
@@ -66,44 +67,20 @@ __device__ inline bool all_arrived(const Team& team) {
   return __syncthreads_and(fine);
 }
 
-// Fused, as the reference's addcmul is.
-__device__ __forceinline__ void add_slot(float (&sum)[8], uint4 slot, float weight) {
-  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&slot);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __bfloat1622float2(pairs[i]);
-    sum[2 * i] = fmaf(pair.x, weight, sum[2 * i]);
-    sum[2 * i + 1] = fmaf(pair.y, weight, sum[2 * i + 1]);
-  }
+// Of a token's slots [T * K][D] that from `first` on which the lane has to find.
+__device__ __forceinline__ FoundRow find_slot(const Team& team, const ReduceArgs& args, const uint4* slots, int token,
+                                              int first) {
+  const int lane = threadIdx.x % 32, k = first + lane, top_k = team.shape.top_k;
+  if (lane >= kSumRows || k >= top_k) return {nullptr, 0.0f};
+  const int choice = token * top_k + k;
+  return {slots + int64_t(choice) * (team.shape.num_columns / 8),
+          args.weight != nullptr ? __ldg(args.weight + choice) : 1.0f};
 }
 
-// NaN, where an error was reported; nobody may take what is there for a result. One warp's work.
-__device__ inline void spoil_token(const Team& team, __nv_bfloat16* tokens, int token) {
-  const int num_vectors = team.shape.num_columns / 8;
-  auto* target = reinterpret_cast<uint4*>(tokens) + int64_t(token) * num_vectors;
-  for (int i = threadIdx.x % 32; i < num_vectors; i += 32) target[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-}
-
-// Eight columns of a token, from slots [T * K][D].
-__device__ __forceinline__ void reduce_column(const Team& team, const ReduceArgs& args, const uint4* slots, int token,
-                                              int column) {
-  constexpr int kUnroll = 4;
-  const int num_vectors = team.shape.num_columns / 8, top_k = team.shape.top_k;
-  const uint4* slot = slots + int64_t(token) * top_k * num_vectors + column;
-  float sum[8] = {};
-  for (int first = 0; first < top_k; first += kUnroll) {
-    uint4 held[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (first + i < top_k) held[i] = load_shared_memory(slot + int64_t(first + i) * num_vectors);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (first + i >= top_k) continue;
-      add_slot(sum, held[i], args.weight != nullptr ? __ldg(args.weight + token * top_k + first + i) : 1.0f);
-    }
-  }
-  reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = pack_bf16(sum);
+__device__ inline void reduce_token(const Team& team, const ReduceArgs& args, const uint4* slots, int token, int start,
+                                    int end) {
+  sum_token<true>(team, args.tokens, token, start, end,
+                  [&](int first) { return find_slot(team, args, slots, token, first); });
 }
 
 template <typename AnyTeam>
@@ -113,12 +90,12 @@ __global__ void __launch_bounds__(kThreads)
   const bool fine = await_mates_and_rails(team, EpPhase::kPush, epoch);
   const bool complete = all_arrived(team) && fine;
   const auto* slots = in_window<const uint4>(team.self, team.at.slots);
-  const int lane = threadIdx.x % 32, num_vectors = team.shape.num_columns / 8;
+  const int num_vectors = team.shape.num_columns / 8;
   for (int token = warp_in_grid(); token < args.num_tokens; token += warps_in_grid()) {
     if (complete) {
-      for (int column = lane; column < num_vectors; column += 32) reduce_column(team, args, slots, token, column);
+      reduce_token(team, args, slots, token, 0, num_vectors);
     } else {
-      spoil_token(team, args.tokens, token);
+      spoil_token(team, args.tokens, token, 0, num_vectors);
     }
   }
   if (is_last_block(team, EpPhase::kReduce)) tell_peers(team, EpPhase::kReduce, epoch);

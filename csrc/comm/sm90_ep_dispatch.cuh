@@ -195,24 +195,23 @@ __device__ inline void pull_row(const AnyTeam& team, const PullArgs& args, int r
   }
 }
 
-// A warp takes rows in the route's order, and looks up 32 of its turns at once, a lane each.
+struct PulledRow {
+  int row, origin;
+  const char* record;
+};
+
+// In the route's order.
 template <bool kWeighted, typename AnyTeam>
 __device__ inline void pull_rows(const AnyTeam& team, const PullArgs& args, int num_rows) {
-  const int lane = threadIdx.x % 32, stride = warps_in_grid();
-  for (int first = warp_in_grid(); first < num_rows; first += 32 * stride) {
-    const int mine = first + lane * stride;
-    int row = 0, origin = -1;
-    if (mine < num_rows) {
-      row = __ldg(args.route.order + mine);
-      origin = __ldg(args.route.origin + row);
-    }
-    const char* record = origin < 0 ? nullptr : record_of(team, args, origin);
-    for (int turn = 0; turn < 32 && first + turn * stride < num_rows; ++turn) {
-      const uint64_t address = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(record), turn);
-      pull_row<kWeighted>(team, args, __shfl_sync(0xffffffffu, row, turn), __shfl_sync(0xffffffffu, origin, turn),
-                          reinterpret_cast<const char*>(address), lane);
-    }
-  }
+  const auto look_up = [&](int i) -> PulledRow {
+    if (i < 0) return {0, -1, nullptr};
+    const int row = __ldg(args.route.order + i), origin = __ldg(args.route.origin + row);
+    return {row, origin, origin < 0 ? nullptr : record_of(team, args, origin)};
+  };
+  in_turns(num_rows, look_up, [&](int, const PulledRow& found, int turn) {
+    const int row = __shfl_sync(0xffffffffu, found.row, turn), origin = __shfl_sync(0xffffffffu, found.origin, turn);
+    pull_row<kWeighted>(team, args, row, origin, address_of_lane(found.record, turn), threadIdx.x % 32);
+  });
 }
 
 // Scales of 32 neighbouring rows, a row a lane, so that a store fills whole sectors. Zeros where there is padding.

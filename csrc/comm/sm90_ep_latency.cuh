@@ -216,14 +216,13 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t epoch = next_epoch(team, EpPhase::kCollect);
   const bool fine = await_peers(team, EpPhase::kSendBack, epoch);
   const auto* slots = reinterpret_cast<const uint4*>(returned_slots(team, team.self, epoch));
-  const int num_vectors = team.shape.num_columns / 8, parts = ceil_div(num_vectors, 32);
+  const int parts = ceil_div(team.shape.num_columns / 8, kSumSpan);
   for (int i = warp_in_grid(); i < args.num_tokens * parts; i += warps_in_grid()) {
-    const int token = i / parts, column = i % parts * 32 + threadIdx.x % 32;
-    if (column >= num_vectors) continue;
+    const int token = i / parts, start = i % parts * kSumSpan;
     if (fine) {
-      reduce_column(team, args, slots, token, column);
+      reduce_token(team, args, slots, token, start, start + kSumSpan);
     } else {
-      reinterpret_cast<uint4*>(args.tokens)[int64_t(token) * num_vectors + column] = make_uint4(~0u, ~0u, ~0u, ~0u);
+      spoil_token(team, args.tokens, token, start, start + kSumSpan);
     }
   }
   if (is_last_block(team, EpPhase::kCollect)) tell_peers(team, EpPhase::kCollect, epoch);

@@ -130,6 +130,22 @@ constexpr int kWarps = kThreads / 32;
 __device__ __forceinline__ int warp_in_grid() { return blockIdx.x * kWarps + threadIdx.x / 32; }
 __device__ __forceinline__ int warps_in_grid() { return gridDim.x * kWarps; }
 
+// Gives each of `count` items to a warp. A warp looks 32 of its items up at once, a lane each, and then works on them
+// one after the other, `turn` being the lane that has found one.
+template <typename LookUp, typename Work>
+__device__ __forceinline__ void in_turns(int count, LookUp look_up, Work work) {
+  const int stride = warps_in_grid();
+  for (int first = warp_in_grid(); first < count; first += 32 * stride) {
+    const int mine = first + threadIdx.x % 32 * stride;
+    const auto found = look_up(mine < count ? mine : -1);
+    for (int turn = 0; turn < 32 && first + turn * stride < count; ++turn) work(first + turn * stride, found, turn);
+  }
+}
+
+__device__ __forceinline__ char* address_of_lane(const char* address, int lane) {
+  return reinterpret_cast<char*>(__shfl_sync(0xffffffffu, reinterpret_cast<uintptr_t>(address), lane));
+}
+
 // One warp copies a row; all loads of a turn are under way before its first store.
 __device__ __forceinline__ void copy_row(uint4* target, const uint4* source, int num_vectors, int lane) {
   constexpr int kUnroll = 7;

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -205,6 +206,12 @@ inline int __shfl_up_sync(unsigned, int value, int distance) {
   return int(uint32_t(values[lane < distance ? lane : lane - distance]));
 }
 inline uint64_t __shfl_sync(unsigned, uint64_t value, int lane) { return host::block->exchange(value)[lane]; }
+inline int __shfl_sync(unsigned, int value, int lane) {
+  return int(uint32_t(host::block->exchange(uint32_t(value))[lane]));
+}
+inline float __shfl_sync(unsigned, float value, int lane) {
+  return std::bit_cast<float>(uint32_t(host::block->exchange(std::bit_cast<uint32_t>(value))[lane]));
+}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned atomicAdd(unsigned* target, unsigned value) {
