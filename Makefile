@@ -6,7 +6,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint format bench wheel clean FORCE
+.PHONY: help setup train test lint format bench sanitize wheel clean FORCE
 
 # Pinned: a looser range may fetch another multi-gigabyte build. May carry pip options too:
 #   make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' setup
@@ -85,6 +85,9 @@ format: setup ## fix what the linters can fix
 
 bench: setup ## measure on a GPU, write benchmarks/results/ and docs/performance.md
 	$(PY) -m benchmarks $(ARGS)
+
+sanitize: setup ## look at the kernels with compute-sanitizer, on a GPU; what it prints goes to build/sanitize/
+	PY='$(PY)' scripts/sanitize.sh build/sanitize $(ARGS)
 
 wheel: setup ## build a wheel into dist/
 	$(PY) -m pip wheel . -w dist --no-deps --no-build-isolation $(NO_INDEX) $(CMAKE_DEFINES)

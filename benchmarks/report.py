@@ -34,6 +34,8 @@ PEERS = {
     "torch_fused": "`torch.optim.AdamW(fused=True)` with FP32 moments, and a copy of its weights to BF16",
     "adamw_then_quantize": "our own update with a copy in BF16, then `quantize_128x128` of that",
     "mla_decode_bf16": "our own kernel over the BF16 cache of the same tokens",
+    "op_by_op": "the same steps op by op, without a CUDA graph",
+    "no_drafts": "the same without drafts",
     "alone": "the same products without an average beside them",
     "without_it": "the same step without this saving; everything else as in the recipe",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
@@ -45,7 +47,8 @@ PEERS = {
 # What the header says of all suites and isn't so of these.
 NOTES = {
     "layer": "Parts of a step as they follow each other, with warm caches: all steps of ours, then all of the peer's.",
-    "memory": "Peaks of a step, not times.",
+    "memory": "Peaks of a step; where there are times, the host's, of steps in a row.",
+    "generate": "The host's time between tokens, warm caches; drafts stand by lot, 85 in 100.",
 }
 
 HEADER = """\

@@ -27,6 +27,7 @@ PEAK_TFLOPS = 989.4  # BF16, dense, of an H100 SXM: what MFU is quoted against
 
 CASES = {
     "base": Slice(),
+    "graph": Slice(as_graph=True),
     "low_memory": Slice(orientations=1),
     "four_layers": Slice(layers=4),
     "optimizer": Slice(with_optimizer=True),
@@ -51,8 +52,7 @@ def measure(shape: Slice, peer_name: str, reps: int = 12) -> tuple[dict[str, Any
     """One line of evidence and our samples, in seconds; both models are on the device and run in turns."""
     subject = ours(shape, "fp8")
     peer = PEERS[peer_name](shape)
-    what = "forward, backward, optimizer" if shape.with_optimizer else "forward, backward"
-    case = Case(f"slice in FP8, {what}", str(shape), "us")
+    case = Case(f"slice in FP8, {shape.what}", str(shape), "us")
     samples, peer_samples = sample_both(subject.step, peer.step, reps=reps)
     seconds, peer_seconds = median(samples), median(peer_samples)
     line: dict[str, Any] = figures(case, seconds, Peer(peer_name, peer.step), peer_seconds)

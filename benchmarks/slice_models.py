@@ -33,6 +33,7 @@ class Slice:
     one_rank: one of 64 expert-parallel ranks at even load: a router over 256 experts, 4 of them here, which get as many
     rows as 8 choices a token make; nothing travels.
     orientations: of our weights in FP8 that are kept.
+    as_graph: our step is captured once as a CUDA graph and replayed; the peer's is as always.
     """
 
     layers: int = 2
@@ -41,11 +42,16 @@ class Slice:
     with_optimizer: bool = False
     one_rank: bool = False
     orientations: Orientations = 2
+    as_graph: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.layers}layers", f"{self.experts}experts", f"{self.tokens}tokens"]
         parts += ["optimizer"] * self.with_optimizer + ["1of64ranks"] * self.one_rank
-        return "_".join(parts + ["1orientation"] * (self.orientations == 1))
+        return "_".join(parts + ["1orientation"] * (self.orientations == 1) + ["graph"] * self.as_graph)
+
+    @property
+    def what(self) -> str:
+        return "forward, backward" + ", optimizer" * self.with_optimizer + ", as a CUDA graph" * self.as_graph
 
     @property
     def config(self) -> ModelConfig:
@@ -70,11 +76,13 @@ class Slice:
 
 @dataclass
 class Subject:
-    """What is measured: a step, and the bytes that it holds between steps."""
+    """What is measured: a step, and the bytes that it holds between steps. peak_bytes: the most that a captured step
+    holds, which a replay doesn't tell; None: a step tells itself."""
 
     step: Callable[[], object]
     held_bytes: int
     model: Any
+    peak_bytes: int | None = None
 
 
 class EvenShare:
@@ -118,7 +126,26 @@ def ours(shape: Slice, precision: Precision) -> Subject:
             optimizer.step(steps, 1e-5, optimizer.grad_norm())
 
     step()
+    if shape.as_graph:
+        return captured(step, before, model)
     return Subject(step, torch.cuda.memory_allocated() - before, model)
+
+
+def captured(step: Callable[[], object], before: int, model: Transformer) -> Subject:
+    """The step, warmed up, as a graph. Gradients start from nothing in each replay, as they do without a graph. The
+    memory of a step is the graph's own, between replays too. before: what was allocated without the model."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.cuda.graph(graph):
+        step()
+    peak = torch.cuda.max_memory_allocated() - before
+
+    def replay() -> object:
+        graph.replay()
+        return step  # whose batch the graph reads, so it has to live as long
+
+    return Subject(replay, peak, model, peak)
 
 
 def drop_gradients(model: torch.nn.Module) -> None:
@@ -173,6 +200,8 @@ def transformers(shape: Slice, *, compiled: bool) -> Subject:
 
 def peak_bytes(subject: Subject) -> int:
     """The most that a step holds, without what other subjects hold meanwhile."""
+    if subject.peak_bytes is not None:
+        return subject.peak_bytes
     others = torch.cuda.memory_allocated() - subject.held_bytes
     torch.cuda.reset_peak_memory_stats()
     subject.step()

@@ -109,16 +109,34 @@ def test_bench_rms_norm_quantize_of_a_sum(
     )
 
 
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("tokens", "peer"), TOKEN_CASES)
-def test_bench_rope_in_place(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
-    """The 64 rope columns of 128 heads of 192, where they lie."""
+def test_bench_rope_in_place(versus: Versus, copy_peer: Peer, tokens: int, peer: str, inverse: bool) -> None:
+    """The 64 rope columns of 128 heads of 192, where they lie. Gradients are turned back: the sine's sign changes."""
     q = random(tokens, 128, 192)[..., 128:]
     cos, sin = torch.rand(tokens, 32, device="cuda"), torch.rand(tokens, 32, device="cuda")
-    work = 2 * 2 * q.numel() + 2 * 4 * cos.numel()
+    of_chain = cos[:, None], (-sin if inverse else sin)[:, None]
     versus(
-        Case("rope_", f"{tokens}x128heads_64of192", "gbps", work),
-        lambda: ops.rope_(q, cos, sin),
-        peer_of(peer, copy_peer, turn, q, cos[:, None], sin[:, None]),
+        Case("rope_, backward" if inverse else "rope_", f"{tokens}x128heads_64of192", "gbps", rope_bytes(q, cos)),
+        lambda: ops.rope_(q, cos, sin, inverse=inverse),
+        peer_of(peer, copy_peer, turn, q, *of_chain),
+    )
+
+
+def rope_bytes(x: Tensor, cos: Tensor) -> int:
+    """Numbers in BF16 read and written, and both tables in FP32."""
+    return 2 * 2 * x.numel() + 2 * 4 * cos.numel()
+
+
+@pytest.mark.parametrize(("tokens", "peer"), TOKEN_CASES)
+def test_bench_rope_in_place_of_the_shared_key(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
+    """The last 64 columns of the 2112 of both latents."""
+    k_rope = random(tokens, 2112)[:, 2048:]
+    cos, sin = torch.rand(tokens, 32, device="cuda"), torch.rand(tokens, 32, device="cuda")
+    versus(
+        Case("rope_ of the shared key", f"{tokens}x64of2112", "gbps", rope_bytes(k_rope, cos)),
+        lambda: ops.rope_(k_rope, cos, sin),
+        peer_of(peer, copy_peer, turn, k_rope, cos, sin),
     )
 
 

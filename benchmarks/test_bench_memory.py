@@ -1,4 +1,5 @@
-"""What each saving of the recipe brings: peak memory of a training step with it and without it, all else the same.
+"""What each saving of the recipe brings: peak memory of a training step with it and without it, all else the same; and
+what the average of the weights takes of a step's time.
 
 The step is the trainer's own: two micro-batches of 4096 tokens through two MoE layers at V3's widths, ZeRO, AdamW.
 """
@@ -6,6 +7,7 @@ The step is the trainer's own: two micro-batches of 4096 tokens through two MoE 
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -53,17 +55,23 @@ SAVINGS = {
 }
 
 
+def begin(config: TrainConfig) -> tuple[Engine, RunState]:
+    """After two steps."""
+    stream = np.random.RandomState(0).randint(0, config.model.vocab_size, 50 * config.train.seq_len)
+    engine = Engine(config, Samples(stream, config.train.seq_len, 0))
+    state = RunState()
+    for _ in range(2):
+        _, state = engine.step(state)
+    return engine, state
+
+
 @cache
 def measure(config: TrainConfig) -> dict[str, float]:
     """Megabytes by kind, the peak, and seconds of a step; `rest` is what a peak has beside the kinds: activations."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    stream = np.random.RandomState(0).randint(0, config.model.vocab_size, 50 * config.train.seq_len)
-    engine = Engine(config, Samples(stream, config.train.seq_len, 0))
-    state = RunState()
-    for _ in range(2):
-        _, state = engine.step(state)
+    engine, state = begin(config)
     torch.cuda.reset_peak_memory_stats()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -97,3 +105,29 @@ def test_bench_step_memory(request: pytest.FixtureRequest, benchmark: Any, savin
         }
         line[f"{prefix}us"] = round(found["seconds"] * 1e6)
     record(request, benchmark, [ours["seconds"]], line)
+
+
+@cache
+def seconds_of_a_step(config: TrainConfig, steps: int) -> float:
+    """The mean of steps in a row, by the host's clock."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    engine, state = begin(config)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        _, state = engine.step(state)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+def test_bench_step_beside_average(request: pytest.FixtureRequest, benchmark: Any, every: int) -> None:
+    ours = seconds_of_a_step(changed("optim", ema_every=every), max(20, 2 * every))
+    without = seconds_of_a_step(changed("optim", ema_decay=0.0), 100)
+    line = {
+        "op": f"step beside the average, of every {every}", "shape": f"{SHAPE}_2micro_batches", "metric": "us",
+        "value": round(ours * 1e6, 1), "peer": "without_it", "peer_value": round(without * 1e6, 1),
+        "ratio": round(without / ours, 4),
+    }  # fmt: skip
+    record(request, benchmark, [ours], line)

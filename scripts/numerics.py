@@ -2,11 +2,9 @@
 
 What the parts of the FP8 recipe are for, runs without them may say (scripts/numerics_ablations.py).
 
-    python scripts/numerics.py train fp8 --seconds 100 --keep benchmarks/results/h100/numerics
-    python scripts/numerics.py train bf16 --seconds 100 --keep benchmarks/results/h100/numerics
-    python scripts/numerics.py train bf16_again --seconds 100 --keep benchmarks/results/h100/numerics
-    python scripts/numerics.py train block_128x128 --seconds 100 --keep benchmarks/results/h100/numerics
-    python scripts/numerics.py report benchmarks/results/h100/numerics
+    python scripts/numerics.py train fp8 --seconds 100 --keep benchmarks/results/h200/numerics
+    python scripts/numerics.py train bf16 ...    and as wanted: bf16_again, block_128x128, per_tensor, no_promotion
+    python scripts/numerics.py report benchmarks/results/h200/numerics
 
 The same command goes on from its checkpoint in runs/numerics-fp8 (or another name) until the run is done. `report`
 writes docs/numerics.md and its figure from what was kept, as far as the runs have come: FP8, BF16, and any others.
@@ -40,6 +38,7 @@ from dsv3rt.errors import StoppedBySignalError  # noqa: E402
 from dsv3rt.layers.precision import set_precision  # noqa: E402
 from dsv3rt.model.flops import parameter_counts, train_flops_per_token  # noqa: E402
 from dsv3rt.train import config_file  # noqa: E402
+from dsv3rt.train.corpus import PACKAGE, STDLIB  # noqa: E402
 from dsv3rt.train.engine import Engine  # noqa: E402
 from dsv3rt.train.metrics import Row, read_rows  # noqa: E402
 from dsv3rt.train.plot import smooth  # noqa: E402
@@ -128,7 +127,6 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Any]:
         "max_expert_load": mean(row["max_expert_load"] for row in fifth),
         "skipped": rows[-1]["skipped_steps"],
         "spikes": sum(bool(row.get("spike")) for row in rows),
-        "step_ms": 1e3 * median(row["tokens"] / row["step"] / row["tokens_per_s"] for row in rows),
         "memory_gb": max(row["memory_bytes"] for row in rows) / 1e9,
     }
 
@@ -249,8 +247,8 @@ Written by `scripts/numerics.py report`; don't edit. Both runs have the same ini
 The model (`configs/numerics.toml`): {counts.main:,} parameters and {counts.mtp:,} for MTP, {counts.activated:,} active
 a token; {model.num_layers} layers of width {model.dim}, {model.num_dense_layers} dense, MLA with {model.num_heads} \
 heads, {model.num_experts} experts of which a token
-chooses {model.top_k}, and a shared one. The data: the sources of Python's standard library, byte by byte, {tokens:,} \
-tokens a step,
+chooses {model.top_k}, and a shared one. The data: {sources(config)}, byte by byte, \
+{tokens:,} tokens a step,
 {total:,} in {last} steps, {flops / 1e12:.2f} TFLOP a step.
 
 ![Losses and their difference](img/numerics.png)
@@ -265,8 +263,14 @@ smoothed curves part by
 
 {made}.
 
-So small a step is no measure of FP8's speed; the slice in [performance.md](performance.md) is.
+The runs shared the GPU, so they were not timed; for FP8's speed see the slice in [performance.md](performance.md).
 """
+
+
+def sources(config: TrainConfig) -> str:
+    names = {STDLIB: "Python's standard library"}
+    named = [names.get(path, path.removeprefix(PACKAGE)) for path in config.data.paths]
+    return "the sources of " + (named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}")
 
 
 def floor(again: dict[str, list[Row]] | None) -> str:
@@ -296,7 +300,6 @@ def table(runs: dict[str, list[Row]], whole: dict[str, list[Row]], origins: dict
         "max_expert_load": ("fullest expert over the mean, last fifth", "{:.2f}"),
         "skipped": ("skipped steps", "{}"),
         "spikes": ("spikes", "{}"),
-        "step_ms": ("ms a step, median", "{:.1f}"),
         "memory_gb": ("peak memory, GB", "{:.2f}"),
     }.items():
         cells = [form.format(found[name][key]) for name in PRECISIONS]

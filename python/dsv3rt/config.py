@@ -24,8 +24,7 @@ def _require_positive(owner: str, config: object, *names: str) -> None:
 
 def _require_non_negative(owner: str, config: object, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        _require(value >= 0, owner, name, "not be negative", value)
+        _require(getattr(config, name) >= 0, owner, name, "not be negative", getattr(config, name))
 
 
 @dataclass(frozen=True)
@@ -256,9 +255,10 @@ class MixturePhase:
 class DataConfig:
     """The [data] section: text files (or folders of them) and how they become tokens, or folders of token shards.
 
-    `paths` may hold "python-stdlib", the sources of the running interpreter's standard library. FIM rearranges a share
-    of the documents for filling in the middle; which ones and how depends on their names and `fim_seed` alone. With a
-    `mixture` each path is a source that gives the share of the samples that its weight says, else all are one source.
+    `paths` may hold "python-stdlib" and "python-package:NAME", the sources of the interpreter's standard library and of an
+    installed package. FIM rearranges a share of the documents for filling in the middle; which ones and how
+    depends on their names and `fim_seed` alone. With a `mixture` each path is a source that gives the share of the
+    samples that its weight says, else all are one source.
     """
 
     paths: tuple[str, ...] = ("python-stdlib",)
@@ -294,13 +294,13 @@ class OptimConfig:
     clip_grad_norm: float = 1.0
     moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ema_decay: float = 0.0  # of an average of the weights in host memory; 0: none is kept
+    ema_every: int = 1  # the average follows every so many updates, by ema_decay ** ema_every
 
     def __post_init__(self) -> None:
-        _require_positive("optim", self, "eps", "clip_grad_norm")
+        _require_positive("optim", self, "eps", "clip_grad_norm", "ema_every")
         _require_non_negative("optim", self, "weight_decay")
         for name in ("beta1", "beta2", "ema_decay"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, "optim", name, "be in [0, 1)", value)
+            _require(0 <= getattr(self, name) < 1, "optim", name, "be in [0, 1)", getattr(self, name))
         _require_schedule("optim", "lr", self.lr)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -43,3 +45,32 @@ def test_average_is_there_before_work_queued_after_it() -> None:
     average.wait()
     assert not torch.cuda.current_stream().query()
     assert torch.equal(average.tensors()["w"], torch.full((1000,), 6.0))
+
+
+def test_masters_may_change_as_soon_as_they_are_released() -> None:
+    """Neither `update` nor `release_masters` waits for the device, which itself waits for the copies."""
+    masters = {str(index): torch.empty(size, device="cuda") for index, size in enumerate(SIZES)}
+    for master in masters.values():
+        master.fill_(1.0)
+    average = Average(masters, decay=0.5)
+    for number in range(2, 6):
+        average.wait()
+        torch.cuda._sleep(LONG)
+        for master in masters.values():
+            master.fill_(number)
+        average.update()
+        average.release_masters()
+        assert not torch.cuda.current_stream().query()
+        for master in masters.values():
+            master.fill_(torch.nan)
+    # 1 -> (1 + 2) / 2 -> (1.5 + 3) / 2 and so on, exactly.
+    for value in average.tensors().values():
+        assert value.eq(4.0625).all()
+
+
+def test_workers_leave_torch_the_cores_it_had() -> None:
+    before = torch.get_num_threads()
+    average = Average({"w": torch.ones(5, device="cuda")}, decay=0.5)
+    assert torch.get_num_threads() == before
+    cores = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
+    assert 1 <= average._num_workers <= max(1, cores - 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,8 +30,7 @@ def given(lengths: list[int], experts: int, top_k: int) -> tuple[Tensor, Tensor,
     return torch.sigmoid(logits), logits.topk(top_k, dim=1).indices, ends
 
 
-@pytest.mark.parametrize(("lengths", "experts", "top_k"), CASES, ids=str)
-def test_balance_loss_kernel_matches_fp64(lengths: list[int], experts: int, top_k: int) -> None:
+def assert_matches_fp64(lengths: list[int], experts: int, top_k: int) -> None:
     scores, idx, ends = given(lengths, experts, top_k)
     scores.requires_grad_()
     wide = scores.detach().double().requires_grad_()
@@ -41,6 +42,24 @@ def test_balance_loss_kernel_matches_fp64(lengths: list[int], experts: int, top_
     slope = _balance_loss(scores.detach(), idx, ends, 0.3)[1].max()
     bound = 5 * slope / scores.detach().sum(dim=1).min() * 64 * 2.0**-24
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=float(bound))
+
+
+@pytest.mark.parametrize(("lengths", "experts", "top_k"), CASES, ids=str)
+def test_balance_loss_kernel_matches_fp64(lengths: list[int], experts: int, top_k: int) -> None:
+    assert_matches_fp64(lengths, experts, top_k)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balance_loss_kernel_matches_fp64_at_random_shapes(seed: int) -> None:
+    """Up to 5000 tokens in up to 301 sequences, some of them empty."""
+    rng = random.Random(seed)
+    for _ in range(30):
+        tokens, experts = rng.randint(1, 5000), rng.randint(1, 512)
+        cuts = sorted(rng.randint(0, tokens) for _ in range(rng.choice([0, 1, 5, 40, 300])))
+        lengths = [end - start for start, end in zip([0, *cuts], [*cuts, tokens], strict=True)]
+        top_k = rng.randint(1, min(16, experts))
+        print(len(lengths), tokens, experts, top_k)
+        assert_matches_fp64(lengths, experts, top_k)
 
 
 def test_balance_loss_kernel_is_deterministic() -> None:

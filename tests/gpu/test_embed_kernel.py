@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,14 +27,43 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return random_rows(shape, torch.bfloat16, seed, decades=3)
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rope_kernel_matches_reference(shape: tuple[int, ...], inverse: bool) -> None:
+def assert_turns(shape: tuple[int, ...], inverse: bool) -> None:
+    """To the bit as the reference, and near a product of complex numbers in FP64."""
     x, (cos, sin) = rows(*shape), tables(shape[0], shape[-1])
     want = reference.rope(x, cos, sin, inverse)
+    pairs = x.double().unflatten(-1, (-1, 2))
+    turn = torch.complex(cos.double(), sin.double() * (-1 if inverse else 1))
+    turn = turn.unsqueeze(1) if x.dim() == 3 else turn
+    exact = torch.view_as_real(torch.view_as_complex(pairs) * turn)
+    # Two products and a sum in FP32, each 2^-24 of the products at most, then half a step of BF16.
+    bound = 2.0**-8 * exact.abs() + 2.0**-22 * (pairs.abs().sum(-1) * turn.abs()).unsqueeze(-1)
+    assert ((want.double().unflatten(-1, (-1, 2)) - exact).abs() <= bound).all()
     assert torch.equal(torch.ops.dsv3rt.rope(x, cos, sin, inverse), want)
     assert ops.rope_(x, cos, sin, inverse=inverse) is x
     assert torch.equal(x, want)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rope_kernel_matches_reference(shape: tuple[int, ...], inverse: bool) -> None:
+    assert_turns(shape, inverse)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_rope_kernel_matches_reference_at_random_shapes(seed: int) -> None:
+    """Whole rows, and the last columns of wider ones, whose first ones stay as they were."""
+    rng = random.Random(seed)
+    for _ in range(50):
+        R, heads, before = 8 * rng.randint(1, 32), rng.choice([1, rng.randint(2, 128)]), 8 * rng.randint(0, 20)
+        T, inverse = rng.randint(1, min(5000, (1 << 22) // (heads * (R + before)))), rng.random() < 0.5
+        shape = (T, R) if heads == 1 and rng.random() < 0.5 else (T, heads, R)
+        print(shape, before, inverse)
+        assert_turns(shape, inverse)
+        wide, (cos, sin) = rows(*shape[:-1], before + R, seed=1), tables(T, R)
+        whole, last = wide.clone(), wide[..., before:]
+        ops.rope_(last, cos, sin, inverse=inverse)
+        assert torch.equal(last, reference.rope(whole[..., before:], cos, sin, inverse))
+        assert torch.equal(wide[..., :before], whole[..., :before])
 
 
 @pytest.mark.parametrize("T", [1, 129, 700])
@@ -102,6 +133,14 @@ def test_rope_ops_are_registered() -> None:
     torch.testing.assert_close(torch.compile(chain, fullgraph=True)(x), chain(x), rtol=2**-7, atol=0)
 
 
+def assert_sums(tokens: Tensor, V: int, D: int) -> None:
+    grad = rows(len(tokens), D, seed=2)
+    got = torch.ops.dsv3rt.embedding_backward(grad, tokens.cuda(), V)
+    # On the CPU the reference adds in the order of the tokens, as the kernel does.
+    assert torch.equal(got.cpu(), reference.embedding_backward(grad.cpu(), tokens, V))
+    assert all(torch.equal(torch.ops.dsv3rt.embedding_backward(grad, tokens.cuda(), V), got) for _ in range(5))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize(
     ("T", "V", "D"), [(0, 5, 64), (1, 1, 8), (129, 7, 7168), (4096, 1000, 512), (300, 4, 7296), (97, 6, 16400)]
@@ -109,11 +148,21 @@ def test_rope_ops_are_registered() -> None:
 def test_embedding_backward_kernel_matches_reference(T: int, V: int, D: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(T)
     tokens = torch.randint(V, (T,), generator=generator).square().div(V, rounding_mode="floor").to(dtype)
-    grad = rows(T, D, seed=2)
-    got = torch.ops.dsv3rt.embedding_backward(grad, tokens.cuda(), V)
-    # On the CPU the reference adds in the order of the tokens, as the kernel does.
-    assert torch.equal(got.cpu(), reference.embedding_backward(grad.cpu(), tokens, V))
-    assert all(torch.equal(torch.ops.dsv3rt.embedding_backward(grad, tokens.cuda(), V), got) for _ in range(5))
+    assert_sums(tokens, V, D)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_embedding_backward_kernel_matches_reference_at_random_shapes(seed: int) -> None:
+    """Runs of one token on either side of 16 and of a step of 12, in vocabularies of any size."""
+    rng = random.Random(seed)
+    for _ in range(20):
+        V, D = int(50000 ** rng.random()), 8 * int(2100 ** rng.random())
+        T = rng.randint(1, max(1, min(5000, (1 << 20) // D)))
+        V = min(V, 1 + (1 << 22) // D)
+        used = rng.choice([1, max(1, T // 16), max(1, T // 12), V])  # tokens there are
+        print(T, V, D, used)
+        tokens = torch.randperm(V)[torch.randint(min(used, V), (T,))].to(rng.choice([torch.int64, torch.int32]))
+        assert_sums(tokens, V, D)
 
 
 def test_embedding_backward_kernel_sums_one_token_in_fp32() -> None:

@@ -170,7 +170,8 @@ def block_gradients(block: Block, model: Transformer, x: Tensor, dy: Tensor, tok
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
 def test_fp8_block_is_near_bf16_and_repeatable(layer: int) -> None:
-    """With every expert chosen no token can be routed elsewhere; gates then follow their logits smoothly."""
+    """With every expert chosen no token can be routed elsewhere; gates then follow their logits smoothly. Each tensor
+    has a bound of its own, at V3's widths, in test_fp8_step.py."""
     config = replace(presets.model("tiny"), top_k=8, num_groups_kept=4, dim=512)
     model = Transformer(config, dtype=BF16, device="cuda")
     block = model.layers[layer]
@@ -210,7 +211,8 @@ def test_trainer_learns_in_fp8_on_the_gpu(tmp_path: Path) -> None:
 
 
 def test_fp8_step_replays_from_a_graph() -> None:
-    """Forward and backward of a whole model, captured once: other tokens, the same bits as without a graph."""
+    """Forward and backward of a whole model, captured once: other tokens, the same bits as without a graph. With the
+    optimizer: test_fp8_step.py."""
     config = replace(presets.model("tiny"), dim=512)
     model = Transformer(config, dtype=BF16, device="cuda")
     set_precision(model, "fp8")

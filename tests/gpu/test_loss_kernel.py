@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,21 +60,36 @@ def random_logits(T: int, V: int, size: float) -> Tensor:
     return room[:, :V]
 
 
-@pytest.mark.parametrize("V", VOCABS)
-@pytest.mark.parametrize(("size", "z_loss"), [(1.0, 0.0), (8.0, 1e-3), (1e4, 0.0)])
-def test_softmax_loss_matches_fp64(V: int, size: float, z_loss: float) -> None:
-    T = 40
-    logits, labels = random_logits(T, V, size), random_labels(T, V)
-    labels[0] = V - 1
-    guard = Guarded()
-    losses, dlogits = run(logits, labels, 1 / 29, z_loss, guard)
+def assert_softmax_matches_fp64(labels: Tensor, V: int, size: float, z_loss: float, factor: float) -> None:
+    logits, guard = random_logits(len(labels), V, size), Guarded()
+    losses, dlogits = run(logits, labels, factor, z_loss, guard)
     guard.assert_intact()
-    expected, gradients = oracle(logits, labels, 1 / 29, z_loss)
+    expected, gradients = oracle(logits, labels, factor, z_loss)
     # The difference of two logits is rounded (2^-24 of it), log2(e) times it again, 2 ulp of the power, and 40
     # roundings in the sum: under 2^-18 for differences up to 100, and 2^-22 of the logits themselves.
     torch.testing.assert_close(losses.double(), expected, rtol=2**-18, atol=2**-18 + 2**-22 * size)
     # One BF16 rounding. A likely label's gradient is the difference of two numbers near factor: its error is of those.
-    torch.testing.assert_close(dlogits.double(), gradients, rtol=2**-8 + 2**-16, atol=2**-18 / 29)
+    torch.testing.assert_close(dlogits.double(), gradients, rtol=2**-8 + 2**-16, atol=2**-18 * factor)
+
+
+@pytest.mark.parametrize("V", VOCABS)
+@pytest.mark.parametrize(("size", "z_loss"), [(1.0, 0.0), (8.0, 1e-3), (1e4, 0.0)])
+def test_softmax_loss_matches_fp64(V: int, size: float, z_loss: float) -> None:
+    labels = random_labels(40, V)
+    labels[0] = V - 1
+    assert_softmax_matches_fp64(labels, V, size, z_loss, factor=1 / 29)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_softmax_loss_matches_fp64_at_random_shapes(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(30):
+        V = rng.choice([rng.randint(1, 262144), int(262144 ** rng.random())])
+        T = rng.randint(1, max(1, min(5000, (1 << 22) // V)))
+        ignored, factor = rng.choice([0.0, 0.3, 0.9, 1.0]), rng.choice([1.0, 1 / T])
+        size, z_loss = rng.choice([(0.1, 1e-3), (2.0, 0.0), (2.0, 1e-4), (8.0, 1e-3), (50.0, 0.0), (1e4, 0.0)])
+        print(T, V, ignored, size, z_loss)
+        assert_softmax_matches_fp64(random_labels(T, V, ignored), V, size, z_loss, factor)
 
 
 def test_softmax_loss_is_repeatable() -> None:
@@ -173,11 +190,38 @@ def test_linear_cross_entropy_on_cuda_takes_tokens_in_groups(
     assert_close_to_fp64(*problem(T, V, 512), 0.0)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_linear_cross_entropy_on_cuda_matches_fp64_at_random_shapes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tokens in one to five groups, or more where these are few, and the same bits each time."""
+    rng = random.Random(seed)
+    for _ in range(12):
+        V, D = int(2 * 40000 ** rng.random()), rng.choice([8 * rng.randint(2, 64), rng.randint(16, 300)])
+        T = rng.randint(1, min(5000, (1 << 22) // V))
+        z_loss, ignored = rng.choice([0.0, 1e-4, 1e-3]), rng.choice([0.0, 0.3, 0.9])
+        monkeypatch.setattr(cuda_loss, "DLOGITS_BYTES", 2 * (V + 7) * rng.randint(-(-T // 5), 2 * T))
+        monkeypatch.setattr(cuda_loss, "SCRATCH_BYTES", 4 * (max(V, D) + 7) * rng.randint(T // 20 + 1, T + 8))
+        monkeypatch.setattr(cuda_loss, "FEW_ROWS", rng.choice([8, 512]))
+        print(T, V, D, z_loss, ignored, cuda_loss.DLOGITS_BYTES, cuda_loss.SCRATCH_BYTES, cuda_loss.FEW_ROWS)
+        h, w, _ = problem(T, V, D)
+        labels = random_labels(T, V, ignored)
+        labels[rng.randrange(T)] = rng.randrange(V)
+        assert_close_to_fp64(h, w, labels, z_loss)
+        assert_repeats(h, w, labels, z_loss, times=3)
+
+
+def assert_repeats(h: Tensor, w: Tensor, labels: Tensor, z_loss: float, times: int) -> None:
+    def run() -> tuple[Tensor, ...]:
+        loss = ops.linear_cross_entropy(h, w, labels, z_loss=z_loss)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    first = run()
+    for _ in range(times - 1):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
 def test_linear_cross_entropy_on_cuda_is_repeatable() -> None:
-    h, w, labels = problem(700, 32001, 256)
-    first, second = (torch.autograd.grad(ops.linear_cross_entropy(h, w, labels), (h, w)) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    assert_repeats(*problem(700, 32001, 256), z_loss=0.0, times=10)
+    assert_repeats(*problem(4500, 16001, 512), z_loss=1e-3, times=10)
 
 
 @pytest.mark.parametrize("T", [0, 5])

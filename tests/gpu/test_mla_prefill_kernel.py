@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.ops.cuda.extension import load
-from tests.gpu.mla_cases import BATCHES, SCALE, Lengths, N, R, U, draw, ends
+from tests.gpu.mla_cases import BATCHES, SCALE, WIDE_BATCHES, Lengths, N, R, U, draw, ends, random_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -89,14 +89,23 @@ def run_poisoned(
     return out[rows], lse[rows]
 
 
-def assert_batch(q_lengths: Lengths, k_lengths: Lengths, heads: int, causal: bool, size: float = 1.0) -> None:
-    inputs = draw(sum(q_lengths), sum(k_lengths), heads, size)
-    out, lse = run_poisoned(inputs, ends(q_lengths), ends(k_lengths), causal)
+def assert_batch(
+    q_lengths: Lengths,
+    k_lengths: Lengths,
+    heads: int,
+    causal: bool,
+    *,
+    size: float = 1.0,
+    v_size: float = 1.0,
+    scale: float = SCALE,
+) -> None:
+    inputs = draw(sum(q_lengths), sum(k_lengths), heads, size, v_size)
+    out, lse = run_poisoned(inputs, ends(q_lengths), ends(k_lengths), causal, scale)
     query = key = 0
     for num_queries, num_keys in zip(q_lengths, k_lengths, strict=True):
         rows, keys = slice(query, query + num_queries), slice(key, key + num_keys)
         q, k_nope, k_rope, v = inputs
-        assert_sequence((q[rows], k_nope[keys], k_rope[keys], v[keys]), out[rows], lse[rows], causal)
+        assert_sequence((q[rows], k_nope[keys], k_rope[keys], v[keys]), out[rows], lse[rows], causal, scale)
         query, key = rows.stop, keys.stop
 
 
@@ -107,18 +116,17 @@ def test_mla_prefill_kernel_matches_fp64(q_lengths: Lengths, k_lengths: Lengths,
     assert_batch(q_lengths, k_lengths, heads, causal)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_mla_prefill_kernel_matches_fp64_on_random_lengths(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(48))
+def test_mla_prefill_kernel_matches_fp64_on_random_batches(seed: int) -> None:
     torch.manual_seed(seed)
-    heads = [1, 3, 16][seed % 3]
-    longest = [8192, 2048, 512][seed % 3]
-    lengths = (2 ** (torch.rand(1 + seed % 4) * math.log2(longest))).int().tolist()
-    extra = torch.randint(0, 300, (len(lengths),)).tolist() if seed % 2 else [0] * len(lengths)
-    assert_batch(lengths, [n + m for n, m in zip(lengths, extra, strict=True)], heads, causal=seed % 5 != 0)
+    batch = random_batch(seed)
+    assert_batch(batch.q_lengths, batch.k_lengths, batch.heads, batch.causal)
 
 
-def test_mla_prefill_kernel_takes_128_heads() -> None:
-    assert_batch([1000, 537], [1000, 537], 128, causal=True)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("q_lengths", "k_lengths"), WIDE_BATCHES, ids=str)
+def test_mla_prefill_kernel_takes_128_heads(q_lengths: Lengths, k_lengths: Lengths, causal: bool) -> None:
+    assert_batch(q_lengths, k_lengths, 128, causal)
 
 
 @pytest.mark.parametrize("block", range(3))
@@ -155,6 +163,27 @@ def test_mla_prefill_kernel_runs_in_a_thread_that_has_not_used_the_gpu() -> None
 def test_mla_prefill_kernel_survives_extreme_scores(size: float) -> None:
     """Scores up to 60 * 60 * 192 * scale * a few: exp would overflow without the running maximum."""
     assert_batch([300, 129], [300, 129], 3, causal=True, size=size)
+
+
+@pytest.mark.parametrize("v_size", [3e-20, 1.0, 7e19])
+@pytest.mark.parametrize(("size", "scale"), [(1.0, 1e-6), (1.0, 0.3), (1.0, 5.0), (3e-6, 1e9), (1e5, 1e-9)])
+def test_mla_prefill_kernel_takes_any_scale(size: float, scale: float, v_size: float) -> None:
+    """From weights that are all alike to one that is nearly 1. The bounds are relative to values and scores."""
+    assert_batch([300, 129], [300, 200], 3, causal=True, size=size, v_size=v_size, scale=scale)
+
+
+@pytest.mark.parametrize(("of_q", "of_scale", "of_v"), [(40, 0, 0), (-40, 0, 60), (20, 30, -60), (-15, -30, 10)])
+def test_mla_prefill_kernel_passes_on_powers_of_two(of_q: int, of_scale: int, of_v: int) -> None:
+    """Moved between queries, keys and scale they change nothing; those of values are those of out. Bitwise: no number
+    comes near the ends of FP32's range."""
+    q, k_nope, k_rope, v = draw(900, 900, 5)
+    cu = ends([500, 400])
+    out, lse = run_poisoned((q, k_nope, k_rope, v), cu, cu, causal=True)
+    of_k = 2.0 ** -(of_q + of_scale)
+    moved = (q * 2.0**of_q, k_nope * of_k, k_rope * of_k, v * 2.0**of_v)
+    again, lse_again = run_poisoned(moved, cu, cu, causal=True, scale=SCALE * 2.0**of_scale)
+    assert torch.equal(again, out * 2.0**of_v)
+    assert torch.equal(lse_again, lse)
 
 
 def test_mla_prefill_kernel_passes_on_what_is_not_finite() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,15 +36,31 @@ def test_route_kernel_ranks_like_fp64(experts: int, groups: int, kept: int, top_
     assert torch.equal(got.idx_TK[clear], want[clear])
 
 
-@pytest.mark.parametrize(("experts", "groups", "kept", "top_k"), [(256, 8, 4, 8), (64, 16, 3, 6), (384, 4, 1, 16)])
-def test_route_kernel_breaks_ties_between_groups_and_experts_as_the_reference(
-    experts: int, groups: int, kept: int, top_k: int
-) -> None:
-    logits = torch.randint(-1, 2, (2000, experts), device="cuda").float()  # three scores alone: ties everywhere
+def assert_ties_as_the_reference(tokens: int, experts: int, groups: int, kept: int, top_k: int) -> None:
+    logits = torch.randint(-1, 2, (tokens, experts), device="cuda").float()  # three scores alone: ties everywhere
     bias = torch.randint(0, 2, (experts,), device="cuda").float() / 4
     got = ops.route(logits, bias, top_k=top_k, num_groups=groups, groups_kept=kept)
     rule = reference.RouteRule(top_k, groups, kept, 1.0, True)
     assert torch.equal(got.idx_TK, reference._select(got.scores_TE + bias, rule))
+
+
+@pytest.mark.parametrize(("experts", "groups", "kept", "top_k"), [(256, 8, 4, 8), (64, 16, 3, 6), (384, 4, 1, 16)])
+def test_route_kernel_breaks_ties_between_groups_and_experts_as_the_reference(
+    experts: int, groups: int, kept: int, top_k: int
+) -> None:
+    assert_ties_as_the_reference(2000, experts, groups, kept, top_k)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_route_kernel_breaks_ties_as_the_reference_at_random_shapes(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(40):
+        groups = rng.randint(1, 32)
+        size = rng.choice([rng.randint(1, 512 // groups), max(1, 512 // groups // 8 * 8)])
+        kept = rng.randint(1, groups)
+        case = rng.randint(1, 1000), groups * size, groups, kept, rng.randint(1, min(16, kept * size))
+        print(case)
+        assert_ties_as_the_reference(*case)
 
 
 def test_route_kernel_takes_nan_and_infinity_as_the_reference() -> None:
@@ -65,18 +83,37 @@ def test_route_kernel_falls_back_to_the_lowest_index_among_minus_infinities(grou
     assert torch.equal(got.idx_TK, reference._select(got.scores_TE + bias, rule))
 
 
+def assert_places(idx: Tensor, experts: int, block: int) -> None:
+    """By sorting; what names no expert gets no row."""
+    counts, offsets, row_of = torch.ops.dsv3rt.place(idx, experts, block)
+    exist = (idx >= 0) & (idx < experts)
+    choices = idx.where(exist, experts).flatten()
+    loads = choices.bincount(minlength=experts + 1)[:experts]
+    assert torch.equal(counts.long(), loads)
+    assert offsets[0].item() == 0
+    assert torch.equal(offsets[1:].long(), ((loads + block - 1) // block * block).cumsum(0))
+    order = choices.argsort(stable=True)[: int(loads.sum())]  # those that are left out come last
+    rank = torch.arange(len(order), device="cuda") - (loads.cumsum(0) - loads)[choices[order]]
+    assert torch.equal(row_of.flatten()[order], offsets.long()[choices[order]] + rank)
+    assert row_of[~exist].eq(-1).all()
+
+
 def test_place_kernel_gives_a_block_more_choices_than_threads_where_there_are_many() -> None:
     idx = torch.rand((20011, 64), device="cuda").topk(8, dim=1).indices
     idx[5, 3] = 64  # no such expert
-    counts, offsets, row_of = torch.ops.dsv3rt.place(idx, 64, 128)
-    choices = idx.flatten()
-    padded = (choices.bincount(minlength=65)[:64] + 127) // 128 * 128
-    assert torch.equal(counts.long(), choices.bincount(minlength=65)[:64])
-    assert torch.equal(offsets[1:].long(), padded.cumsum(0))
-    order = choices.argsort(stable=True)[: int(counts.sum())]  # the one that is left out comes last
-    rank = torch.arange(len(order), device="cuda") - (counts.cumsum(0) - counts).long()[choices[order]]
-    assert torch.equal(row_of.flatten()[order], offsets.long()[choices[order]] + rank)
-    assert row_of[5, 3].item() == -1
+    assert_places(idx, 64, 128)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_place_kernel_gives_every_choice_its_row_at_random_shapes(seed: int) -> None:
+    """Any choices at all: an expert chosen twice, few of many, none that exists."""
+    rng = random.Random(seed)
+    for _ in range(60):
+        experts, block = rng.randint(1, 512), rng.choice([1, 3, 16, 64, 128, 200])
+        first, last = sorted(rng.randint(-2, experts + 1) for _ in range(2))
+        shape = rng.randint(1, 5000), rng.randint(1, 16)
+        print(shape, experts, block, first, last)
+        assert_places(torch.randint(first, last + 1, shape, device="cuda"), experts, block)
 
 
 def test_route_kernel_survives_scores_that_all_underflow() -> None:

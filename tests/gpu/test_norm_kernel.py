@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -37,17 +39,30 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("T", "D"), [*product(ROWS, WIDTHS), (4097, 7168)])
-def test_rms_norm_kernel_matches_fp64(T: int, D: int, weight_dtype: torch.dtype) -> None:
+def random_shapes(seed: int, unit: int, number: int) -> Iterator[tuple[int, int]]:
+    """Up to 5000 rows of 64 to 16384 columns, a multiple of `unit`: 2^22 numbers and some at most."""
+    rng = random.Random(seed)
+    for _ in range(number):
+        D = unit * rng.randint(64 // unit, rng.choice([512, 16384]) // unit)
+        T = rng.randint(1, min(5000, (1 << 22) // D))
+        print(T, D)
+        yield T, D
+
+
+def assert_norm_matches_fp64(T: int, D: int, weight_dtype: torch.dtype) -> None:
     x, weight = inputs(T, D, seed=T + D, weight_dtype=weight_dtype)
     y, rstd = torch.ops.dsv3rt.rms_norm(x, weight, EPS)
     want, want_rstd = normed(x, weight)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want, rtol=BF16_ROUNDING, atol=1e-30)
-    torch.testing.assert_close(
-        rstd.double(), want_rstd, rtol=2**-18, atol=0
-    )  # 77 roundings in a row, halved by the root
+    # 77 roundings in a row, halved by the root.
+    torch.testing.assert_close(rstd.double(), want_rstd, rtol=2**-18, atol=0)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("T", "D"), [*product(ROWS, WIDTHS), (4097, 7168)])
+def test_rms_norm_kernel_matches_fp64(T: int, D: int, weight_dtype: torch.dtype) -> None:
+    assert_norm_matches_fp64(T, D, weight_dtype)
 
 
 def test_rms_norm_kernel_takes_slices_and_any_leading_dimensions() -> None:
@@ -74,10 +89,7 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, residual: Tensor | None) ->
     return dx + added, (dy.double() * n).sum(0), 2**-17 * (magnitude + added.abs())
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize(("T", "D"), [*product(ROWS, WIDTHS), (4097, 7168)])
-def test_rms_norm_backward_kernel_matches_fp64(T: int, D: int, with_residual: bool, weight_dtype: torch.dtype) -> None:
+def assert_gradients_match_fp64(T: int, D: int, with_residual: bool, weight_dtype: torch.dtype) -> None:
     x, weight = inputs(T, D, seed=T + D, weight_dtype=weight_dtype)
     dy = random_rows((T, D), torch.bfloat16, seed=3, decades=2)
     rstd = torch.ops.dsv3rt.rms_norm(x, weight, EPS)[1]
@@ -89,6 +101,24 @@ def test_rms_norm_backward_kernel_matches_fp64(T: int, D: int, with_residual: bo
     # At most T additions one after the other, of terms with a few roundings of their own.
     bound = (T + 8) * 2**-24 * (dy.double() * normed(x, torch.ones_like(weight))[0]).abs().sum(0)
     assert ((dweight.double() - want_weight).abs() <= bound + 1e-30).all()
+    for _ in range(2):
+        again = ops.rms_norm_backward(dy, x, weight, rstd, grad_residual_TD=residual)
+        assert all(torch.equal(a, b) for a, b in zip(again, (dx, dweight), strict=True))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize(("T", "D"), [*product(ROWS, WIDTHS), (4097, 7168)])
+def test_rms_norm_backward_kernel_matches_fp64(T: int, D: int, with_residual: bool, weight_dtype: torch.dtype) -> None:
+    assert_gradients_match_fp64(T, D, with_residual, weight_dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rms_norm_kernels_match_fp64_at_random_shapes(seed: int) -> None:
+    for number, (T, D) in enumerate(random_shapes(seed, unit=8, number=24)):
+        weight_dtype = (torch.bfloat16, torch.float32)[number % 2]
+        assert_norm_matches_fp64(T, D, weight_dtype)
+        assert_gradients_match_fp64(T, D, number % 4 < 2, weight_dtype)
 
 
 def test_rms_norm_backward_kernel_takes_strided_rows() -> None:
@@ -136,12 +166,7 @@ def assert_same(got: NormQuant, want: NormQuant) -> None:
         assert_equal(got.sum_TD, want.sum_TD)
 
 
-@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("pow2_scales", [False, True])
-@pytest.mark.parametrize(
-    ("T", "D"), [*product([0, 1, 129, 1000], [64, 144, 512, 1536, 2064, 7168, 7296]), (127, 16384), (4097, 7168)]
-)
-def test_rms_norm_quantize_equals_norm_then_cast(T: int, D: int, pow2_scales: bool, with_residual: bool) -> None:
+def assert_equals_norm_then_cast(T: int, D: int, pow2_scales: bool, with_residual: bool) -> None:
     for weight_dtype in (torch.bfloat16, torch.float32):
         x, weight = inputs(T, D, seed=T + D, weight_dtype=weight_dtype)
         residual = random_rows((T, D), torch.bfloat16, seed=7, decades=6) if with_residual else None
@@ -158,6 +183,21 @@ def test_rms_norm_quantize_equals_norm_then_cast(T: int, D: int, pow2_scales: bo
             )
             assert (got.q_t is not None, got.y_TD is not None) == (with_transpose, with_output)
             assert_same(got, want)
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("pow2_scales", [False, True])
+@pytest.mark.parametrize(
+    ("T", "D"), [*product([0, 1, 129, 1000], [64, 144, 512, 1536, 2064, 7168, 7296]), (127, 16384), (4097, 7168)]
+)
+def test_rms_norm_quantize_equals_norm_then_cast(T: int, D: int, pow2_scales: bool, with_residual: bool) -> None:
+    assert_equals_norm_then_cast(T, D, pow2_scales, with_residual)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rms_norm_quantize_equals_norm_then_cast_at_random_shapes(seed: int) -> None:
+    for number, (T, D) in enumerate(random_shapes(seed + 10, unit=16, number=16)):
+        assert_equals_norm_then_cast(T, D, number % 2 == 1, number % 4 < 2)
 
 
 @pytest.mark.parametrize("D", [64, 512, 1536, 7168])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -153,6 +154,25 @@ def test_grad_norms_match_fp64_and_repeat(dtype: torch.dtype, at: int) -> None:
     torch.testing.assert_close(norms, expected, rtol=2e-12, atol=0)
     assert torch.equal(ops.grad_norms(grads), norms)
     assert torch.equal(ops.grad_norms(grads[3:4]), norms[3:4])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grad_norms_match_fp64_at_random_sizes(seed: int) -> None:
+    """Up to 300 tensors of up to 2 million elements, anywhere in their memory, each of a magnitude of its own."""
+    rng = random.Random(seed)
+    for _ in range(12):
+        dtype, number = rng.choice([torch.float32, torch.bfloat16]), int(300 ** rng.random())
+        largest = min(2_000_000, (1 << 23) // number)
+        places = [(rng.choice([0, 0, rng.randint(1, 9)]), int(largest ** rng.random())) for _ in range(number)]
+        print(dtype, places)
+        grads = []
+        for at, size in places:
+            magnitude = 10.0 ** rng.uniform(-15, 15)
+            grads.append((torch.randn(size + at, device="cuda") * magnitude).to(dtype)[at:])
+        norms = ops.grad_norms(grads)
+        expected = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
+        torch.testing.assert_close(norms, expected, rtol=2e-12, atol=0)  # as above
+        assert all(torch.equal(ops.grad_norms(grads), norms) for _ in range(3))
 
 
 def test_grad_norms_take_many_extreme_and_strided_tensors() -> None:

@@ -56,6 +56,48 @@ def test_decode_over_fp8_equals_decode_over_its_numbers(latent_dim, rope_dim):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+# E4M3 has four significant bits: a number moves by a relative error of random sign, whose mean square is E^2 = 2^-8 / 3
+# at most; what lies below a tile's normal numbers, 2^-13 of its largest or less, is nothing beside it. With weights w
+# and values v of tokens that have nothing to do with each other, |out|^2 is sum(w^2 |v|^2) or more. The error has two
+# parts:
+#   - of values: E^2 sum(w^2 |v|^2);
+#   - of scores: each moves by E s, s^2 the sum over columns of (scale q k)^2, and its weight by as much of itself:
+#     E^2 s^2 sum(w^2 |v|^2).
+# calc_diff is half of the square over |out|^2. What tokens have in common makes |out| larger, so less remains.
+E4M3_SQUARE = 2.0**-8 / 3
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0])
+@pytest.mark.parametrize("size", [0.5, 1.0])
+@pytest.mark.parametrize("num_tokens", [300, 2000])
+def test_decode_over_fp8_is_as_near_as_its_rounding(num_tokens, size, common):
+    """To decoding over the BF16 cache of the same tokens; latents come normed into both, as in the layer."""
+    torch.manual_seed(0)
+    rows = (torch.randn(num_tokens, 576) + common * torch.randn(576)).bfloat16()
+    angle, slots = torch.rand(num_tokens, 32) * 6, torch.arange(num_tokens)
+    pages = -(-num_tokens // 64)
+    plain = torch.zeros(pages, 64, 576, dtype=torch.bfloat16)
+    packed = torch.zeros(pages, 64, ops.fp8_token_bytes(512, 64), dtype=torch.uint8)
+    for cache in (plain, packed):
+        weight = torch.ones(512, dtype=torch.bfloat16)
+        ops.append_latents(cache, rows, weight, angle.cos(), angle.sin(), slots, eps=1e-6)
+    q, scale = torch.randn(1, 2, 16, 576) * size, 192**-0.5
+    table, lengths = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([num_tokens], dtype=torch.int32)
+    (want, want_lse), (got, lse) = (
+        ops.mla_decode(q, cache, table, lengths, scale=scale, latent_dim=512) for cache in (plain.float(), packed)
+    )
+    keys = plain.flatten(0, 1)[:num_tokens].float()
+    score_square = ((scale * q[..., :512]).square() @ keys[:, :512].square().t()).mean().item()
+    diff, bound = ops.calc_diff(got, want), E4M3_SQUARE / 2 * (1 + score_square)
+    deviation = (q @ keys.t() * scale).std(dim=-1).mean()
+    print(
+        f"\n{num_tokens} tokens, in common {common}, scores' deviation {deviation:.2f}: calc_diff {diff:.1e} "
+        f"({diff / bound:.2f} of the bound), out off by {((got - want).norm() / want.norm()).item():.1%}, "
+        f"lse by {(lse - want_lse).abs().max().item():.3f} at most"
+    )
+    assert 0 < diff < bound
+
+
 def test_latent_cache_rejects_bad_arguments():
     with pytest.raises(ValueError, match=r"quantize_latents: latent_dim must be in 1..575, got 576"):
         ops.quantize_latents(torch.zeros(2, 576), latent_dim=576)

@@ -59,6 +59,18 @@ def test_python_stdlib_is_sources_without_tests() -> None:
     assert not any(part in {"test", "tests", "site-packages"} for name in names for part in name.split("/"))
 
 
+def test_python_package_is_its_sources() -> None:
+    names = [document.name for document in find_documents(data_config("python-package:json", "python-package:pytest"))]
+    assert {"decoder.py", "__init__.py"} <= set(names)
+    assert all(name.endswith(".py") for name in names)
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "argparse", "os.path", "", "../x"])
+def test_python_package_must_be_an_installed_one(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^data.paths: no Python package of that name is installed: 'python-package:"):
+        find_documents(data_config(f"python-package:{name}"))
+
+
 def test_each_file_once_hidden_and_foreign_ones_never(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     for name in ("a.txt", "b/c.md", ".git/d.txt", "e.bin", "b/__pycache__/f.py"):

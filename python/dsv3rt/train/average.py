@@ -2,90 +2,121 @@
 
 from __future__ import annotations
 
-from collections import deque
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Barrier
 
 import torch
 from torch import Tensor
 
-PIECE = 1 << 24  # elements on their way at a time: 64 MiB of pinned memory, twice
+PIECE = 1 << 24  # elements that arrive and are averaged at a time: 64 MiB
+MOST_WORKERS = 16  # memory, not cores, should be the limit then
 
 
 class Average:
-    """The average of FP32 masters; each `update` runs in a thread while the next step computes.
+    """The average of FP32 masters; each `update` runs in threads while the next steps compute.
 
-    The masters must not change while it runs: `wait` before the optimizer does (DeepSeek-V3 report sec. 3.2.3). From a
-    GPU they come over a stream of their own, a piece at a time through pinned memory; nobody waits for the device.
+    Before the optimizer changes the masters: `release_masters` (DeepSeek-V3 report sec. 3.2.3). From a GPU they come
+    over a stream of their own to pinned memory that holds them all, so that the GPU waits for these copies alone, and
+    the host only where an update begins and the one before is not done.
     """
 
     def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
-        """masters: contiguous, all on one device."""
+        """masters: contiguous, all on one device. decay: of an update."""
         self._masters = masters
         self._decay = decay
         self._values = {name: master.detach().to("cpu", copy=True) for name, master in masters.items()}
         device = next((master.device for master in masters.values()), torch.device("cpu"))
-        self._ferry = _Ferry(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="average")
-        self._running: Future[None] | None = None
+        self._ferry = _Ferry(device, _pieces(masters.values())) if device.type == "cuda" else None
+        self._num_workers = torch.get_num_threads() if self._ferry is None else _cores_of_a_gpu()
+        self._pool = _start(self._num_workers)
+        self._running: list[Future[None]] = []
 
     def update(self) -> None:
         """average = decay * average + (1 - decay) * master, begun now, of masters as the work queued so far leaves."""
         self.wait()
-        if self._ferry is not None:
-            self._ferry.follow_current_stream()
-        self._running = self._pool.submit(self._update)
+        masters: Iterable[tuple[Tensor, torch.cuda.Event | None]]
+        if self._ferry is None:
+            masters = [(piece, None) for piece in _pieces(self._masters.values())]
+        else:
+            masters = self._ferry.send(_pieces(self._masters.values()))
+        pairs = iter(list(zip(_pieces(self._values.values()), masters, strict=True)))
+        self._running = [self._pool.submit(self._follow, pairs) for _ in range(self._num_workers)]
+
+    def release_masters(self) -> None:
+        """What is queued on the current stream from now on may change the masters."""
+        if self._ferry is None:
+            self.wait()
+        else:
+            self._ferry.hold_current_stream()
 
     def wait(self) -> None:
         """Until the update that was begun is done."""
-        if self._running is not None:
-            self._running.result()
-            self._running = None
+        for worker in self._running:
+            worker.result()
+        self._running = []
 
     def tensors(self) -> dict[str, Tensor]:
         """By the parameters' names, up to date; loading is in place."""
         self.wait()
         return self._values
 
-    @torch.no_grad()
-    def _update(self) -> None:
-        masters = _pieces(self._masters[name].detach() for name in self._values)
-        values = _pieces(self._values.values())
-        for value, master in zip(values, masters if self._ferry is None else self._ferry.bring(masters), strict=True):
+    def _follow(self, pairs: Iterator[tuple[Tensor, tuple[Tensor, torch.cuda.Event | None]]]) -> None:
+        """A worker takes the next piece, as long as there is one: none waits for a slower one."""
+        for value, (master, arrival) in pairs:
+            if arrival is not None:
+                arrival.synchronize()
             value.lerp_(master, 1.0 - self._decay)
 
 
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     for tensor in tensors:
-        yield from tensor.view(-1).split(PIECE)
+        if tensor.numel() > 0:
+            yield from tensor.detach().view(-1).split(PIECE)
+
+
+def _cores_of_a_gpu() -> int:
+    """This process's share of them, less one for its main thread and one for its backward."""
+    share = len(os.sched_getaffinity(0)) // torch.cuda.device_count()
+    return max(1, min(share - 2, MOST_WORKERS))
+
+
+def _start(num_workers: int) -> ThreadPoolExecutor:
+    """Threads that take one core each. So they are as many as we say: torchrun leaves all of torch's one core, and
+    threads of OpenMP wait for each other in a loop, on cores that the training may need."""
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="average")
+    all_there = Barrier(num_workers)
+
+    def take_one_core() -> None:
+        torch.get_num_threads()  # the first question settles a thread's number
+        torch.set_num_threads(1)  # of this thread, and of all that start from now on
+        all_there.wait()
+
+    others = torch.get_num_threads()
+    wait([pool.submit(take_one_core) for _ in range(num_workers)])
+    torch.set_num_threads(others)
+    return pool
 
 
 class _Ferry:
-    """Brings pieces of FP32 tensors from a GPU to two pinned buffers in turn, on its own stream."""
+    """Brings pieces of FP32 tensors from a GPU to pinned memory, all at once, on its own stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pieces: Iterable[Tensor]) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._buffers = [torch.empty(PIECE, dtype=torch.float32, pin_memory=True) for _ in range(2)]
-        self._arrivals = [torch.cuda.Event(blocking=True) for _ in range(2)]  # a wait sleeps, it does not spin
+        self._places = [torch.empty(piece.shape, dtype=torch.float32, pin_memory=True) for piece in pieces]
+        self._arrivals = [torch.cuda.Event(blocking=True) for _ in self._places]  # a wait sleeps, it does not spin
 
-    def follow_current_stream(self) -> None:
-        """What is copied from now on is what the device's current stream has written by then."""
+    def send(self, pieces: Iterable[Tensor]) -> list[tuple[Tensor, torch.cuda.Event]]:
+        """What the device's current stream has written by then: each piece's place, and when it is there. The last
+        ones must be used up."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for piece, place, arrival in zip(pieces, self._places, self._arrivals, strict=True):
+                place.copy_(piece, non_blocking=True)
+                arrival.record(self._stream)
+        return list(zip(self._places, self._arrivals, strict=True))
 
-    def bring(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Each piece in host memory, in order, valid until the next is asked for, which is on its way already."""
-        under_way: deque[tuple[int, int]] = deque()
-        for count, piece in enumerate(pieces):
-            slot = count % 2
-            with torch.cuda.stream(self._stream):
-                self._buffers[slot][: piece.numel()].copy_(piece, non_blocking=True)
-                self._arrivals[slot].record(self._stream)
-            under_way.append((slot, piece.numel()))
-            if len(under_way) == 2:
-                yield self._arrived(*under_way.popleft())
-        while under_way:
-            yield self._arrived(*under_way.popleft())
-
-    def _arrived(self, slot: int, size: int) -> Tensor:
-        self._arrivals[slot].synchronize()
-        return self._buffers[slot][:size]
+    def hold_current_stream(self) -> None:
+        """Until what was sent has left."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sysconfig
 import zlib
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dsv3rt.train.data import TokenStream  # needs torch, tokenising does not
 
 STDLIB = "python-stdlib"
+PACKAGE = "python-package:"
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _ENCODE_AT_ONCE = 64  # documents
 
@@ -139,6 +141,8 @@ def _expand(entry: str, suffixes: Sequence[str]) -> list[Document]:
     if entry == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         documents = list(_walk(root, (".py",), _STDLIB_SKIPPED))
+    elif entry.startswith(PACKAGE):
+        documents = list(_walk(_package_folder(entry), (".py",), {"__pycache__"}))
     else:
         root = Path(entry)
         if root.is_file():
@@ -149,6 +153,15 @@ def _expand(entry: str, suffixes: Sequence[str]) -> list[Document]:
     if not documents:
         raise ValueError(f"data.paths: no files ending in {' '.join(suffixes)} (data.suffixes) under '{entry}'")
     return sorted(documents, key=lambda document: document.name)
+
+
+def _package_folder(entry: str) -> Path:
+    """Where an installed package's sources are; it is not imported."""
+    name = entry.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"data.paths: no Python package of that name is installed: '{entry}'")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _walk(root: Path, suffixes: Sequence[str], skipped: set[str]) -> Iterator[Document]:

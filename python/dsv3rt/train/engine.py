@@ -81,8 +81,8 @@ class Engine:
         late = frozenset({"embed_tokens.weight", "lm_head.weight"})
         gradients = Gradients.spread(named, self.layout, self.mesh, self._shapes, late)
         self.optimizer = AdamW(named, config.optim, gradients, casts_of(self.model))
-        decay = config.optim.ema_decay
-        self._average = Average(self.optimizer.masters(), decay) if decay else None
+        decay, every = config.optim.ema_decay, config.optim.ema_every
+        self._average = Average(self.optimizer.masters(), decay**every) if decay else None
         self._executor = Executor(self.model, self.layout, self.mesh, gradients, like)
 
     def step(self, state: RunState) -> tuple[StepResult, RunState]:
@@ -108,10 +108,11 @@ class Engine:
         if skipped:
             self.optimizer.drop_gradients()
         else:
+            number = after.step - state.skipped_steps
             if self._average is not None:
-                self._average.wait()
-            self.optimizer.step(after.step - state.skipped_steps, lr, seen.grad_norm)
-            if self._average is not None:
+                self._average.release_masters()
+            self.optimizer.step(number, lr, seen.grad_norm)
+            if self._average is not None and number % self.config.optim.ema_every == 0:
                 self._average.update()
             gamma = self._bias_update_speed.value(*at)
             for layer, moe in moe_layers(self.model).items():

@@ -98,13 +98,8 @@ class AdamW:
     def squares(self, names: Sequence[str], device: torch.device) -> Tensor:
         """(len(names),) FP64, to be added up over the ranks: the squared norms of the gradient shards held here."""
         shards = {name: slot.sum.shard for name, slot in self._slots.items() if slot.sum.shard is not None}
-        held = [name for name in names if name in shards]
-        squares = torch.zeros(len(names), dtype=torch.float64, device=device)
-        if held:
-            places = torch.tensor([place for place, name in enumerate(names) if name in shards], device=device)
-            norms = ops.grad_norms([shards[name] for name in held])
-            squares[places] = norms.square()
-        return squares
+        nothing = torch.empty(0, device=device)
+        return ops.grad_norms([shards.get(name, nothing) for name in names]).square()
 
     @staticmethod
     def norm(squares: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ def fp8_gemm_nt(x: QuantTensor, w: QuantTensor, out: Tensor, *, accumulate: bool
 
 
 def m_grouped_fp8_gemm_nt(x: QuantTensor, w: QuantTensor, layout: GroupLayout, out: Tensor, *, num_sms: int) -> None:
-    """Writes the true rows of every group; padding rows of `out` stay as they are."""
-    extension = load()
-    extension.m_grouped_fp8_gemm_nt(*_bytes(x), *_bytes(w), out, layout.counts_X, layout.offsets, num_sms=num_sms)
+    """Writes the true rows of every group; what padding rows of `out` hold afterwards is unspecified."""
+    if x.data.shape[1] == 0:
+        out.zero_()  # sums of nothing, for which no kernel is launched
+        return
+    load().m_grouped_fp8_gemm_nt(*_bytes(x), *_bytes(w), out, layout.counts_X, layout.offsets, num_sms=num_sms)
 
 
 def k_grouped_fp8_gemm_nt(
