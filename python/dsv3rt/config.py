@@ -255,10 +255,10 @@ class MixturePhase:
 class DataConfig:
     """The [data] section: text files (or folders of them) and how they become tokens, or folders of token shards.
 
-    `paths` may hold "python-stdlib" and "python-package:NAME", the sources of the interpreter's standard library and of an
-    installed package. FIM rearranges a share of the documents for filling in the middle; which ones and how
-    depends on their names and `fim_seed` alone. With a `mixture` each path is a source that gives the share of the
-    samples that its weight says, else all are one source.
+    `paths` may hold "python-stdlib" and "python-package:NAME", the sources of Python's standard library and of an
+    installed package. FIM rearranges a share of the documents for filling in the middle; which ones and how depends on
+    their names and `fim_seed` alone. With a `mixture` each path is a source that gives the share of the samples that
+    its weight says, else all are one source.
     """
 
     paths: tuple[str, ...] = ("python-stdlib",)
