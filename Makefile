@@ -24,11 +24,13 @@ export PIP_ROOT_USER_ACTION := ignore
 # Threads that spin while they wait slow a machine that is busy otherwise to a quarter.
 export GOMP_SPINCOUNT ?= 1000
 
-# From the environment or the command line to CMake. Both are always passed: CMake would remember the last value.
+# From the environment or the command line to CMake. All are always passed: CMake would remember the last value.
 DSV3RT_CUDA ?= AUTO
 DSV3RT_PREBUILT ?=
+DSV3RT_FOR_RACECHECK ?= OFF
 CMAKE_DEFINES := \
   --config-settings=cmake.define.DSV3RT_CUDA='$(DSV3RT_CUDA)' \
+  --config-settings=cmake.define.DSV3RT_FOR_RACECHECK='$(DSV3RT_FOR_RACECHECK)' \
   --config-settings=cmake.define.DSV3RT_PREBUILT='$(abspath $(DSV3RT_PREBUILT))'
 
 ifeq ($(SYSTEM),1)
@@ -54,7 +56,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find c
   $(shell find python -name __init__.py)
 NVCC := $(or $(CUDACXX),$(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 COMPILES := $(if $(filter OFF,$(DSV3RT_CUDA))$(DSV3RT_PREBUILT),,$(NVCC))
-BUILD_OPTIONS := cuda=$(DSV3RT_CUDA) prebuilt=$(DSV3RT_PREBUILT)
+BUILD_OPTIONS := cuda=$(DSV3RT_CUDA) prebuilt=$(DSV3RT_PREBUILT) racecheck=$(DSV3RT_FOR_RACECHECK)
 CSRC := find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 help: ## list the targets

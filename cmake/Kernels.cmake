@@ -13,6 +13,9 @@ file(GLOB_RECURSE DSV3RT_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cs
      ${CMAKE_SOURCE_DIR}/csrc/*heuristics.cpp)
 add_library(dsv3rt_kernels SHARED ${DSV3RT_KERNEL_SOURCES})
 target_include_directories(dsv3rt_kernels PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
+if(DSV3RT_FOR_RACECHECK)
+  target_compile_definitions(dsv3rt_kernels PRIVATE DSV3RT_FOR_RACECHECK)
+endif()
 target_compile_options(dsv3rt_kernels PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage -Xptxas=-Werror
     -Werror=all-warnings -lineinfo>)

@@ -3,12 +3,12 @@
 What the parts of the FP8 recipe are for, runs without them may say (scripts/numerics_ablations.py).
 
     python scripts/numerics.py train fp8 --seconds 100 --keep benchmarks/results/h200/numerics
-    python scripts/numerics.py train bf16 ...    and as wanted: bf16_again, block_128x128, per_tensor, no_promotion
+    python scripts/numerics.py train bf16 ...    and as wanted: bf16_again, fp8_again, and ablations
     python scripts/numerics.py report benchmarks/results/h200/numerics
 
 The same command goes on from its checkpoint in runs/numerics-fp8 (or another name) until the run is done. `report`
 writes docs/numerics.md and its figure from what was kept, as far as the runs have come: FP8, BF16, and any others.
-`bf16_again` is BF16 from weights moved in their last bits: how far runs part that nothing tells apart.
+`bf16_again` and `fp8_again` begin with weights moved in their last bits: how far runs part that nothing tells apart.
 """
 
 from __future__ import annotations
@@ -46,15 +46,9 @@ from dsv3rt.train.trainer import Trainer  # noqa: E402
 from scripts.numerics_ablations import ABLATIONS, ablation  # noqa: E402
 
 PRECISIONS = ("bf16", "fp8")
-AGAIN = "bf16_again"
-COLORS = {
-    "bf16": "#4c72b0",
-    AGAIN: "#64b5cd",
-    "fp8": "#dd8452",
-    "block_128x128": "#55a868",
-    "per_tensor": "#8172b3",
-    "no_promotion": "#c44e52",
-}
+AGAIN = ("bf16_again", "fp8_again")
+COLORS = {"bf16": "#4c72b0", "bf16_again": "#64b5cd", "fp8": "#dd8452", "fp8_again": "#ccb974",
+          "block_128x128": "#55a868", "per_tensor": "#8172b3", "no_promotion": "#c44e52"}  # fmt: skip
 QUESTIONS = {"block_128x128": "the shape of tiles", "per_tensor": "fine scales", "no_promotion": "promotion"}
 LIMIT = 0.0025  # what the V3 report (sec. 3.3) says that FP8 stays below
 INK = "#333333"
@@ -64,13 +58,13 @@ def train(options: argparse.Namespace, started: float) -> None:
     """One piece of a run: up to its last step, or `seconds` after `started`."""
     overrides = [tuple(text.split("=", 1)) for text in options.set]
     run_dir = Path(options.runs, f"numerics-{options.name}")
-    precision = "bf16" if options.name in ("bf16", AGAIN) else "fp8"
+    precision = "bf16" if options.name.startswith("bf16") else "fp8"
     overrides += [("train.precision", precision), ("train.run_dir", str(run_dir))]
     if options.steps:
         overrides.append(("train.steps", str(options.steps)))
     with ablation(options.name) if options.name in ABLATIONS else nullcontext():
         trainer = Trainer(config_file.load(ROOT / "configs" / "numerics.toml", overrides))
-        if options.name == AGAIN:
+        if options.name in AGAIN:
             nudge(trainer.engine)  # a checkpoint's weights take the place of these
         if options.seconds:
             threading.Thread(target=stop_at, args=(started + options.seconds,), daemon=True).start()
@@ -183,7 +177,7 @@ def draw(runs: dict[str, list[Row]], others: dict[str, dict[str, list[Row]]], pa
 
 def report(folder: Path, docs: Path) -> None:
     """docs/numerics.md and docs/img/numerics.png; an error where the runs can't be compared."""
-    kept = [*PRECISIONS, *(name for name in (AGAIN, *ABLATIONS) if (folder / f"{name}.jsonl").exists())]
+    kept = [*PRECISIONS, *(name for name in (*AGAIN, *ABLATIONS) if (folder / f"{name}.jsonl").exists())]
     whole = {name: read_rows(folder / f"{name}.jsonl") for name in kept}
     main_pair = {name: whole[name] for name in PRECISIONS}
     runs = paired(main_pair)
@@ -197,7 +191,7 @@ def report(folder: Path, docs: Path) -> None:
     origins = {name: json.loads((folder / f"{name}.json").read_text()) for name in kept}
     draw(runs, others, docs / "img" / "numerics.png")
     ablated = {name: found for name, found in others.items() if name in ABLATIONS}
-    parts = [page(configs["fp8"], runs, others.get(AGAIN), whole, origins), not_studied(set(ABLATIONS) - set(ablated))]
+    parts = [page(configs["fp8"], runs, others, whole, origins), not_studied(set(ABLATIONS) - set(ablated))]
     if ablated:
         parts.insert(1, ablations(runs, ablated, whole, origins))
     (docs / "numerics.md").write_text("\n".join(parts))
@@ -210,7 +204,7 @@ def check_same(name: str, config: TrainConfig, fp8: TrainConfig) -> None:
     """An error where a run was configured otherwise than the FP8 run."""
     ours, theirs = config_file.flat(config), config_file.flat(fp8)
     apart = {key for key, value in theirs.items() if value != ours.get(key)} - {"train.run_dir"}
-    if name in ("bf16", AGAIN):
+    if name.startswith("bf16"):
         apart -= {"train.precision"}
     if apart:
         raise SystemExit(f"numerics: {name} must have fp8's configuration, got other {', '.join(sorted(apart))}")
@@ -226,7 +220,7 @@ def paired(runs: dict[str, list[Row]]) -> dict[str, list[Row]]:
 def page(
     config: TrainConfig,
     runs: dict[str, list[Row]],
-    again: dict[str, list[Row]] | None,
+    others: dict[str, dict[str, list[Row]]],
     whole: dict[str, list[Row]],
     origins: dict[str, dict[str, Any]],
 ) -> str:
@@ -258,7 +252,7 @@ Over the last fifth ({apart["steps"]:.0f} steps) the mean loss in FP8 differs fr
 of its steps' ratios {apart["error"]:.3%}), {verdict} the {LIMIT:.2%} of the DeepSeek-V3 report (sec. 3.3); the \
 smoothed curves part by
 {apart["furthest"]:+.3%} at most. The MTP loss differs by {with_error(*pair, "mtp_loss")}.
-{floor(again)}
+{floor(others)}
 {table(runs, whole, origins)}
 
 {made}.
@@ -273,16 +267,20 @@ def sources(config: TrainConfig) -> str:
     return "the sources of " + (named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}")
 
 
-def floor(again: dict[str, list[Row]] | None) -> str:
-    """How far BF16 is from itself."""
-    if again is None:
-        return ""
-    pair = again[AGAIN], again["bf16"]
-    return f"""
-BF16 once more, from initial weights moved in their last bits (`{AGAIN}`), differs from BF16 by
+def floor(others: dict[str, dict[str, list[Row]]]) -> str:
+    """How far each precision is from itself."""
+    text = ""
+    for name in (name for name in AGAIN if name in others):
+        base = name.removesuffix("_again")
+        pair = others[name][name], others[name][base]
+        text += f"""
+{base.upper()} once more, from initial weights moved in their last bits (`{name}`), differs from {base.upper()} by
 {with_error(*pair)} in the loss and by {with_error(*pair, "mtp_loss")} in the MTP loss: so far apart are runs
 between which there is nothing to choose.
 """
+        if base == "fp8":
+            text += f"From BF16 it differs by {with_error(pair[0], others[name]['bf16'])}.\n"
+    return text
 
 
 def table(runs: dict[str, list[Row]], whole: dict[str, list[Row]], origins: dict[str, dict[str, Any]]) -> str:
@@ -379,7 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     piece = commands.add_parser("train", help="make one of the runs, or go on with it")
-    piece.add_argument("name", choices=(*PRECISIONS, AGAIN, *ABLATIONS))
+    piece.add_argument("name", choices=(*PRECISIONS, *AGAIN, *ABLATIONS))
     piece.add_argument("--steps", type=int, help="end there; the schedules stay those of configs/numerics.toml")
     piece.add_argument("--seconds", type=float, help="stop so long after the start, with a checkpoint")
     piece.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run directories are")

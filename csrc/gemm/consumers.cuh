@@ -78,10 +78,13 @@ struct ConsumerView {
   __device__ __forceinline__ void release(int stage) const {
     const BarrierAddress barrier(base + offsetof(Storage, empty) + stage * sizeof(Barrier));
     const int lane = threadIdx.x % 32;
-    if constexpr (C::kMulticast) {
-      if (lane < 2) barrier.arrive_at(lane);
+    if constexpr (!C::kMulticast) {
+      barrier.arrive_for_warp();
+    } else if constexpr (kAllLanesArrive) {
+      barrier.arrive_at(0);
+      barrier.arrive_at(1);
     } else {
-      if (lane == 0) barrier.arrive();
+      if (lane < 2) barrier.arrive_at(lane);
     }
   }
 

@@ -12,7 +12,7 @@ template <typename C>
 __device__ __forceinline__ void init_barriers(GemmStorage<C>& storage) {
   for (int stage = 0; stage < C::kStages; ++stage) {
     storage.full[stage].init(C::kScaleB == ScaleB::kBlock128 ? 2 : 1);
-    storage.empty[stage].init(4 * C::kConsumers * (C::kMulticast ? 2 : 1));
+    storage.empty[stage].init(4 * C::kConsumers * kArrivalsOfAWarp * (C::kMulticast ? 2 : 1));
   }
   fence_barrier_init();
 }

@@ -10,6 +10,15 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// One lane's arrival speaks for its warp, which has met before. compute-sanitizer's racecheck does not see what meeting
+// orders, so a build for it alone (DSV3RT_FOR_RACECHECK) lets all lanes arrive.
+#ifdef DSV3RT_FOR_RACECHECK
+constexpr bool kAllLanesArrive = true;
+#else
+constexpr bool kAllLanesArrive = false;
+#endif
+constexpr uint32_t kArrivalsOfAWarp = kAllLanesArrive ? 32 : 1;
+
 // A barrier by its shared address. An address held in a register is not rebuilt in every step of an inner loop.
 class BarrierAddress {
  public:
@@ -31,6 +40,11 @@ class BarrierAddress {
   // mbarrier.arrive
   __device__ __forceinline__ void arrive() const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_) : "memory");
+  }
+
+  // kArrivalsOfAWarp arrivals of a warp
+  __device__ __forceinline__ void arrive_for_warp() const {
+    if (kAllLanesArrive || threadIdx.x % 32 == 0) arrive();
   }
 
   // mbarrier.arrive + mbarrier.pending_count: whether this arrival was the last of its phase
@@ -76,6 +90,7 @@ class Barrier {
 
   __device__ __forceinline__ BarrierAddress address() const { return BarrierAddress(smem_address(this)); }
   __device__ __forceinline__ void arrive() { address().arrive(); }
+  __device__ __forceinline__ void arrive_for_warp() { address().arrive_for_warp(); }
   __device__ __forceinline__ bool arrive_as_last() { return address().arrive_as_last(); }
   __device__ __forceinline__ void wait(uint32_t parity) { address().wait(parity); }
 

@@ -345,7 +345,6 @@ __device__ __forceinline__ void store_out(const MlaDecodeParams& params, const P
 }
 
 __device__ __forceinline__ void consumer_add_pieces(DecodeStorage& storage, const MlaDecodeParams& params, int half) {
-  const bool leads_warp = threadIdx.x % 32 == 0;
   TwoStage slot, rope;
   PageRing ring;
   while (true) {
@@ -353,7 +352,7 @@ __device__ __forceinline__ void consumer_add_pieces(DecodeStorage& storage, cons
     int pages = storage.piece[slot.stage()].end_page - storage.piece[slot.stage()].first_page;
     if (pages == 0) return;
     storage.weights_full[ring.stage].wait(ring.parity);  // the queries are in registers
-    if (leads_warp) storage.page_empty[ring.stage].arrive();
+    storage.page_empty[ring.stage].arrive_for_warp();
     ring.advance();
     ++rope.count;
     Out out = {};
@@ -361,7 +360,7 @@ __device__ __forceinline__ void consumer_add_pieces(DecodeStorage& storage, cons
     for (; pages > 0; --pages) {
       add_page(storage, ring, rope, half, out);
       __syncwarp();  // the first lane's arrival speaks for all lanes' reads
-      if (leads_warp) storage.page_empty[ring.stage].arrive();
+      storage.page_empty[ring.stage].arrive_for_warp();
       ring.advance();
       ++rope.count;
     }
@@ -385,7 +384,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kPageStages; ++stage) {
       for (Barrier& full : storage.latent_full[stage]) full.init(1);
-      storage.page_empty[stage].init(kOutWarps);
+      storage.page_empty[stage].init(kOutWarps * kArrivalsOfAWarp);
       storage.weights_full[stage].init(32);
     }
     for (Barrier& full : storage.rope_full) full.init(1);

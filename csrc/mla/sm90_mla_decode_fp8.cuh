@@ -269,7 +269,7 @@ __device__ __forceinline__ void add_values(const Fp8Consumer& self, const uint32
     if (step % 2 == 1) {
       fence_async_proxy();  // the copy engine, another proxy, overwrites what has been read here
       __syncwarp();
-      if (lane == 0) self.storage.page_empty[self.stage()][step / 2].arrive();
+      self.storage.page_empty[self.stage()][step / 2].arrive_for_warp();
     }
   }
 }
@@ -442,7 +442,7 @@ __device__ __forceinline__ void consumer_attend_fp8_pieces(DecodeFp8Storage& sto
     join_groups(self, queries, state, out, joint, rows);
     store_fp8_piece(self, piece, joint, rows);
     __syncwarp();
-    if (lane == 0) storage.piece_empty[self.slot.stage()].arrive();
+    storage.piece_empty[self.slot.stage()].arrive_for_warp();
     ++self.slot.count;
   }
 }
@@ -456,11 +456,11 @@ __global__ void __launch_bounds__(kFp8Threads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kFp8Stages; ++stage) {
       for (Barrier& full : storage.page_full[stage]) full.init(1);
-      for (Barrier& empty : storage.page_empty[stage]) empty.init(kFp8Warps);
+      for (Barrier& empty : storage.page_empty[stage]) empty.init(kFp8Warps * kArrivalsOfAWarp);
     }
     for (int slot = 0; slot < kTileSlots; ++slot) {
       storage.piece_full[slot].init(1);
-      storage.piece_empty[slot].init(kFp8Groups * kFp8Warps);
+      storage.piece_empty[slot].init(kFp8Groups * kFp8Warps * kArrivalsOfAWarp);
     }
     fence_barrier_init();
   }

@@ -36,7 +36,7 @@ struct KeyWarpgroup {
 
   __device__ __forceinline__ void release(Barrier& empty) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) empty.arrive();
+    empty.arrive_for_warp();
   }
   // Stages in uniform registers, where descriptors are computed from them.
   __device__ __forceinline__ void advance() {
@@ -116,7 +116,12 @@ template <bool kFirst>
 __device__ __forceinline__ bool release_block_before(const KeyWarpgroup& self) {
   __syncwarp();
   if (kFirst) return threadIdx.x == 0;
-  return threadIdx.x % 32 == 0 && self.storage.empty[self.q_ring.stage_before()].arrive_as_last();
+  Barrier& empty = self.storage.empty[self.q_ring.stage_before()];
+  if constexpr (kAllLanesArrive) {
+    if (threadIdx.x % 32 != 0) empty.arrive();
+    __syncwarp();  // a warp's first lane is its last to arrive
+  }
+  return threadIdx.x % 32 == 0 && empty.arrive_as_last();
 }
 
 // Those queries of the last block that lie behind the end of the sequence, where other sequences follow.
@@ -298,10 +303,10 @@ __global__ void __launch_bounds__(kKeyGradientThreads, 1)
   KeyWarpgroup self{storage, maps, params, __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0)};
   if (threadIdx.x == 0) {
     storage.keys_full.init(1);
-    storage.keys_empty.init(kBackwardConsumerWarps);
+    storage.keys_empty.init(kBackwardConsumerWarps * kArrivalsOfAWarp);
     for (Barrier& barrier : storage.q_full) barrier.init(1);
     for (Barrier& barrier : storage.dout_full) barrier.init(1);
-    for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps);
+    for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps * kArrivalsOfAWarp);
     fence_barrier_init();
     storage.next_tile = blockIdx.x;
     storage.window = 0;

@@ -89,9 +89,9 @@ struct PrefillConsumer {
   uint32_t q_parity = 0;
   float scale_log2;
 
-  __device__ __forceinline__ bool leads_warp() const { return threadIdx.x % 32 == 0; }
+  __device__ __forceinline__ bool speaks() const { return kAllLanesArrive || threadIdx.x % 32 == 0; }
   __device__ __forceinline__ void release(Barrier& empty) const {
-    if (leads_warp()) empty.arrive();
+    if (speaks()) empty.arrive();
   }
   // The block's keys and, behind the tile's last block, its queries.
   __device__ __forceinline__ void release_scores_operands(int block) const {
@@ -270,14 +270,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     storage.q_full.init(1);
-    storage.q_empty.init(kPrefillConsumerWarps);
+    storage.q_empty.init(kPrefillConsumerWarps * kArrivalsOfAWarp);
     for (int stage = 0; stage < 2; ++stage) {
       storage.k_full[stage].init(1);
       storage.v_full[stage].init(1);
       storage.tile_full[stage].init(1);
-      storage.k_empty[stage].init(kPrefillConsumerWarps);
-      storage.v_empty[stage].init(kPrefillConsumerWarps);
-      storage.tile_empty[stage].init(kPrefillConsumerWarps);
+      storage.k_empty[stage].init(kPrefillConsumerWarps * kArrivalsOfAWarp);
+      storage.v_empty[stage].init(kPrefillConsumerWarps * kArrivalsOfAWarp);
+      storage.tile_empty[stage].init(kPrefillConsumerWarps * kArrivalsOfAWarp);
     }
     fence_barrier_init();
   }

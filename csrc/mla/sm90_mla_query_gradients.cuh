@@ -42,7 +42,7 @@ struct TileReader {
 
   __device__ __forceinline__ void release_tile() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) storage.tile_empty[slot.stage()].arrive();
+    storage.tile_empty[slot.stage()].arrive_for_warp();
     ++slot.count;
   }
 };
@@ -139,7 +139,7 @@ struct QueryConsumer : TileReader {
 
   __device__ __forceinline__ void release(Barrier& empty) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) empty.arrive();
+    empty.arrive_for_warp();
   }
   // Row inside the tile of this thread's first accumulators.
   __device__ __forceinline__ int row() const {
@@ -313,14 +313,15 @@ __global__ void __launch_bounds__(kQueryGradientThreads, 1)
   auto& storage = *reinterpret_cast<QueryGradientStorage*>(shared_bytes);
   if (threadIdx.x == 0) {
     storage.queries_full.init(1);
-    storage.queries_empty.init(kBackwardConsumerWarps);
+    storage.queries_empty.init(kBackwardConsumerWarps * kArrivalsOfAWarp);
     storage.arrived.init(1);
     storage.window = 0;
     storage.window_begin = 0;
     for (Barrier& barrier : storage.full) barrier.init(1);
-    for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps);
+    for (Barrier& barrier : storage.empty) barrier.init(kBackwardConsumerWarps * kArrivalsOfAWarp);
     for (Barrier& barrier : storage.tile_full) barrier.init(1);
-    for (Barrier& barrier : storage.tile_empty) barrier.init(kBackwardConsumerWarps + 1);  // and the warp that loads
+    for (Barrier& barrier : storage.tile_empty)
+      barrier.init((kBackwardConsumerWarps + 1) * kArrivalsOfAWarp);  // and the warp that loads
     fence_barrier_init();
   }
   __syncthreads();

@@ -24,7 +24,7 @@ def rows_of(losses: list[float | None]) -> list[dict[str, Any]]:
 def write_run(folder: Path, name: str, losses: list[float | None], *overrides: tuple[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(losses)))
-    precision = "bf16" if name in ("bf16", numerics.AGAIN) else "fp8"
+    precision = "bf16" if name.startswith("bf16") else "fp8"
     config = config_file.load(numerics.ROOT / "configs" / "numerics.toml", [("train.precision", precision), *overrides])
     (folder / f"{name}.toml").write_text(config_file.to_toml(config))
     (folder / f"{name}.json").write_text('{"device": "a device", "commit": "0123", "val_loss_in_bf16": 4.5}')
@@ -88,10 +88,13 @@ def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
 def test_report_says_how_far_bf16_is_from_itself(tmp_path: Path) -> None:
     write_run(tmp_path, "bf16", BF16)
     write_run(tmp_path, "fp8", [1.001 * loss for loss in BF16])
-    write_run(tmp_path, numerics.AGAIN, [1.004 * loss for loss in BF16])
+    write_run(tmp_path, "bf16_again", [1.004 * loss for loss in BF16])
+    write_run(tmp_path, "fp8_again", [1.002 * loss for loss in BF16])
     numerics.report(tmp_path, tmp_path / "docs")
     text = (tmp_path / "docs" / "numerics.md").read_text()
     assert "differs from BF16 by\n+0.400% (0.000%) in the loss and by +0.000% (0.000%) in the MTP loss" in text
+    assert "differs from FP8 by\n+0.100% (0.000%)" in text
+    assert "From BF16 it differs by +0.200% (0.000%)." in text
     assert "## Ablations" not in text
 
 
