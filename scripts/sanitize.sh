@@ -7,7 +7,8 @@
 #
 # JOBS=8 processes at a time, each with LIMIT=120 seconds; TOOLS="racecheck memcheck"; PY: the Python that has the
 # package. The exchange needs ranks and is not among the rooms: tests/gpu/run_ranks.py --sanitizer. Fails unless all is
-# clean. What racecheck names need not be a race: docs/notes/decode.md (Racecheck), docs/notes/mla.md.
+# clean. Racecheck wants kernels built with DSV3RT_FOR_RACECHECK=ON, and what it names need not be a race:
+# docs/notes/sanitizer.md.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: scripts/sanitize.sh LOGS [ROOM ...]" >&2; exit 2; }
 logs=$(realpath -m "$1")
