@@ -21,7 +21,7 @@ target_compile_options(dsv3rt_kernels PRIVATE
     -Werror=all-warnings -lineinfo>)
 
 # The comm room needs the headers of NCCL 2.30 or newer; the library itself is found when it is used.
-find_path(DSV3RT_NCCL_INCLUDE nccl_device/host.h
+find_path(DSV3RT_NCCL_INCLUDE nccl_device.h
           HINTS ENV NCCL_HOME ${DSV3RT_SITE}/nvidia/nccl PATHS /usr/local/cuda PATH_SUFFIXES include)
 if(DSV3RT_NCCL_INCLUDE)
   target_include_directories(dsv3rt_kernels SYSTEM PRIVATE ${DSV3RT_NCCL_INCLUDE})

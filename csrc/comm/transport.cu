@@ -20,6 +20,9 @@
 #if __has_include(<nccl_device/host.h>)
 #include <nccl.h>
 #include <nccl_device/host.h>
+#elif __has_include(<nccl_device/core.h>)  // before 2.32
+#include <nccl.h>
+#include <nccl_device/core.h>
 #endif
 #if defined(NCCL_VERSION_CODE) && NCCL_VERSION_CODE >= 23000
 #define DSV3RT_NCCL_VERSION NCCL_VERSION_CODE

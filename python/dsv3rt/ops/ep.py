@@ -56,7 +56,7 @@ class EpGroup:
             require(limits.max_tokens > 0, op, "limits.max_tokens", "be positive", limits.max_tokens)
             require(0 < limits.top_k <= num_experts, op, "limits.top_k", f"be in 1..{num_experts}", limits.top_k)
             require(limits.num_columns % 16 == 0, op, "limits.num_columns", "be a multiple of 16", limits.num_columns)
-            require(limits.num_sms > 0, op, "limits.num_sms", "be positive", limits.num_sms)
+            require(limits.num_sms >= 0, op, "limits.num_sms", "not be negative", limits.num_sms)
             require(0 <= limits.max_rows < 2**26, op, "limits.max_rows", "be in 0..2^26 - 1", limits.max_rows)
             self.kernels = KernelExchange(group, num_experts, limits, device)
         self.reference = ReferenceExchange(group, num_experts)

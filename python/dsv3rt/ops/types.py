@@ -115,7 +115,8 @@ class Routing:
 class EpLimits:
     """What the window of an expert exchange is sized for: the most tokens of any rank, their choices and their width.
 
-    num_sms: how many SMs a dispatch or a combine uses. timeout_s: after which a wait for a peer is an error.
+    num_sms: how many SMs a dispatch or a combine uses; 0: as many as the way between the ranks wants.
+    timeout_s: after which a wait for a peer is an error.
     low_latency: with room for the form of that name, `ep_send` and what follows it; for ranks of one node.
     max_rows: the largest capacity of `ep_dispatch_with_weights`, for which windows then have two rooms of that many
         rows; 0: it is not used. For ranks of one node.
@@ -124,7 +125,7 @@ class EpLimits:
     max_tokens: int
     top_k: int
     num_columns: int
-    num_sms: int = 16
+    num_sms: int = 0
     timeout_s: float = 100.0
     low_latency: bool = False
     max_rows: int = 0

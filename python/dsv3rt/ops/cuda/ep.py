@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,15 @@ class KernelMaskedRoute(EpRoute):
     origin_P: Tensor
 
 
+def sms_for(node_size: int, sharing: int, sms_of_gpu: int) -> int:
+    """How many fill the way between ranks. node_size: ranks that reach each other's memory. sharing: those on this GPU.
+
+    An SM moves rows at 30 GB/s or so (csrc/comm/README.md), NVLink up to 450 GB/s, a network card 50. Ranks that share
+    a GPU leave half of it to others: kernels that wait for one another have to be resident together.
+    """
+    return max(1, min(16 if node_size > 1 else 8, sms_of_gpu // (2 * sharing)))
+
+
 class KernelExchange:
     """A rank's communicator: a window of memory that all ranks of its node reach, made by all of the group together.
 
@@ -73,6 +82,12 @@ class KernelExchange:
             timeout_us=int(limits.timeout_s * 1e6),
             low_latency=limits.low_latency,
         )
+        if limits.num_sms == 0:
+            properties = torch.cuda.get_device_properties(device)
+            gpus: list[str] = [""] * self._num_ranks
+            dist.all_gather_object(gpus, str(properties.uuid), group=group)
+            sharing, node_size = gpus.count(gpus[self._rank]), self._num_ranks // self.num_nodes
+            self.limits = replace(limits, num_sms=sms_for(node_size, sharing, properties.multi_processor_count))
         self._rail_words = int(self._comm.rail_words())
         self._rooms: list[Tensor] = []
         if self.carries_weights:
