@@ -15,7 +15,7 @@ from dsv3rt.infer.cache import PagedLatentCache, pages_of
 from dsv3rt.infer.generate import GenerateOptions, Generation, generate
 from dsv3rt.infer.runner import can_be_captured
 from dsv3rt.layers.precision import set_precision
-from tests.infer.test_drafts import LENGTHS, V, prompts_of, run, text
+from tests.infer.test_drafts import LENGTHS, V, prompts_of, run, trained_on_text
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1, 2, 3], [7] * 60, [9, 8, 7] * 100, [5]]
@@ -66,17 +66,7 @@ TIE = 1.5
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
     """Of a model that has learnt what follows, by some seconds of training on the CPU."""
-    torch.manual_seed(0)
-    model = Transformer(CONFIG)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for step in range(100):
-        tokens = text(16, 33, seed=step)
-        loss = model(tokens[:, :-1], tokens[:, 1:], mtp_weight=0.3).loss
-        assert loss is not None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.state_dict()
+    return trained_on_text(CONFIG, lr=1e-3).state_dict()
 
 
 def load(weights: dict[str, Tensor], device: str) -> Transformer:

@@ -13,9 +13,9 @@ from dsv3rt.ops.types import GroupLayout
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
 from dsv3rt.train.engine import Engine, StepResult
-from scripts.numerics_ablations import ABLATIONS, ablation
+from scripts.numerics_ablations import ABLATIONS, UNCAST, ablation, settings, without_casts
 from tests.gpu.quant_cases import assert_same_bits
-from tests.layers.fp8_cases import layout_of
+from tests.layers.fp8_cases import Weights, layout_of
 from tests.train.train_helpers import config
 
 pytestmark = pytest.mark.gpu
@@ -92,11 +92,28 @@ def test_products_without_promotion_are_near_the_kernels() -> None:
     assert ops.calc_diff(in_bf16, got[1]) < unpromoted(512) + BF16_ROUNDING
 
 
-def steps(folder: Path) -> list[StepResult]:
+@pytest.mark.parametrize("parts", [*((part,) for part in UNCAST.values()), tuple(UNCAST.values())], ids="+".join)
+def test_experts_without_casts_are_those_of_the_cpu(parts: tuple[str, ...]) -> None:
+    """As near as with all casts (SAME_CASTS of test_fp8_layers.py); padding NaN."""
+    layout, valid, num_rows = layout_of(COUNTS)
+    weights = Weights.draw(256, 128, len(COUNTS), torch.bfloat16)
+    x, dy = (torch.randn(num_rows, 256).bfloat16().masked_fill(~valid[:, None], torch.nan) for _ in range(2))
+    on_gpu, mask, _ = layout_of(COUNTS, "cuda")
+    with without_casts(*parts):
+        want = weights.run(x, dy, layout)
+        got = weights.to("cuda").run(x.cuda(), dy.cuda(), on_gpu)
+    for index, (one, other) in enumerate(zip(got, want, strict=True)):
+        if index < 2:
+            one, other = one[mask], other[valid]
+        assert ops.calc_diff(one.cpu(), other) < 4e-5, index
+
+
+def steps(folder: Path, name: str = "") -> list[StepResult]:
     torch.manual_seed(3)
     tokens = (torch.randint(1, 4, (8000,)).cumsum(0) % 64).numpy().astype("uint16")
     model = asdict(replace(presets.model("tiny"), num_layers=2, ffn_dim=256, num_experts=4, num_expert_groups=2))
     train = {"seq_len": 128, "batch_size": 8, "micro_batch_size": 8, "precision": "fp8", "device": "cuda"}
+    train |= {key.removeprefix("train."): value for key, value in settings(name).items()}
     made = Engine(config(folder, model=model, train=train, optim={"lr": 3e-3}), Samples(tokens, 128, 0))
     one, state = made.step(RunState())
     return [one, made.step(state)[0]]
@@ -110,7 +127,7 @@ def test_a_step_is_near_fp8(name: str, tmp_path: Path) -> None:
     broken backward would miss."""
     fp8 = steps(tmp_path)
     with ablation(name):
-        got = steps(tmp_path)
+        got = steps(tmp_path, name)
     assert got != fp8
     assert [step.skipped for step in got] == ["", ""]
     assert [step.loss for step in got] == pytest.approx([step.loss for step in fp8], rel=2e-2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt import Transformer, presets
+from dsv3rt.config import ModelConfig
 from dsv3rt.infer.generate import GenerateOptions, Generation, generate
 from dsv3rt.infer.sampling import Drafts, Sampler, draft, verify
 
@@ -35,12 +36,11 @@ def text(batch: int, length: int, seed: int) -> Tensor:
     return tokens
 
 
-@pytest.fixture(scope="module")
-def trained() -> Transformer:
-    """A few seconds of training: enough for the MTP block to guess often, and to be wrong often."""
+def trained_on_text(config: ModelConfig, lr: float) -> Transformer:
+    """By a few seconds of training: enough for the MTP block to guess often, and to be wrong often."""
     torch.manual_seed(0)
-    model = Transformer(CONFIG)
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    model = Transformer(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for step in range(100):
         tokens = text(16, 33, seed=step)
         loss = model(tokens[:, :-1], tokens[:, 1:], mtp_weight=0.3).loss
@@ -49,6 +49,11 @@ def trained() -> Transformer:
         loss.backward()
         optimizer.step()
     return model
+
+
+@pytest.fixture(scope="module")
+def trained() -> Transformer:
+    return trained_on_text(CONFIG, lr=4e-3)
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:

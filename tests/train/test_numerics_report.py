@@ -63,7 +63,12 @@ def test_report_says_what_was_not_studied(tmp_path: Path) -> None:
         write_run(tmp_path, name, BF16)
     numerics.report(tmp_path, tmp_path / "docs")
     text = (tmp_path / "docs" / "numerics.md").read_text()
-    assert "no ablation of the shape of tiles, fine scales, promotion." in text
+    assert (
+        set(numerics.QUESTIONS)
+        == set(numerics.ABLATIONS)
+        == set(numerics.COLORS) - {*numerics.PRECISIONS, *numerics.AGAIN}
+    )
+    assert f"no ablation of {', '.join(numerics.QUESTIONS.values())}." in text
     assert "## Ablations" not in text
 
 
@@ -82,7 +87,8 @@ def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
     assert f"| `per_tensor` | 100 | {losses[1]:.4f} | +0.200% (0.000%) | +0.100% (0.000%) | {rest}" in text
     assert f"| `no_promotion` | 50 | {losses[2]:.4f} | +0.300% (0.000%) | +0.200% (0.000%) | {rest}" in text
     assert "difference of `no_promotion` from `per_tensor`: +0.100% (0.000%)." in text
-    assert "no ablation of the shape of tiles. What came before" in text
+    assert "no ablation of the shape of tiles, casts for weight gradients, " in text
+    assert "fine scales" not in text
 
 
 def test_report_says_how_far_bf16_is_from_itself(tmp_path: Path) -> None:
@@ -116,6 +122,22 @@ def test_report_rejects_an_ablation_configured_otherwise(tmp_path: Path) -> None
     write_run(tmp_path, "per_tensor", BF16, ("train.precision", "bf16"))
     with pytest.raises(SystemExit, match=r"per_tensor must have fp8's configuration, got other train\.precision"):
         numerics.report(tmp_path, tmp_path / "docs")
+
+
+def test_report_takes_the_settings_that_make_an_ablation(tmp_path: Path) -> None:
+    """And no others under its name, nor under another."""
+    for name in numerics.PRECISIONS:
+        write_run(tmp_path, name, BF16)
+    patterns = {"attention_bf16": '["*.self_attn.*"]', "experts_bf16": '["*.mlp.*"]'}
+    for name, modules in patterns.items():
+        write_run(tmp_path, name, BF16, ("train.bf16_modules", modules))
+        numerics.report(tmp_path, tmp_path / "docs")
+        assert f"\n| `{name}` | 100 |" in (tmp_path / "docs" / "numerics.md").read_text()
+    for name, modules in (("attention_bf16", "[]"), ("wgrad_bf16", patterns["experts_bf16"])):
+        write_run(tmp_path, name, BF16, ("train.bf16_modules", modules))
+        with pytest.raises(SystemExit, match=rf"{name} must have fp8's configuration, got other train\.bf16_modules"):
+            numerics.report(tmp_path, tmp_path / "docs")
+        (tmp_path / f"{name}.jsonl").unlink()
 
 
 def test_study_is_as_large_as_it_says() -> None:
