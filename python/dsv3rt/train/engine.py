@@ -101,8 +101,7 @@ class Engine:
         share = run.micro_batch_size / sequences
         rule = Rule(self._balance_alpha.value(*at), mtp_weight, share, frozenset(run.recompute))
         seen = self._backward(state.samples, sequences, rule)
-        loss, mtp_loss, balance_loss = seen.losses.tolist()
-        grad_norm = seen.grad_norm.item()
+        loss, mtp_loss, balance_loss, grad_norm, load = seen.numbers()
         skipped = _not_finite("loss", loss) or _not_finite("gradient norm", grad_norm)
         lr = self._lr.value(after.step, after.tokens)
         if skipped:
@@ -118,8 +117,7 @@ class Engine:
             for layer, moe in moe_layers(self.model).items():
                 moe.gate.update_bias(seen.counts_LE[layer - self.config.model.num_dense_layers], gamma)
         flops = tokens * train_flops_per_token(self.config.model, run.seq_len, with_mtp=mtp_weight > 0)
-        load = _max_expert_load(seen.counts_LE)
-        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, load, tokens, flops, skipped), after
+        return StepResult(loss, mtp_loss, balance_loss, grad_norm, lr, load or None, tokens, flops, skipped), after
 
     def evaluate(self, samples: Samples, limit: int) -> float | None:
         """Mean main loss over the first `limit` samples, the same ones each time; None where `limit` is 0."""
@@ -203,6 +201,11 @@ class _Seen:
     counts_LE: Tensor
     grad_norm: Tensor
 
+    def numbers(self) -> list[float]:
+        """The losses, the norm and the fullest expert's load, in one read: the host waits once, ahead of the update."""
+        numbers = [*self.losses.double(), self.grad_norm.double(), _max_expert_load(self.counts_LE)]
+        return torch.stack(numbers).tolist()
+
 
 def device_of(run: RunConfig) -> torch.device:
     """Where this process computes: under torchrun each one of a machine has its own GPU."""
@@ -239,6 +242,10 @@ def _not_finite(what: str, value: float) -> str:
     return "" if math.isfinite(value) else f"{what} is {value}"
 
 
-def _max_expert_load(counts_LE: Tensor) -> float | None:
-    counts_LE = counts_LE[counts_LE.sum(dim=1) > 0].double()  # an idle MTP block has no load
-    return (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max().item() if len(counts_LE) else None
+def _max_expert_load(counts_LE: Tensor) -> Tensor:
+    """0 where no expert has any."""
+    if len(counts_LE) == 0:
+        return counts_LE.new_zeros((), dtype=torch.float64)
+    counts_LE = counts_LE.double()
+    mean_L = counts_LE.mean(dim=1)
+    return torch.where(mean_L > 0, counts_LE.amax(dim=1) / mean_L, 0.0).max()  # an idle MTP block has no load
