@@ -178,7 +178,7 @@ def test_trainers_step_does_not_wait_for_the_device_inside(tmp_path: Path) -> No
 
 @pytest.mark.gpu
 def test_trainer_waits_where_it_reads_alone(tmp_path: Path) -> None:
-    """The engine brings batches, and reads losses, norm and loads at once, ahead of the update. Nothing else waits."""
+    """The engine reads losses, norm and loads, at once and ahead of the update. Nothing else waits."""
     made = engine(tmp_path, "cuda")
     _, state = made.step(RunState())
     with warnings.catch_warnings(record=True) as caught:

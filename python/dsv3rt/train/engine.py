@@ -190,7 +190,13 @@ class Engine:
             dist.all_reduce(values)
 
     def _micro_batch(self, samples: SampleSource, position: int, count: int) -> MicroBatch:
-        return MicroBatch(*(part.to(self.device) for part in samples.batch(position, count)))
+        return MicroBatch(*(self._on_device(part) for part in samples.batch(position, count)))
+
+    def _on_device(self, part: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return part.to(self.device)
+        # From pinned memory the host need not wait for what is queued on the device.
+        return part.contiguous().pin_memory().to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
