@@ -43,13 +43,14 @@ from dsv3rt.train.engine import Engine  # noqa: E402
 from dsv3rt.train.metrics import Row, read_rows  # noqa: E402
 from dsv3rt.train.plot import smooth  # noqa: E402
 from dsv3rt.train.trainer import Trainer  # noqa: E402
-from scripts.numerics_ablations import ABLATIONS, ablation  # noqa: E402
+from scripts.numerics_ablations import ABLATIONS, QUESTIONS, ablation, settings  # noqa: E402
 
 PRECISIONS = ("bf16", "fp8")
 AGAIN = ("bf16_again", "fp8_again")
 COLORS = {"bf16": "#4c72b0", "bf16_again": "#64b5cd", "fp8": "#dd8452", "fp8_again": "#ccb974",
-          "block_128x128": "#55a868", "per_tensor": "#8172b3", "no_promotion": "#c44e52"}  # fmt: skip
-QUESTIONS = {"block_128x128": "the shape of tiles", "per_tensor": "fine scales", "no_promotion": "promotion"}
+          "block_128x128": "#55a868", "per_tensor": "#8172b3", "no_promotion": "#c44e52", "wgrad_bf16": "#937860",
+          "dgrad_bf16": "#da8bc3", "fprop_bf16": "#8c8c8c", "swiglu_bf16": "#2f7f7f", "attention_bf16": "#a02c2c",
+          "experts_bf16": "#4a6b1f"}  # fmt: skip
 LIMIT = 0.0025  # what the V3 report (sec. 3.3) says that FP8 stays below
 INK = "#333333"
 
@@ -60,6 +61,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     run_dir = Path(options.runs, f"numerics-{options.name}")
     precision = "bf16" if options.name.startswith("bf16") else "fp8"
     overrides += [("train.precision", precision), ("train.run_dir", str(run_dir))]
+    overrides += [(key, str(value)) for key, value in settings(options.name).items()]
     if options.steps:
         overrides.append(("train.steps", str(options.steps)))
     with ablation(options.name) if options.name in ABLATIONS else nullcontext():
@@ -201,8 +203,8 @@ def report(folder: Path, docs: Path) -> None:
 
 
 def check_same(name: str, config: TrainConfig, fp8: TrainConfig) -> None:
-    """An error where a run was configured otherwise than the FP8 run."""
-    ours, theirs = config_file.flat(config), config_file.flat(fp8)
+    """An error where a run was configured otherwise than the FP8 run, but for what makes its name."""
+    ours, theirs = config_file.flat(config), config_file.flat(fp8) | settings(name)
     apart = {key for key, value in theirs.items() if value != ours.get(key)} - {"train.run_dir"}
     if name.startswith("bf16"):
         apart -= {"train.precision"}

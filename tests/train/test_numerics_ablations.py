@@ -1,31 +1,30 @@
-"""The ablations of scripts/numerics.py that change scales change those they say, and nothing outside their block."""
+"""The ablations of scripts/numerics.py change the scales they say or leave out the casts, and nothing outside their
+block."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_fp8_training import MODEL, engine, run_steps
-from torch import Tensor
+from test_fp8_training import engine, run_steps
+from torch import Tensor, nn
 
 from dsv3rt import ops
-from dsv3rt.layers.weights import casts_of
-from dsv3rt.ops.types import QuantTensor, round_up
-from dsv3rt.train import config_file
-from dsv3rt.train.metrics import read_rows
-from scripts import numerics
-from scripts.numerics_ablations import ABLATIONS, BF16_MODULES, UNCAST, ablation
-from tests.layers.fp8_cases import layout_of
-from tests.train.train_helpers import config
+from dsv3rt.layers import fp8
+from dsv3rt.layers.norm import RMSNorm
+from dsv3rt.layers.weights import Copies, WeightCast, casts_of, is_released
+from dsv3rt.ops.reference import swiglu_cast
+from dsv3rt.ops.types import GroupLayout, QuantTensor, round_up
+from scripts.numerics_ablations import ABLATIONS, BF16_MODULES, UNCAST, ablation, settings, without_casts
+from tests.layers.fp8_cases import CAST_DIFF, Weights, layout_of, take
 
 COARSE = ("block_128x128", "per_tensor")
-SCALED = [name for name in ABLATIONS if name not in (*UNCAST, *BF16_MODULES)]  # test_numerics_uncast.py has the others
+SCALED = [name for name in ABLATIONS if name not in (*UNCAST, *BF16_MODULES)]
+PRODUCTS = ("fprop_bf16", "dgrad_bf16", "wgrad_bf16")
 COUNTS = [5, 0, 131, 128]
 
 
@@ -220,16 +219,24 @@ def test_unknown_ablation_is_rejected() -> None:
 
 def test_each_ablation_trains_otherwise_than_fp8(tmp_path: Path) -> None:
     """At initialisation a tensor's numbers lie within a few powers of two of each other, and E4M3 keeps as many bits
-    over the 15 that it spans: as near to FP8 as FP8 is to BF16 (test_fp8_training.py)."""
-    runs = {"fp8": run_steps(engine(tmp_path), 5)}
-    for name in SCALED:
+    over the 15 that it spans: as near to FP8 as FP8 is to BF16 (test_fp8_training.py). The first loss is FP8's to the
+    bit where the forward is. Without any cast a step is as near to BF16 as products of other roundings are."""
+    bf16, fp8_alone = (run_steps(engine(tmp_path, dtype="bfloat16", precision=name), 5) for name in ("bf16", "fp8"))
+    runs = {}
+    for name in ABLATIONS:
+        changes = {key.removeprefix("train."): value for key, value in settings(name).items()}
         with ablation(name):
-            runs[name] = run_steps(engine(tmp_path), 5)
-        for got, want in zip(runs[name], runs["fp8"], strict=True):
-            assert got.loss != want.loss
-            assert got.loss == pytest.approx(want.loss, rel=1e-2)
+            runs[name] = run_steps(engine(tmp_path, dtype="bfloat16", **changes), 5)
+        first, *rest = zip(runs[name], fp8_alone, strict=True)
+        assert (first[0].loss == first[1].loss) == (name in ("wgrad_bf16", "dgrad_bf16", "swiglu_bf16")), name
+        assert all(got.loss != want.loss for got, want in rest)
+        assert all(got.grad_norm != want.grad_norm for got, want in (first, *rest))
+        assert all(got.loss == pytest.approx(want.loss, rel=1e-2) for got, want in (first, *rest))
     assert runs["block_128x128"] != runs["per_tensor"]
     assert runs["no_promotion"] == runs["per_tensor"]  # on a CPU
+    with without_casts(*UNCAST.values()):
+        got = run_steps(engine(tmp_path, dtype="bfloat16"), 1)[0]
+    assert (got.loss, got.grad_norm) == pytest.approx((bf16[0].loss, bf16[0].grad_norm), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [*SCALED, ""])
@@ -241,28 +248,153 @@ def test_ablations_hold_for_what_the_optimizer_casts(tmp_path: Path, name: str) 
     assert (max(scales) == 1) == (name in ("per_tensor", "no_promotion"))
 
 
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["numerics.py", *arguments])
-        numerics.main()
-
-    return run
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return x.float() @ w.float().t()
 
 
-def test_an_ablation_is_a_run_that_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = command(monkeypatch)
-    root = tmp_path / "root"
-    (root / "configs").mkdir(parents=True)
-    small = config(tmp_path, model=MODEL, train={"steps": 4, "dtype": "bfloat16"})
-    (root / "configs" / "numerics.toml").write_text(config_file.to_toml(small))
-    monkeypatch.setattr(numerics, "ROOT", root)
-    kept = tmp_path / "kept"
-    run("train", "fp8", "--runs", str(tmp_path), "--keep", str(kept))
-    run("train", "per_tensor", "--runs", str(tmp_path / "whole"), "--keep", str(tmp_path / "whole"))
-    for steps in ("2", "4"):
-        run("train", "per_tensor", "--runs", str(tmp_path), "--keep", str(kept), "--steps", steps)
-    losses = [[row["loss"] for row in read_rows(folder / "per_tensor.jsonl")] for folder in (kept, tmp_path / "whole")]
-    assert len(losses[0]) == 5
-    assert losses[0] == losses[1]
-    assert losses[0] != [row["loss"] for row in read_rows(kept / "fp8.jsonl")]
-    assert 'precision = "fp8"' in (kept / "per_tensor.toml").read_text()
+def linear(x: Tensor, dy: Tensor, weights: tuple[nn.Parameter, ...], kind: str) -> list[Tensor]:
+    """y, dx and the weights' gradients."""
+    leaf, stack = x.clone().requires_grad_(), (WeightCast(), weights)
+    if kind == "norm":
+        y = fp8.norm_linear(leaf, RMSNorm(x.shape[1], 1e-6, dtype=x.dtype), stack, None)
+    else:
+        y = fp8.linear(leaf, stack, None, keep_input=kind == "keep_input")
+    y.backward(dy)
+    assert leaf.grad is not None
+    return [y.detach(), leaf.grad, torch.cat([gradient for w in weights if (gradient := take(w)) is not None])]
+
+
+@pytest.mark.parametrize("kind", ["linear", "keep_input", "norm"])
+@pytest.mark.parametrize("rows", [3, 130])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_one_product_of_a_linear_is_that_of_bf16(name: str, rows: int, kind: str) -> None:
+    """But for FP32 sums in another order, which make of a BF16 result perhaps the next number; the others have the
+    bits of FP8. Behind a norm dx is that of the norm's own backward."""
+    weights = tuple(nn.Parameter((torch.randn(n, 256) * 0.05).bfloat16()) for n in (128, 48))
+    x, dy = torch.randn(rows, 256).bfloat16(), torch.randn(rows, 176).bfloat16()
+    plain = linear(x, dy, weights, kind)
+    with ablation(name):
+        got = linear(x, dy, weights, kind)
+    w = torch.cat([weight.detach() for weight in weights])
+    y = ops.rms_norm(x, torch.ones(256).bfloat16(), 1e-6) if kind == "norm" else x
+    exact = [product(y, w).bfloat16(), product(dy, w.t()).bfloat16(), product(dy.t(), y.t())]
+    if kind == "norm":
+        leaf = x.clone().requires_grad_()
+        ops.rms_norm(leaf, torch.ones(256).bfloat16(), 1e-6).backward(exact[1])
+        assert leaf.grad is not None
+        exact[1] = leaf.grad
+    index = PRODUCTS.index(name)
+    torch.testing.assert_close(
+        got[index], exact[index], rtol=2**-7 if index < 2 else 1e-5, atol=2**-12, check_dtype=False
+    )
+    assert ops.calc_diff(got[index], exact[index]) < 1e-6 < CAST_DIFF / 2 < ops.calc_diff(plain[index], exact[index])
+    assert all(torch.equal(got[other], plain[other]) for other in {0, 1, 2} - {index})
+
+
+def mlp(parts: tuple[str, ...], weights: Weights, x: Tensor, dy: Tensor, layout: GroupLayout | None) -> list[Tensor]:
+    """y, dx and the weights' gradients, cast by cast: each operand but those of `parts` is rounded to E4M3."""
+
+    def rows(x_TD: Tensor, part: str) -> Tensor:
+        return x_TD.float() if part in parts else ops.dequantize(ops.quantize_1x128(x_TD, layout=layout))
+
+    def columns(x_TD: Tensor) -> Tensor:
+        if "wgrad" in parts:
+            return x_TD.float().t()
+        return ops.dequantize(ops.quantize_1x128(x_TD, layout=layout, with_transpose=True)[1])[:, : len(x_TD)]
+
+    def weight(w: Tensor, part: str) -> Tensor:
+        found = w.detach().float() if part in parts else ops.dequantize(ops.quantize_128x128(w.detach()))
+        return found if found.dim() == 3 else found[None]
+
+    counts, firsts = ([len(x)], [0]) if layout is None else (layout.counts_X.tolist(), layout.offsets.tolist()[:-1])
+    spans = [slice(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+
+    def by_rows(x_TD: Tensor, w_XFD: Tensor) -> Tensor:
+        y_TF = torch.zeros(len(x_TD), w_XFD.shape[1], dtype=torch.bfloat16)
+        for span, w_FD in zip(spans, w_XFD, strict=True):
+            y_TF[span] = product(x_TD[span], w_FD).bfloat16()
+        return y_TF
+
+    def by_depth(dy_FT: Tensor, x_DT: Tensor, like: Tensor) -> Tensor:
+        return torch.stack([product(dy_FT[:, span], x_DT[:, span]) for span in spans]).view(like.shape)
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=1)
+        return nn.functional.silu(gate) * up
+
+    gate_up = by_rows(rows(x, "fprop"), weight(weights.up, "fprop"))
+    y = by_rows(rows(swiglu(gate_up.float()).bfloat16(), "fprop"), weight(weights.down, "fprop"))
+    kept = rows(gate_up, "swiglu").requires_grad_()
+    again = swiglu(kept)
+    again.backward(by_rows(rows(dy, "dgrad"), weight(weights.down, "dgrad").mT).float())
+    assert kept.grad is not None
+    grad = kept.grad.bfloat16()
+    dx = by_rows(rows(grad, "dgrad"), weight(weights.up, "dgrad").mT)
+    of_down = by_depth(columns(dy), columns(again.detach().bfloat16()), weights.down)
+    return [y, dx, by_depth(columns(grad), columns(x), weights.up), of_down]
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("parts", [(), *((p,) for p in UNCAST.values()), tuple(UNCAST.values())], ids="+".join)
+def test_feed_forward_has_the_casts_that_it_says(parts: tuple[str, ...], counts: list[int] | None) -> None:
+    """A cast too many or too few would be 30 times the bound. What none of `parts` is behind has the bits of FP8."""
+    layout, valid, num_rows = (None, torch.ones(150, dtype=torch.bool), 150) if counts is None else layout_of(counts)
+    weights = Weights.draw(128, 128, counts and len(counts), torch.bfloat16)
+    x, dy = (torch.randn(num_rows, 128).bfloat16() * valid[:, None] for _ in range(2))
+    want, fp8_alone = mlp(parts, weights, x, dy, layout), weights.run(x, dy, layout)
+    poison = torch.zeros_like(x).masked_fill(~valid[:, None], torch.nan)
+    with without_casts(*parts):
+        got = weights.run(x + poison, dy + poison, layout)
+    assert max(ops.calc_diff(one, other) for one, other in zip(got, want, strict=True)) < CAST_DIFF / 30
+    behind = {"fprop": {0, 1, 2, 3}, "dgrad": {1, 2}, "wgrad": {2, 3}, "swiglu": {1, 2, 3}}
+    moved = set().union(*(behind[part] for part in parts))
+    assert {index for index in range(4) if not torch.equal(got[index], fp8_alone[index])} == moved
+
+
+@pytest.mark.parametrize("name", [*UNCAST, *BF16_MODULES])
+def test_casts_are_restored(name: str) -> None:
+    def patched() -> list[object]:
+        return [dict(vars(ops)), fp8._as_kept, Copies.part, swiglu_cast.quantize_1x128]
+
+    before = patched()
+    with ablation(name):
+        assert (patched() == before) == (name in BF16_MODULES)
+    assert patched() == before
+
+
+def test_unknown_parts_are_rejected() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^without_casts: parts must be of .*, got forward$"),
+        without_casts("forward"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["fprop_bf16", "dgrad_bf16"])
+def test_weights_are_the_rounded_masters(tmp_path: Path, name: str) -> None:
+    """After updates too, while their own copies are released; the other orientation is cast."""
+    with ablation(name):
+        made = engine(tmp_path, dtype="bfloat16")
+        run_steps(made, 2)
+        with pytest.raises(ValueError, match="weight_orientations must be 2, got 1"):
+            engine(tmp_path, dtype="bfloat16", weight_orientations=1)
+    names, masters = {id(p): n for n, p in made.model.named_parameters()}, made.optimizer.masters()
+    for cast in casts_of(made.model):
+        exact = torch.cat([masters[names[id(weight)]] for weight in cast.weights]).bfloat16()
+        w, w_t = cast.of(*cast.weights)
+        assert w_t is not None
+        assert all(is_released(weight) for weight in cast.weights)
+        uncast, other, exact = (w, w_t, exact) if name == "fprop_bf16" else (w_t, w, exact.mT)
+        assert torch.equal(uncast.data, exact)
+        assert other.data.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("name", "rest"), [("attention_bf16", ".mlp."), ("experts_bf16", ".self_attn.")])
+def test_settings_leave_the_rest_in_fp8(tmp_path: Path, name: str, rest: str) -> None:
+    made = [engine(tmp_path, bf16_modules=modules).model for modules in (settings(name)["train.bf16_modules"], [])]
+    ours, all_of_them = (
+        {n for n, p in model.named_parameters() for cast in casts_of(model) if any(p is w for w in cast.weights)}
+        for model in made
+    )
+    assert ours == {weight for weight in all_of_them if rest in weight}
+    assert ours

@@ -1,16 +1,21 @@
-"""What scripts/numerics.py says of two runs."""
+"""What scripts/numerics.py keeps of its runs and says of them."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+from test_fp8_training import MODEL
 
 from dsv3rt.train import config_file
+from dsv3rt.train.metrics import read_rows
 from scripts import numerics
+from tests.train.train_helpers import config as small_config
 
 
 def rows_of(losses: list[float | None]) -> list[dict[str, Any]]:
@@ -146,3 +151,30 @@ def test_study_is_as_large_as_it_says() -> None:
     config = config_file.load(numerics.ROOT / "configs" / "numerics.toml")
     assert parameter_counts(config.model).main >= 200e6
     assert config.train.steps >= 1000
+
+
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["numerics.py", *arguments])
+        numerics.main()
+
+    return run
+
+
+def test_an_ablation_is_a_run_that_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = command(monkeypatch)
+    root = tmp_path / "root"
+    (root / "configs").mkdir(parents=True)
+    small = small_config(tmp_path, model=MODEL, train={"steps": 4, "dtype": "bfloat16"})
+    (root / "configs" / "numerics.toml").write_text(config_file.to_toml(small))
+    monkeypatch.setattr(numerics, "ROOT", root)
+    kept = tmp_path / "kept"
+    run("train", "fp8", "--runs", str(tmp_path), "--keep", str(kept))
+    run("train", "per_tensor", "--runs", str(tmp_path / "whole"), "--keep", str(tmp_path / "whole"))
+    for steps in ("2", "4"):
+        run("train", "per_tensor", "--runs", str(tmp_path), "--keep", str(kept), "--steps", steps)
+    losses = [[row["loss"] for row in read_rows(folder / "per_tensor.jsonl")] for folder in (kept, tmp_path / "whole")]
+    assert len(losses[0]) == 5
+    assert losses[0] == losses[1]
+    assert losses[0] != [row["loss"] for row in read_rows(kept / "fp8.jsonl")]
+    assert 'precision = "fp8"' in (kept / "per_tensor.toml").read_text()

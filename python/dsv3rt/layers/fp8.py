@@ -236,7 +236,7 @@ class _SwigluMlp(torch.autograd.Function):
         x, x_t = _by_rows_and_columns(x_TD, job.layout, trains, tokens_P)
         gate_up = _rows_product(x, job.up[0], job.layout, torch.bfloat16)
         hidden = ops.swiglu_quantize_1x128(gate_up, weight_T=gates_P, layout=job.layout)
-        kept = ops.quantize_1x128(gate_up, layout=job.layout) if trains else None
+        kept = _as_kept(gate_up, job.layout) if trains else None
         ctx.save_for_backward(*_tensors(x_t), *_tensors(kept), tokens_P, gates_P)
         return job.last_product(hidden, job.down[0], x_TD.dtype, backward=False)
 
@@ -272,6 +272,11 @@ def _by_rows_and_columns(
     if with_columns:
         return ops.quantize_1x128(x_TD, layout=layout, rows_P=rows_P, with_transpose=True)
     return ops.quantize_1x128(x_TD, layout=layout, rows_P=rows_P), None
+
+
+def _as_kept(gate_up: Tensor, layout: GroupLayout | None) -> QuantTensor:
+    """The input of SwiGLU for the backward."""
+    return ops.quantize_1x128(gate_up, layout=layout)
 
 
 def _columns_of(x_TD: Tensor) -> QuantTensor:
