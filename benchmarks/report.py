@@ -47,7 +47,6 @@ PEERS = {
 # What the header says of all suites and isn't so of these.
 NOTES = {
     "layer": "Parts of a step as they follow each other, with warm caches: all steps of ours, then all of the peer's.",
-    "mla_prefill": "Since 37f63f0 one load of the gradients of keys names its L2 policy, the normal one.",
     "memory": "Peaks of a step; where there are times, the host's, of steps in a row.",
     "generate": "The host's time between tokens, warm caches; drafts stand by lot, 85 in 100.",
 }
