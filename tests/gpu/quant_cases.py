@@ -40,14 +40,16 @@ def random_rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int, decades: 
     return (x * 10 ** (exponents * decades)).to(dtype)
 
 
-def random_layout(counts: list[int], spare: int = 0) -> tuple[GroupLayout, list[tuple[int, int, int]], int]:
+def random_layout(
+    counts: list[int], spare: int = 0, *, device: str = "cuda"
+) -> tuple[GroupLayout, list[tuple[int, int, int]], int]:
     """Segments padded to 128 rows: the layout, each one's (start, end, padded end), the rows with `spare` more."""
     spans, start = [], 0
     for count in counts:
         spans.append((start, start + count, start + round_up(count, 128)))
         start = spans[-1][2]
     offsets = [0, *(end for _, _, end in spans)]
-    layout = GroupLayout(*(torch.tensor(values, dtype=torch.int32, device="cuda") for values in (counts, offsets)))
+    layout = GroupLayout(*(torch.tensor(values, dtype=torch.int32, device=device) for values in (counts, offsets)))
     return layout, spans, start + spare
 
 

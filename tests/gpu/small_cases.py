@@ -17,7 +17,9 @@ from torch import Tensor
 
 from dsv3rt import ops
 from dsv3rt.ops.cuda.extension import load
-from dsv3rt.ops.types import AdamWHyper, AdamWSlot, GroupLayout, QuantTensor, Routing, round_up
+from dsv3rt.ops.types import AdamWHyper, AdamWSlot, GroupLayout, QuantTensor, Routing
+from tests.gpu.gemm_cases import bytes_of
+from tests.gpu.quant_cases import random_layout
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = 1e-6
@@ -65,16 +67,13 @@ class Numbers:
         return ((ranks.float() - 256) / 32).to(self.device)
 
 
-def layout_of(counts: Sequence[int], device: str) -> tuple[GroupLayout, Tensor]:
+def layout_of(counts: list[int], device: str) -> tuple[GroupLayout, Tensor]:
     """Segments in multiples of 128 that fill the rows; which rows hold data, on the CPU."""
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + round_up(count, 128))
-    valid = torch.zeros(offsets[-1], dtype=torch.bool)
-    for start, count in zip(offsets, counts, strict=False):
-        valid[start : start + count] = True
-    numbers = (torch.tensor(values, dtype=torch.int32).to(device) for values in (counts, offsets))
-    return GroupLayout(*numbers), valid
+    layout, spans, rows = random_layout(counts, device=device)
+    valid = torch.zeros(rows, dtype=torch.bool)
+    for start, end, _ in spans:
+        valid[start:end] = True
+    return layout, valid
 
 
 def on_cpu(*tensors: Tensor | QuantTensor | None) -> list[Tensor]:
@@ -89,10 +88,6 @@ M, N, K, SMS = 304, 272, 1168, 4
 Tile = tuple[int, int, int, int]  # rows, columns, share (0 none, 1 A, 2 B, 3 the depth), band
 
 
-def operands(*quants: QuantTensor) -> list[Tensor]:
-    return [part for q in quants for part in (q.data.view(torch.uint8), q.scale)]
-
-
 def dense(tile: Tile, dtype: torch.dtype, device: str, *, by_rows: bool = False, adds: bool = False) -> list[Tensor]:
     numbers = Numbers(device)
     x, weight, before = numbers.normal(M, K), numbers.normal(N, K), numbers.normal(M, N, dtype=dtype, size=30.0)
@@ -100,7 +95,7 @@ def dense(tile: Tile, dtype: torch.dtype, device: str, *, by_rows: bool = False,
     if device == "cpu":
         return [ops.fp8_gemm_nt(q, w, out_dtype=dtype, accumulate_into=before if adds else None)]
     sms = 0 if tile[2] == 3 else SMS  # halves of a depth have a cluster for each tile
-    load().fp8_gemm_nt(*operands(q, w), before, accumulate=adds, num_sms=sms, tile=tile)
+    load().fp8_gemm_nt(*bytes_of(q, w), before, accumulate=adds, num_sms=sms, tile=tile)
     return on_cpu(before)
 
 
@@ -115,7 +110,7 @@ def by_rows(tile: Tile, dtype: torch.dtype, device: str, *, masked: bool = False
     if device == "cpu":
         return [ops.m_grouped_fp8_gemm_nt(q, w, layout, out_dtype=dtype)[valid]]
     y = torch.empty((len(valid), N), dtype=dtype, device=device)
-    load().m_grouped_fp8_gemm_nt(*operands(q, w), y, layout.counts_X, layout.offsets, num_sms=SMS, tile=tile)
+    load().m_grouped_fp8_gemm_nt(*bytes_of(q, w), y, layout.counts_X, layout.offsets, num_sms=SMS, tile=tile)
     return [y.cpu()[valid]]
 
 
@@ -130,7 +125,7 @@ def by_depth(tile: Tile, device: str, *, adds: bool) -> list[Tensor]:
     if device == "cpu":
         return [ops.k_grouped_fp8_gemm_nt(q, w, layout, accumulate_into=before if adds else None)]
     groups = layout.counts_X, layout.offsets
-    load().k_grouped_fp8_gemm_nt(*operands(q, w), before, *groups, accumulate=adds, num_sms=SMS, tile=tile)
+    load().k_grouped_fp8_gemm_nt(*bytes_of(q, w), before, *groups, accumulate=adds, num_sms=SMS, tile=tile)
     return on_cpu(before)
 
 

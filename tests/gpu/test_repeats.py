@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dsv3rt import ops
-from dsv3rt.ops.types import GroupLayout
 from tests.gpu import mla_decode_cases as decode
 from tests.gpu.mla_cases import SCALE, draw, ends
+from tests.gpu.quant_cases import random_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -48,13 +48,6 @@ def add_to(kept: Tensor, product: Callable[..., Tensor]) -> tuple[Tensor]:
     return (product(accumulate_into=kept.clone()),)
 
 
-def layout_of(counts: list[int]) -> tuple[GroupLayout, int]:
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + -(-count // 128) * 128)
-    return GroupLayout(*(torch.tensor(v, dtype=torch.int32, device="cuda") for v in (counts, offsets))), offsets[-1]
-
-
 @pytest.mark.parametrize(("n", "k"), [(24576, 1536), (7168, 16384), (4096, 7168), (576, 7168), (1536, 7168)])
 def test_fp8_gemm_nt_repeats_itself(n: int, k: int) -> None:
     x, w = ops.quantize_1x128(numbers(ROWS, k)), ops.quantize_128x128(numbers(n, k))
@@ -69,14 +62,14 @@ def test_fp8_gemm_nt_accumulates_the_same_again(m: int, n: int) -> None:
 
 
 def test_m_grouped_fp8_gemm_nt_repeats_itself() -> None:
-    layout, rows = layout_of([2048] * 4)
+    layout, _, rows = random_layout([2048] * 4)
     x, w = ops.quantize_1x128(numbers(rows, 7168)), ops.quantize_128x128(numbers(4, 4096, 7168))
     assert_repeats(lambda: (ops.m_grouped_fp8_gemm_nt(x, w, layout),))
 
 
 @pytest.mark.parametrize(("counts", "m", "n"), [([2500, 1000, 3492, 2000], 4096, 7168), ([2056] * 4, 7168, 2048)])
 def test_k_grouped_fp8_gemm_nt_accumulates_the_same_again(counts: list[int], m: int, n: int) -> None:
-    layout, depth = layout_of(counts)
+    layout, _, depth = random_layout(counts)
     operands = [numbers(m, depth), numbers(n, depth)]
     for begin, count, end in zip(layout.offsets.tolist(), counts, layout.offsets[1:].tolist(), strict=False):
         for operand in operands:
