@@ -5,8 +5,8 @@
 #
 #   scripts/sanitize.sh LOGS [ROOM ...]      LOGS: folder for what the tools print
 #
-# JOBS=8 processes at a time, each with LIMIT=120 seconds; TOOLS="racecheck memcheck"; PY: the Python that has the
-# package. The exchange needs ranks and is not among the rooms: tests/gpu/run_ranks.py --sanitizer. Fails unless all is
+# JOBS=8 processes at a time, each with LIMIT=120 seconds; TOOLS="racecheck memcheck"; PRINT=5 findings are printed of
+# each; PY: the Python that has the package. The exchange needs ranks and is not among the rooms: tests/gpu/run_ranks.py --sanitizer. Fails unless all is
 # clean. Racecheck wants kernels built with DSV3RT_FOR_RACECHECK=ON, and what it names need not be a race:
 # docs/notes/sanitizer.md.
 set -euo pipefail
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 rooms=(gemm_dense gemm_by_row_scales gemm_grouped casts swiglu norms embed experts loss optim prefill decode)
 [ $# -eq 0 ] || rooms=("$@")
-at_once=${JOBS:-8} limit=${LIMIT:-120} tools=${TOOLS:-racecheck memcheck}
+at_once=${JOBS:-8} limit=${LIMIT:-120} print=${PRINT:-5} tools=${TOOLS:-racecheck memcheck}
 python=${PY:-.venv/bin/python}
 command -v "$python" >/dev/null || python=python3
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
@@ -33,7 +33,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 sanitized() { # tool, command ...
   timeout -k 10 "$limit" "$sanitizer" --tool "$1" --kernel-regex kns=dsv3rt --report-api-errors no --error-exitcode 9 \
-    --print-limit 5 "${@:2}"
+    --print-limit "$print" "${@:2}"
 }
 
 say() { printf '%-20s %-10s %4ss  %s\n' "$@" | tee -a "$summary"; }

@@ -5,7 +5,8 @@
 //
 // KERNEL: `pairs`, warps that trade numbers two and two, as the groups of FP8 decoding do; `pairs_by_block`, the same
 // with the block's barrier; `groups`, groups that meet as often as each has rows and then the whole block, as the
-// norm's backward does; `groups_by_block`, the same where all groups have equally many.
+// norm's backward does; `equal_groups`, the same where all groups have equally many; `groups_by_block`, these by the
+// block's barrier.
 #include <cstdio>
 #include <cstring>
 
@@ -36,12 +37,13 @@ __global__ void pairs(int* out) {
   out[threadIdx.x] = value;
 }
 
-template <bool kNamed>
+// kMore: rows that the second group has beyond the first.
+template <bool kNamed, int kMore>
 __global__ void groups(int* out) {
   __shared__ int parts[kWarps], sums[kThreads];
   const int group = threadIdx.x / (kThreads / 2);
   int value = 0;
-  for (int row = 0; row < (kNamed ? 3 + 2 * group : 4); ++row) {
+  for (int row = 0; row < 3 + kMore * group; ++row) {
     sums[threadIdx.x] = row;  // only this thread reads it
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = row;
     if constexpr (kNamed) {
@@ -79,9 +81,11 @@ int main(int argc, char** argv) {
   const char* name = argc == 2 ? argv[1] : "";
   if (std::strcmp(name, "pairs") == 0) return !run(pairs<true>);
   if (std::strcmp(name, "pairs_by_block") == 0) return !run(pairs<false>);
-  if (std::strcmp(name, "groups") == 0) return !run(groups<true>);
-  if (std::strcmp(name, "groups_by_block") == 0) return !run(groups<false>);
+  if (std::strcmp(name, "groups") == 0) return !run(groups<true, 2>);
+  if (std::strcmp(name, "equal_groups") == 0) return !run(groups<true, 0>);
+  if (std::strcmp(name, "groups_by_block") == 0) return !run(groups<false, 0>);
   std::fprintf(stderr,
-               "racecheck_named_barriers: the kernel must be pairs, pairs_by_block, groups or groups_by_block\n");
+               "racecheck_named_barriers: the kernel must be pairs, pairs_by_block, groups, equal_groups or "
+               "groups_by_block\n");
   return 2;
 }
