@@ -8,6 +8,7 @@
 #include "moe/place.cuh"
 #include "moe/route.cuh"
 #include "moe/rows.cuh"
+#include "moe/sum.cuh"
 
 namespace dsv3rt {
 namespace {
@@ -153,12 +154,12 @@ const char* permute(const PermuteParams& params, void* stream) {
 
 const char* unpermute(const UnpermuteParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
-  if (params.num_tokens > kMaxBlocks) return "y has 2^31 rows or more";
+  const SumSpans spans(params);
+  if (spans.all > kMaxBlocks) return "y has 2^31 spans of 512 columns or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    const auto kernel = params.top_k == 8   ? unpermute_kernel<8>
-                        : params.top_k == 6 ? unpermute_kernel<6>
-                                            : unpermute_kernel<0>;
-    kernel<<<static_cast<unsigned>(params.num_tokens), kRowThreads, 0, cuda_stream>>>(params);
+    const auto kernel = params.weight == nullptr ? unpermute_kernel<false> : unpermute_kernel<true>;
+    const auto grid = static_cast<unsigned>(ceil_div(spans.all, int64_t(kSumWarps)));
+    kernel<<<grid, 32 * kSumWarps, 0, cuda_stream>>>(params, spans);
     return nullptr;
   });
 }

@@ -1,5 +1,6 @@
-// Rows between tokens and experts, 16 bytes a thread. A block takes a token and reads its row once; further blocks
-// write zeros into the padding of segments. Rows named by nothing but padding are never read.
+// What ways between tokens and experts share, and the gradient of the way back, 16 bytes a thread. A block takes a
+// token and reads its row once; further blocks write zeros into the padding of segments. Rows named by nothing but
+// padding are never read.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,48 +56,6 @@ __device__ __forceinline__ uint4 pack_octet(const float (&values)[8]) {
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// kTopK: the choices of a token where the compiler knows them and all exist: the rows' loads then wait for nothing and
-// for no other. 0: any number of choices, one at a time, those that do not exist left out.
-template <int kTopK>
-__device__ __forceinline__ void sum_rows(const UnpermuteParams& params, int64_t token,
-                                         const int64_t (&choices)[kMaxTopK], const float (&weights)[kMaxTopK]) {
-  constexpr int kBatch = kTopK > 0 ? kTopK : 1;
-  const int chunks = params.num_columns / 8;
-  const auto* rows = static_cast<const uint4*>(params.rows);
-  for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) {
-    float sum[8] = {};
-    for (int first = 0; first < (kTopK > 0 ? kTopK : params.top_k); first += kBatch) {
-      if (kTopK == 0 && !is_row(choices[first], params.num_rows)) continue;
-      uint4 words[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) words[i] = rows[choices[first + i] * chunks + chunk];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        float values[8];
-        unpack_octet(values, words[i]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[j] = fmaf(weights[first + i], values[j], sum[j]);
-      }
-    }
-    static_cast<uint4*>(params.y)[token * chunks + chunk] = pack_octet(sum);
-  }
-}
-
-template <int kTopK>
-__global__ void __launch_bounds__(kRowThreads) unpermute_kernel(const __grid_constant__ UnpermuteParams params) {
-  __shared__ int64_t choices[kMaxTopK];
-  __shared__ float weights[kMaxTopK];
-  const int64_t token = blockIdx.x;
-  if (threadIdx.x < params.top_k) {
-    weights[threadIdx.x] = params.weight == nullptr ? 1.0f : params.weight[token * params.top_k + threadIdx.x];
-  }
-  if (load_choices(choices, params.row_of, token, params.top_k, params.num_rows)) {
-    sum_rows<kTopK>(params, token, choices, weights);
-  } else {
-    sum_rows<0>(params, token, choices, weights);
-  }
-}
-
 // Sums of the block's threads, in a fixed order; for thread k < count in its result.
 __device__ __forceinline__ float sum_over_block(const float (&values)[kMaxTopK], int count) {
   __shared__ float parts[kRowThreads / 32][kMaxTopK];
@@ -129,7 +88,9 @@ __device__ __forceinline__ float give_row(uint4* target, const uint4& row, float
   return dot;
 }
 
-// kTopK as in sum_rows. kWithRows: rows are read, for the gradient of the weights.
+// kTopK: the choices of a token where the compiler knows them and all exist: the rows' loads then wait for nothing and
+// for no other. 0: any number of choices, one at a time, those that do not exist left out. kWithRows: rows are read,
+// for the gradient of the weights.
 template <int kTopK, bool kWithRows>
 __device__ __forceinline__ void give_rows(const UnpermuteBackwardParams& params, int64_t token,
                                           const int64_t (&choices)[kMaxTopK], const float (&weights)[kMaxTopK],
