@@ -3,7 +3,8 @@
     python tests/gpu/run_ranks.py --ranks 8 --nccl path/to/libnccl.so.2 benchmarks/ep.py
 
 Needs several ranks, so it is no pytest suite. Times are the slowest rank's medians. Ranks on one GPU share its memory,
-and their figures say nothing of NVLink; the result names what lay between the ranks.
+so what they read and write is held against that memory's copy, and says nothing of NVLink. Of ranks with a GPU each what
+crosses between GPUs is held against plain copies from each GPU to the next, all at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dsv3rt.ops.types import QuantTensor, Routing
 from tests.gpu.ep_ranks import captured
 
 REPS = 20
+ONE_GPU, A_GPU_EACH = "one GPU", "a GPU each"
 
 
 class Bench:
@@ -98,6 +100,13 @@ class Bench:
         dist.broadcast(rate, 0)
         return float(rate)
 
+    def link_gbps(self) -> float:
+        """What a rank sends while it receives as much: plain copies by all ranks at once, each to the next one's
+        GPU."""
+        source = torch.empty(2**30, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source, device=torch.device("cuda", (self.rank + 1) % self.size))
+        return 2**30 / self.seconds(lambda: target.copy_(source)) / 1e9
+
     def dispatch_with_weights(self) -> tuple[Tensor, Tensor, ops.EpRoute]:
         return ops.ep_dispatch_with_weights(self.x_TD, self.routing, self.group, capacity=self.capacity)
 
@@ -164,12 +173,17 @@ def measure(bench: Bench, link: str) -> list[tuple[dict[str, Any], float]]:
     quantised = ops.quantize_1x128(bench.x_TD)
     rows_PD, route = bench.dispatch(bench.x_TD)
     fetched_PD, fetched = in_room(bench)
-    copy = bench.copy_gbps()
+    one_gpu = link == ONE_GPU
+    copy = bench.copy_gbps() if one_gpu else bench.link_gbps()
+    here = bench.idx_TK // (args.experts // bench.size) == bench.rank
+    crossing = torch.tensor(float((~here).sum()))  # choices of experts elsewhere, the most of a rank
+    dist.all_reduce(crossing, dist.ReduceOp.MAX)
 
     def against_copy(op: str, row_bytes: int, written: int, run: Callable[[], object]) -> tuple[dict[str, Any], float]:
         """written: rows that are, beside every choice's that is read."""
-        seconds, moved = bench.seconds(run), 1.0 * (choices + written) * row_bytes
-        peer = Peer("copy", lambda: None, work=copy * 1e9 * seconds)
+        seconds = bench.seconds(run)
+        moved = row_bytes * (1.0 * (choices + written) if one_gpu else float(crossing))
+        peer = Peer("copy" if one_gpu else "copy_to_next_gpu", lambda: None, work=copy * 1e9 * seconds)
         line = figures(Case(op, shape, "gbps", moved), seconds, peer, seconds)
         row_gbps = choices * row_bytes / bench.size / seconds / 1e9
         line |= {"rank_gbps": round(row_gbps, 3), "us": round(seconds * 1e6, 1), "num_sms": args.num_sms}
@@ -239,7 +253,7 @@ def main() -> None:
     began = time.time()
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     bench = Bench(args)
-    link = "one GPU" if torch.cuda.device_count() < bench.size else "a GPU each"
+    link = ONE_GPU if torch.cuda.device_count() < bench.size else A_GPU_EACH
     lines = measure(bench, link)
     latency = Bench(argparse.Namespace(**{**vars(args), "tokens": args.latency_tokens}), low_latency=True)
     lines += measure_latency(latency, link)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build, check and measure on all GPUs of this node: expert exchange over NVLink, then the trainer over NCCL.
+# Build, check and measure on all GPUs of this node: expert exchange over NVLink, then the trainer over NCCL and with
+# that exchange, beside one GPU.
 # Writes benchmarks/results/<gpu>-x<N>/node.json; docs/performance.md follows with `python -m benchmarks.report`.
 #
 #   scripts/bench_node.sh [LIBNCCL]      LIBNCCL: NCCL 2.30 or newer, where torch brings an older one
@@ -14,11 +15,14 @@ gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
 make ${SYSTEM:+SYSTEM=$SYSTEM} DSV3RT_CUDA=ON setup
 python=.venv/bin/python
 [ "${SYSTEM:-}" = 1 ] && python=python3
-parts=$(mktemp -d)
-trap 'rm -rf "$parts"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+parts=$scratch/parts
+mkdir "$parts"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-ranks() { "$python" tests/gpu/run_ranks.py --ranks "$gpus" ${nccl:+--nccl "$nccl"} --timeout 1800 "$@"; }
+on() { "$python" tests/gpu/run_ranks.py --ranks "$1" ${nccl:+--nccl "$nccl"} --timeout 1800 "${@:2}"; }
+ranks() { on "$gpus" "$@"; }
 
 nccl=${1:-}
 ranks tests/gpu/check_ep.py --only rounds --rounds "${ROUNDS:-1000}"
@@ -29,6 +33,14 @@ for tokens in 4096 8192; do
     ranks benchmarks/ep.py --tokens $tokens --num-sms $sms --out "$parts/ep_${tokens}_$sms.json"
   done
 done
+case $gpus in
+  2 | 4 | 8)
+    nccl='' ranks tests/gpu/check_trainer.py
+    ranks tests/gpu/check_fp8_trainer.py
+    on 1 benchmarks/trainer_ranks.py --out "$scratch/one.json"
+    ranks benchmarks/trainer_ranks.py --one "$scratch/one.json" --out "$parts/trainer.json" ;;
+  *) echo "bench_node: the trainer is checked on 2, 4 or 8 GPUs, not on $gpus" ;;
+esac
 "$python" - "$parts" "$gpus" <<'PYTHON'
 import json
 import sys
@@ -47,9 +59,3 @@ out.parent.mkdir(parents=True, exist_ok=True)
 out.write_text(json.dumps(whole, indent=4) + "\n")
 print(f"bench_node: {len(whole['benchmarks'])} lines in {out}")
 PYTHON
-
-nccl=
-case $gpus in
-  2 | 4 | 8) ranks tests/gpu/check_trainer.py ;;
-  *) echo "bench_node: the trainer is checked on 2, 4 or 8 GPUs, not on $gpus" ;;
-esac
