@@ -1,6 +1,7 @@
 #include "common/launch.h"
 #include "quant/quantize_128x128.cuh"
-#include "quant/swiglu_backward.cuh"
+#include "quant/swiglu_fp8.cuh"
+#include "quant/swiglu_fp8_backward.cuh"
 #include "quant/transpose.cuh"
 
 namespace dsv3rt {
@@ -34,21 +35,47 @@ const char* launch_128x128(const Quantize128x128Params& params, cudaStream_t str
   return nullptr;
 }
 
-template <typename Type>
-const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
-  const bool with_product = params.output_t != nullptr, weighted = params.in.weight != nullptr;
-  const auto kernel =
-      with_product ? weighted ? swiglu_backward_kernel<Type, true, true> : swiglu_backward_kernel<Type, true, false>
-      : weighted   ? swiglu_backward_kernel<Type, false, true>
-                   : swiglu_backward_kernel<Type, false, false>;
-  constexpr int kSharedBytes = sizeof(BackwardStorage<Type>);
-  static_assert(2 * (kSharedBytes + 1024) <= 233472, "two blocks share the 228 KB of an SM, 1 KB of each is taken");
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+template <bool kWeighted>
+const char* launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
+  const QuantOutput& out = params.out;
+  if (params.in.type == QuantInput::kBFloat16) {
+    return launch_1x128<SwigluSource<__nv_bfloat16, kWeighted>>(params.in, params.groups, out, stream);
+  }
+  if (out.num_columns % kTile != 0) {
+    return launch_1x128<SwigluSource<__nv_fp8_e4m3, kWeighted>>(params.in, params.groups, out, stream);
+  }
+  if (out.data_t != nullptr) {
+    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);
+    swiglu_both_kernel<kWeighted><<<blocks, kWideThreads, 0, stream>>>(params.in, params.groups, out);
+  } else {
+    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kWideBlockRows, kWideBlockColumns);
+    swiglu_rows_kernel<kWeighted><<<blocks, kWideThreads, 0, stream>>>(params.in, params.groups, out);
+  }
+  return nullptr;
+}
+
+// Of a tile a block, in as much shared memory as there is.
+const char* launch_backward(void (*kernel)(SwigluBackwardParams), unsigned threads, int shared_bytes,
+                            const SwigluBackwardParams& params, cudaStream_t stream) {
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   DSV3RT_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   const unsigned blocks = num_blocks(params.out.num_rows, params.in.hidden, kTile, kTile);
-  kernel<<<blocks, kTileThreads, kSharedBytes, stream>>>(params);
+  kernel<<<blocks, threads, shared_bytes, stream>>>(params);
   return nullptr;
+}
+
+// Of the 228 KB of an SM, 1 KB of each block is taken.
+constexpr bool blocks_fit(int blocks, int shared_bytes) { return blocks * (shared_bytes + 1024) <= 233472; }
+
+template <bool kWithProduct, bool kWeighted>
+const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(BackwardStorage), kBytesFp8 = sizeof(WideBackwardStorage<kWithProduct>);
+  static_assert(blocks_fit(2, kBytes) && blocks_fit(kWithProduct ? 2 : 3, kBytesFp8));
+  if (params.in.type == QuantInput::kBFloat16) {
+    return launch_backward(swiglu_backward_kernel<kWithProduct, kWeighted>, kTileThreads, kBytes, params, stream);
+  }
+  return launch_backward(swiglu_fp8_backward_kernel<kWithProduct, kWeighted>, kWideThreads, kBytesFp8, params, stream);
 }
 
 }  // namespace
@@ -94,20 +121,20 @@ const char* transpose_128x128(const Transpose128x128Params& params, void* stream
 const char* swiglu_quantize_1x128(const SwigluParams& params, void* stream) {
   if (params.out.num_rows == 0 || params.out.num_columns == 0) return nullptr;
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
-    if (params.in.type == QuantInput::kBFloat16) {
-      return launch_1x128<SwigluSource<__nv_bfloat16>>(params.in, params.groups, params.out, cuda_stream);
-    }
-    return launch_1x128<SwigluSource<__nv_fp8_e4m3>>(params.in, params.groups, params.out, cuda_stream);
+    return params.in.weight == nullptr ? launch_swiglu<false>(params, cuda_stream)
+                                       : launch_swiglu<true>(params, cuda_stream);
   });
 }
 
 const char* swiglu_backward_quantize_1x128(const SwigluBackwardParams& params, void* stream) {
   if (params.out.num_rows == 0 || params.in.hidden == 0) return nullptr;
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) {
-    if (params.in.type == QuantInput::kBFloat16) {
-      return launch_backward<__nv_bfloat16>(params, cuda_stream);
+    if (params.output_t == nullptr) {
+      return params.in.weight == nullptr ? launch_backward<false, false>(params, cuda_stream)
+                                         : launch_backward<false, true>(params, cuda_stream);
     }
-    return launch_backward<__nv_fp8_e4m3>(params, cuda_stream);
+    return params.in.weight == nullptr ? launch_backward<true, false>(params, cuda_stream)
+                                       : launch_backward<true, true>(params, cuda_stream);
   });
 }
 

@@ -2,6 +2,7 @@
 // reference in plain torch does the same; the product is rounded to BF16 before it is quantised.
 #pragma once
 
+#include "hopper/convert.cuh"
 #include "quant/quantize_1x128.cuh"
 
 namespace dsv3rt {
@@ -15,12 +16,17 @@ struct Activation {
 constexpr float kLowestGate = -80.0f;
 constexpr float kMinusLog2E = -1.4426950408889634f;
 
+// kBounded: no gate lies under kLowestGate, which saves a comparison and a selection an element.
+template <bool kBounded>
 __device__ __forceinline__ Activation activate(float gate) {
   const float x = __fadd_rn(1.0f, exp2_approx(__fmul_rn(gate, kMinusLog2E)));
   const float reciprocal = refine_reciprocal(x, reciprocal_approx(x));
-  const float sigmoid = gate < kLowestGate ? 0.0f : reciprocal;
+  const float sigmoid = kBounded || !(gate < kLowestGate) ? reciprocal : 0.0f;
   return {sigmoid, __fmul_rn(gate, sigmoid)};
 }
+
+// Whether gates of this scale are bounded, as the largest code times the scale bounds them all. Not if it is NaN.
+__device__ __forceinline__ bool scale_bounds_gates(float scale) { return fabsf(scale) * kE4M3Max <= -kLowestGate; }
 
 // Eight neighbouring gates and the eight ups that they belong to.
 template <typename Type>
@@ -35,6 +41,7 @@ struct GateUp<__nv_bfloat16> {
     gate.words = gate_words;
     up.words = up_words;
   }
+  __device__ __forceinline__ bool bounded() const { return false; }
   __device__ __forceinline__ void clear() {
     gate.clear();
     up.clear();
@@ -61,6 +68,7 @@ struct GateUp<__nv_fp8_e4m3> {
     gate_scale = gate_factor;
     up_scale = up_factor;
   }
+  __device__ __forceinline__ bool bounded() const { return scale_bounds_gates(gate_scale); }
   __device__ __forceinline__ void clear() {
     gate = up = make_uint2(0, 0);
     gate_scale = up_scale = 0.0f;
@@ -73,16 +81,34 @@ struct GateUp<__nv_fp8_e4m3> {
  private:
   static __device__ __forceinline__ void dequantize(uint2 codes, float scale, float (&values)[8]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const auto pair = static_cast<__nv_fp8x2_storage_t>((i < 2 ? codes.x : codes.y) >> (i % 2 * 16));
-      const float2 wide = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-      values[2 * i] = __fmul_rn(wide.x, scale);
-      values[2 * i + 1] = __fmul_rn(wide.y, scale);
+    for (int quad = 0; quad < 2; ++quad) {
+      const HalfPairs pairs = widen_e4m3(quad == 0 ? codes.x : codes.y);
+      const float2 lower = widen_halves(pairs.lower), upper = widen_halves(pairs.upper);
+      values[4 * quad] = __fmul_rn(lower.x, scale);
+      values[4 * quad + 1] = __fmul_rn(lower.y, scale);
+      values[4 * quad + 2] = __fmul_rn(upper.x, scale);
+      values[4 * quad + 3] = __fmul_rn(upper.y, scale);
     }
+  }
+  static __device__ __forceinline__ float2 widen_halves(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   }
 };
 
-template <typename Type>
+// silu(gate) * up, times the row's weight where kWeighted.
+template <bool kBounded, bool kWeighted, typename Type>
+__device__ __forceinline__ Octet<__nv_bfloat16> multiply(const GateUp<Type>& in, float weight) {
+  float gates[8], ups[8], products[8];
+  in.unpack(gates, ups);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    products[i] = __fmul_rn(activate<kBounded>(gates[i]).silu, ups[i]);
+    if (kWeighted) products[i] = __fmul_rn(products[i], weight);
+  }
+  return round_octet(products);
+}
+
+template <typename Type, bool kWeighted>
 class SwigluSource {
  public:
   using Params = GateUpInput;
@@ -101,7 +127,7 @@ class SwigluSource {
       : gate_(static_cast<const Type*>(in.data) + row * in.stride + column),
         gate_scale_(in.scale + column / kTile * in.scale_stride + row),
         up_scale_(in.scale + (in.hidden + column) / kTile * in.scale_stride + row),
-        weight_(in.weight == nullptr ? nullptr : in.weight + row),
+        weight_(kWeighted ? in.weight + row : nullptr),
         stride_(in.stride),
         hidden_(in.hidden) {}
 
@@ -112,17 +138,20 @@ class SwigluSource {
     if (sizeof(Type) == 1) gate_scale = gate_scale_[r], up_scale = up_scale_[r];
     raw.in.set(*reinterpret_cast<const Words*>(gate), *reinterpret_cast<const Words*>(gate + hidden_), gate_scale,
                up_scale);
-    raw.weight = weight_ == nullptr ? 1.0f : weight_[r];
+    raw.weight = kWeighted ? weight_[r] : 1.0f;
   }
 
-  static __device__ __forceinline__ Octet<__nv_bfloat16> octet(const Raw& raw) {
-    float gates[8], ups[8], products[8];
-    raw.in.unpack(gates, ups);
+  static __device__ __forceinline__ void convert(const Raw (&raw)[kRowsPerThread], TileOctets<Element>& octets) {
+    bool bounded = true;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      products[i] = __fmul_rn(__fmul_rn(activate(gates[i]).silu, ups[i]), raw.weight);
+    for (int r = 0; r < kRowsPerThread; ++r) bounded = bounded && raw[r].in.bounded();
+    if (sizeof(Type) == 1 && __all_sync(~0u, bounded)) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) octets[r] = multiply<true, kWeighted>(raw[r].in, raw[r].weight);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) octets[r] = multiply<false, kWeighted>(raw[r].in, raw[r].weight);
     }
-    return round_octet(products);
   }
 
  private:

@@ -1,5 +1,5 @@
-// SwiGLU backward: gradients of gate and up in FP8 by rows and by columns, from one read of their inputs; on request
-// the product again, by columns, and the gradient of the row weights.
+// SwiGLU backward from BF16: gradients of gate and up in FP8 by rows and by columns, from one read of their inputs; on
+// request the product again, by columns, and the gradient of the row weights.
 #pragma once
 
 #include "hopper/memory.cuh"
@@ -13,7 +13,7 @@ struct SwigluGradients {
   float weight;
 };
 
-template <bool kWeighted, typename Type>
+template <bool kBounded, bool kWeighted, typename Type>
 __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in, const Octet<__nv_bfloat16>& grad,
                                                          float weight) {
   float gates[8], ups[8];
@@ -26,7 +26,7 @@ __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in,
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float gate = gates[2 * pair + i], up = ups[2 * pair + i], dy = grad.get(2 * pair + i);
-      const Activation a = activate(gate);
+      const Activation a = activate<kBounded>(gate);
       const float plain = __fmul_rn(a.silu, up), weighted = kWeighted ? __fmul_rn(dy, weight) : dy;
       // silu' = sigmoid (1 + gate (1 - sigmoid))
       const float slope = __fmul_rn(a.sigmoid, __fadd_rn(1.0f, __fmul_rn(gate, __fsub_rn(1.0f, a.sigmoid))));
@@ -46,53 +46,37 @@ __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in,
 }
 
 // What a block keeps in shared memory. Each thread copies the elements that it will read itself, eight to a slot, and
-// sixteen lanes share the factors of their four rows, so that no barrier is needed before the results are there. Those
+// sixteen lanes share the weights of their four rows, so that no barrier is needed before the results are there. Those
 // take the place of the inputs: the gradient of gate that of `up`, the gradient of up that of `grad`, the product that
 // of `gate`. Once the gradient of gate is in registers, the transposed tile takes its place.
-template <typename Type>
 struct BackwardStorage {
   using Slots = uint4[kRowsPerThread][kTileThreads];
-  using Words = GateUp<Type>::Words;
   Slots grad, gate, up;
-  float gate_scale[kTile], up_scale[kTile], weight[kTile];
+  float weight[kTile];
   ColumnScales<__nv_bfloat16> columns;
 
   __device__ __forceinline__ void copy_inputs(const SwigluBackwardParams& params, const TilePlace& place) {
     const int64_t row = place.first_row + row_in_tile();
     const int column = place.first_column + column_in_tile(), rows_to_read = place.rows_to_read();
-    const auto* in = static_cast<const Type*>(params.in.data) + row * params.in.stride + column;
+    const auto* in = static_cast<const __nv_bfloat16*>(params.in.data) + row * params.in.stride + column;
     const auto* dy = static_cast<const __nv_bfloat16*>(params.grad) + row * params.grad_stride + column;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      copy_async<sizeof(Words)>(&gate[r][threadIdx.x], in, r < rows_to_read);
-      copy_async<sizeof(Words)>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
+      copy_async<16>(&gate[r][threadIdx.x], in, r < rows_to_read);
+      copy_async<16>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
       copy_async<16>(&grad[r][threadIdx.x], dy, r < rows_to_read);
       in += params.in.stride;
       dy += params.grad_stride;
     }
-    copy_factors(params.in, place);
+    const int factor_row = row_in_tile() + threadIdx.x % kRowsPerThread;
+    if (params.in.weight != nullptr && threadIdx.x % 16 < kRowsPerThread) {
+      copy_async<4>(&weight[factor_row], params.in.weight + place.first_row + factor_row, factor_row < place.rows.read);
+    }
     copy_async_commit();
   }
 
-  // Lanes 0 to 3 of sixteen copy the scales of the gates, the next four those of the ups, the next the row weights.
-  __device__ __forceinline__ void copy_factors(const GateUpInput& in, const TilePlace& place) {
-    const int kind = threadIdx.x % 16 / 4, row = row_in_tile() + threadIdx.x % 4;
-    const bool valid = row < place.rows.read;
-    const float* scale = in.scale + place.first_row + row;
-    const int tile = place.first_column / kTile;
-    if (sizeof(Type) == 1 && kind == 0) copy_async<4>(&gate_scale[row], scale + tile * in.scale_stride, valid);
-    if (sizeof(Type) == 1 && kind == 1) {
-      copy_async<4>(&up_scale[row], scale + (in.hidden / kTile + tile) * in.scale_stride, valid);
-    }
-    if (in.weight != nullptr && kind == 2) copy_async<4>(&weight[row], in.weight + place.first_row + row, valid);
-  }
-
-  __device__ __forceinline__ GateUp<Type> gate_up(int r) const {
-    GateUp<Type> result;
-    result.set(*reinterpret_cast<const Words*>(&gate[r][threadIdx.x]),
-               *reinterpret_cast<const Words*>(&up[r][threadIdx.x]), gate_scale[row_in_tile() + r],
-               up_scale[row_in_tile() + r]);
-    return result;
+  __device__ __forceinline__ GateUp<__nv_bfloat16> gate_up(int r) const {
+    return {{gate[r][threadIdx.x]}, {up[r][threadIdx.x]}};
   }
 
   __device__ __forceinline__ TransposedTile& tile() { return reinterpret_cast<TransposedTile&>(up); }
@@ -104,62 +88,73 @@ __device__ __forceinline__ void load_slots(TileOctets<__nv_bfloat16>& octets,
   for (int r = 0; r < kRowsPerThread; ++r) octets[r].words = slots[r][threadIdx.x];
 }
 
-// The sum of 128 columns of row `row` of the tile, into the row of this column tile.
+// The sum of 128 columns of row `row` of the tile, which kLanes lanes share, into the row of this column tile.
+template <int kLanes>
 __device__ __forceinline__ void write_weight_grad(const SwigluBackwardParams& params, const TilePlace& place, int row,
                                                   float sum) {
 #pragma unroll
-  for (int distance = 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  if (threadIdx.x % 16 == 0 && row < place.rows.written) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % kLanes == 0 && row < place.rows.written) {
     params.weight_grad[place.first_column / kTile * params.out.num_rows + place.first_row + row] = sum;
   }
 }
 
 // Results take the place of the inputs. Row by row: four at once need more registers than there are.
-template <typename Type, bool kWithProduct, bool kWeighted>
+template <bool kWithProduct, bool kWeighted>
 __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& params, const TilePlace& place,
-                                                   BackwardStorage<Type>& storage) {
+                                                   BackwardStorage& storage) {
 #pragma unroll 1
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int row = row_in_tile() + r;
     const float weight = kWeighted ? storage.weight[row] : 1.0f;
     const SwigluGradients gradients =
-        differentiate<kWeighted>(storage.gate_up(r), {storage.grad[r][threadIdx.x]}, weight);
+        differentiate<false, kWeighted>(storage.gate_up(r), {storage.grad[r][threadIdx.x]}, weight);
     storage.up[r][threadIdx.x] = gradients.gate.words;
     storage.grad[r][threadIdx.x] = gradients.up.words;
     if (kWithProduct) storage.gate[r][threadIdx.x] = gradients.product.words;
-    if (kWeighted) write_weight_grad(params, place, row, gradients.weight);
+    if (kWeighted) write_weight_grad<16>(params, place, row, gradients.weight);
   }
 }
 
-// A block takes a 128x128 tile of gate, up and gradient; while it waits for them another one computes.
-template <typename Type, bool kWithProduct, bool kWeighted>
-__global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const SwigluBackwardParams params) {
+template <bool kWithProduct, bool kWhole>
+__device__ __forceinline__ void write_gradients(const SwigluBackwardParams& params, TilePlace place,
+                                                BackwardStorage& storage) {
   using BFloat16 = __nv_bfloat16;
-  extern __shared__ uint4 dynamic_storage[];
-  auto& storage = *reinterpret_cast<BackwardStorage<Type>*>(dynamic_storage);
-  const BlockPosition block(blockIdx.x, params.in.hidden, kTile);
-  TilePlace place{block.row * kTile, block.column * kTile,
-                  count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
-  if (place.rows.written == 0) return;  // past the last group
-  storage.copy_inputs(params, place);
-  copy_async_wait<0>();
-  __syncwarp();
-
-  differentiate_tile<Type, kWithProduct, kWeighted>(params, place, storage);
   TileOctets<BFloat16> octets;
   load_slots(octets, storage.up);
-  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  write_tile<BFloat16, kWhole>(params.out, place, octets, storage.tile(), storage.columns);
   if (kWithProduct) {
     QuantOutput out = params.out;
     out.data_t = params.output_t;
     out.scale_t = params.output_scale_t;
     out.scale_t_stride = params.output_scale_t_stride;
     load_slots(octets, storage.gate);
-    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns);
+    write_tile_columns<BFloat16, kWhole>(out, place, octets, storage.tile(), storage.columns);
   }
   place.first_column += params.in.hidden;
   load_slots(octets, storage.grad);
-  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  write_tile<BFloat16, kWhole>(params.out, place, octets, storage.tile(), storage.columns);
+}
+
+// A block takes a 128x128 tile of gate, up and gradient; while it waits for them another one computes.
+template <bool kWithProduct, bool kWeighted>
+__global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const SwigluBackwardParams params) {
+  extern __shared__ uint4 dynamic_storage[];
+  auto& storage = *reinterpret_cast<BackwardStorage*>(dynamic_storage);
+  const BlockPosition block(blockIdx.x, params.in.hidden, kTile);
+  const TilePlace place{block.row * kTile, block.column * kTile,
+                        count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
+  if (place.rows.written == 0) return;  // past the last group
+  storage.copy_inputs(params, place);
+  copy_async_wait<0>();
+  __syncwarp();
+
+  differentiate_tile<kWithProduct, kWeighted>(params, place, storage);
+  if (place.is_whole(params.in.hidden)) {
+    write_gradients<kWithProduct, true>(params, place, storage);
+  } else {
+    write_gradients<kWithProduct, false>(params, place, storage);
+  }
 }
 
 }  // namespace dsv3rt
