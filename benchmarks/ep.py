@@ -3,8 +3,8 @@
     python tests/gpu/run_ranks.py --ranks 8 --nccl path/to/libnccl.so.2 benchmarks/ep.py
 
 Needs several ranks, so it is no pytest suite. Times are the slowest rank's medians. Ranks on one GPU share its memory,
-so what they read and write is held against that memory's copy, and says nothing of NVLink. Of ranks with a GPU each what
-crosses between GPUs is held against plain copies from each GPU to the next, all at once.
+so what they read and write is held against that memory's copy, and says nothing of NVLink. Of ranks with a GPU each
+what crosses between GPUs is held against plain copies from each GPU to the next, all at once.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ CASES = {
     "base": Slice(),
     "graph": Slice(as_graph=True),
     "low_memory": Slice(orientations=1),
+    "latents": Slice(bf16="latents"),
+    "attention": Slice(bf16="attention"),
     "four_layers": Slice(layers=4),
     "optimizer": Slice(with_optimizer=True),
     "16k": Slice(tokens=16384),

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from dsv3rt.parallel.placement import Layout
 from dsv3rt.train.optimizer import AdamW
 
 EP_RANKS = 64
+BF16_LINEARS = {"": (), "latents": ("*.q_a_proj", "*.kv_a_proj_with_mqa"), "attention": ("*.self_attn.*",)}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Slice:
     one_rank: one of 64 expert-parallel ranks at even load: a router over 256 experts, 4 of them here, which get as many
     rows as 8 choices a token make; nothing travels.
     orientations: of our weights in FP8 that are kept.
+    bf16: which of our linears multiply in BF16: "latents", those into MLA's latents, or "attention", all of its.
     as_graph: our step is captured once as a CUDA graph and replayed; the peer's is as always.
     """
 
@@ -42,12 +44,14 @@ class Slice:
     with_optimizer: bool = False
     one_rank: bool = False
     orientations: Orientations = 2
+    bf16: Literal["", "latents", "attention"] = ""
     as_graph: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.layers}layers", f"{self.experts}experts", f"{self.tokens}tokens"]
         parts += ["optimizer"] * self.with_optimizer + ["1of64ranks"] * self.one_rank
-        return "_".join(parts + ["1orientation"] * (self.orientations == 1) + ["graph"] * self.as_graph)
+        parts += ["1orientation"] * (self.orientations == 1) + [f"{self.bf16}_in_bf16"] * bool(self.bf16)
+        return "_".join(parts + ["graph"] * self.as_graph)
 
     @property
     def what(self) -> str:
@@ -105,7 +109,7 @@ def ours(shape: Slice, precision: Precision) -> Subject:
     BF16, as in training, where the optimizer keeps their numbers; without one nobody does."""
     before = torch.cuda.memory_allocated()
     model = build(shape)
-    set_precision(model, precision, orientations=shape.orientations)
+    set_precision(model, precision, BF16_LINEARS[shape.bf16], shape.orientations)
     tokens_BT, labels_BT = shape.batch()
     optimizer = None
     if shape.with_optimizer:

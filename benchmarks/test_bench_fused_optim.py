@@ -150,7 +150,7 @@ def test_bench_products_beside_average(versus: Versus) -> None:
             torch.mm(a, b)
 
     def beside() -> None:
-        average.update()
+        average.update(1)
         products()
 
     versus(Case("products beside the average", "67M", "us"), beside, Peer("alone", products), reps=15)

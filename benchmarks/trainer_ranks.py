@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import provenance
 from benchmarks.slice_models import Slice
-from dsv3rt.config import ParallelConfig, TrainConfig
+from dsv3rt.config import TrainConfig
 from dsv3rt.env import launch
 from dsv3rt.parallel.mesh import join, leave
 from dsv3rt.train import config_file

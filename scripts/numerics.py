@@ -50,6 +50,7 @@ AGAIN = ("bf16_again", "fp8_again")
 COLORS = {"bf16": "#4c72b0", "bf16_again": "#64b5cd", "fp8": "#dd8452", "fp8_again": "#ccb974",
           "block_128x128": "#55a868", "per_tensor": "#8172b3", "no_promotion": "#c44e52", "wgrad_bf16": "#937860",
           "dgrad_bf16": "#da8bc3", "fprop_bf16": "#8c8c8c", "swiglu_bf16": "#2f7f7f", "attention_bf16": "#a02c2c",
+          "latents_bf16": "#e377c2", "latents_out_bf16": "#17becf",
           "experts_bf16": "#4a6b1f"}  # fmt: skip
 LIMIT = 0.0025  # what the V3 report (sec. 3.3) says that FP8 stays below
 INK = "#333333"

@@ -40,6 +40,8 @@ ABLATIONS = {
     "fprop_bf16": "forward products from the input and the weight in BF16",
     "swiglu_bf16": "SwiGLU's input kept for the backward in BF16",
     "attention_bf16": "all products of attention's linears in BF16",
+    "latents_bf16": "products into MLA's latents (`q_a_proj`, `kv_a_proj_with_mqa`) in BF16",
+    "latents_out_bf16": "products into MLA's latents and out of attention (`o_proj`) in BF16",
     "experts_bf16": "all products of feed-forwards and experts in BF16, the shared ones' too",
 }
 # What a study without such a run says nothing of.
@@ -47,11 +49,18 @@ QUESTIONS = {
     "block_128x128": "the shape of tiles", "per_tensor": "fine scales", "no_promotion": "promotion",
     "wgrad_bf16": "casts for weight gradients", "dgrad_bf16": "casts for input gradients",
     "fprop_bf16": "casts of the forward", "swiglu_bf16": "the cast of SwiGLU's input",
-    "attention_bf16": "attention's share", "experts_bf16": "experts' share",
+    "attention_bf16": "attention's share", "latents_bf16": "the latents' share",
+    "latents_out_bf16": "the share of latents and `o_proj`", "experts_bf16": "experts' share",
 }  # fmt: skip
 # Products, and "swiglu" for what is kept of its input, that go without casts.
 UNCAST = {"wgrad_bf16": "wgrad", "dgrad_bf16": "dgrad", "fprop_bf16": "fprop", "swiglu_bf16": "swiglu"}
-BF16_MODULES = {"attention_bf16": "*.self_attn.*", "experts_bf16": "*.mlp.*"}
+LATENTS = ["*.q_a_proj", "*.kv_a_proj_with_mqa"]
+BF16_MODULES = {
+    "attention_bf16": ["*.self_attn.*"],
+    "latents_bf16": LATENTS,
+    "latents_out_bf16": [*LATENTS, "*.o_proj"],
+    "experts_bf16": ["*.mlp.*"],
+}
 
 # Like ops.quantize_128x128: the tensor, then pow2_scales and with_transpose by name.
 BlockCast = Callable[..., Any]
@@ -76,7 +85,7 @@ def ablation(name: str) -> Iterator[None]:
 
 def settings(name: str) -> dict[str, Any]:
     """What the configuration of a run of this name has that FP8's has not, by key."""
-    return {"train.bf16_modules": [BF16_MODULES[name]]} if name in BF16_MODULES else {}
+    return {"train.bf16_modules": BF16_MODULES[name]} if name in BF16_MODULES else {}
 
 
 @contextmanager

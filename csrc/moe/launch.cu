@@ -155,7 +155,7 @@ const char* permute(const PermuteParams& params, void* stream) {
 const char* unpermute(const UnpermuteParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
   const SumSpans spans(params);
-  if (spans.all > kMaxBlocks) return "y has 2^31 spans of 512 columns or more";
+  if (spans.all > kMaxBlocks) return "y has 2^31 spans of 256 columns or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
     const auto kernel = params.weight == nullptr ? unpermute_kernel<false> : unpermute_kernel<true>;
     const auto grid = static_cast<unsigned>(ceil_div(spans.all, int64_t(kSumWarps)));

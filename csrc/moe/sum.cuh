@@ -1,4 +1,4 @@
-// A token's rows into their sum, in FP32 and in the order of k: a warp for each 512 of its columns, 16 bytes a lane and
+// A token's rows into their sum, in FP32 and in the order of k: a warp for each 256 of its columns, 16 bytes a lane and
 // load. A warp's loads are all under way together. Rows named by nothing but padding are never read.
 #pragma once
 
@@ -6,11 +6,10 @@
 
 namespace dsv3rt {
 
-constexpr int kSumRows = 8;  // under way together
-constexpr int kSumColumns = 2;
-constexpr int kSumSpan = 32 * kSumColumns;  // octets of columns of a warp
-constexpr int kSumWarps = 4;  // of a block
-constexpr int kSumBlocks = 5;  // of a multiprocessor: 160 KB under way
+constexpr int kSumRows = 8;    // under way together
+constexpr int kSumSpan = 32;   // octets of columns of a warp
+constexpr int kSumWarps = 4;   // of a block
+constexpr int kSumBlocks = 8;  // of a multiprocessor: 128 KB under way
 
 // The warps that all tokens take.
 struct SumSpans {
@@ -37,31 +36,24 @@ __device__ __forceinline__ FoundChoice find_choice(const UnpermuteParams& params
 }
 
 // Adds the rows that the first lanes have found. Their addresses stay with them: in all lanes they would fill
-// registers. What is read once leaves the L2 first.
+// registers.
 template <bool kWeighted>
-__device__ __forceinline__ void add_choices(float (&sums)[kSumColumns][8], const FoundChoice& found, int octet,
-                                            int num_octets) {
-  uint4 words[kSumColumns][kSumRows];
+__device__ __forceinline__ void add_choices(float (&sums)[8], const FoundChoice& found, int octet, bool exists) {
+  uint4 words[kSumRows];
   const unsigned exist = __ballot_sync(~0u, found.row != nullptr);
 #pragma unroll
   for (int i = 0; i < kSumRows; ++i) {
     const auto row = reinterpret_cast<const uint4*>(__shfl_sync(~0u, reinterpret_cast<uintptr_t>(found.row), i));
-#pragma unroll
-    for (int c = 0; c < kSumColumns; ++c) {
-      if ((exist >> i & 1) != 0 && octet + 32 * c < num_octets) words[c][i] = __ldcs(row + octet + 32 * c);
-    }
+    if ((exist >> i & 1) != 0 && exists) words[i] = row[octet];
   }
 #pragma unroll
   for (int i = 0; i < kSumRows; ++i) {
     const float weight = kWeighted ? __shfl_sync(~0u, found.weight, i) : 1.0f;
     if ((exist >> i & 1) == 0) continue;
+    float values[8];
+    unpack_octet(values, words[i]);
 #pragma unroll
-    for (int c = 0; c < kSumColumns; ++c) {
-      float values[8];
-      unpack_octet(values, words[c][i]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sums[c][j] = fmaf(weight, values[j], sums[c][j]);  // as the reference's addcmul
-    }
+    for (int j = 0; j < 8; ++j) sums[j] = fmaf(weight, values[j], sums[j]);  // as the reference's addcmul
   }
 }
 
@@ -72,15 +64,12 @@ __global__ void __launch_bounds__(32 * kSumWarps, kSumBlocks)
   if (span >= spans.all) return;
   const int64_t token = span / of_token;
   const int num_octets = params.num_columns / 8, octet = span % of_token * kSumSpan + threadIdx.x % 32;
-  float sums[kSumColumns][8] = {};
+  const bool exists = octet < num_octets;
+  float sums[8] = {};
   for (int first = 0; first < params.top_k; first += kSumRows) {
-    add_choices<kWeighted>(sums, find_choice<kWeighted>(params, token, first), octet, num_octets);
+    add_choices<kWeighted>(sums, find_choice<kWeighted>(params, token, first), octet, exists);
   }
-  auto* target = static_cast<uint4*>(params.y) + token * num_octets;
-#pragma unroll
-  for (int c = 0; c < kSumColumns; ++c) {
-    if (octet + 32 * c < num_octets) target[octet + 32 * c] = pack_octet(sums[c]);
-  }
+  if (exists) static_cast<uint4*>(params.y)[token * num_octets + octet] = pack_octet(sums);
 }
 
 }  // namespace dsv3rt

@@ -294,7 +294,7 @@ class OptimConfig:
     clip_grad_norm: float = 1.0
     moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ema_decay: float = 0.0  # of an average of the weights in host memory; 0: none is kept
-    ema_every: int = 1  # the average follows every so many updates, by ema_decay ** ema_every
+    ema_every: int = 1  # each piece of the average follows every so many updates, by ema_decay ** ema_every
 
     def __post_init__(self) -> None:
         _require_positive("optim", self, "eps", "clip_grad_norm", "ema_every")

@@ -15,22 +15,23 @@ SIZES = [5, 0, PIECE, 2 * PIECE + 3, 1]
 LONG = 200_000_000  # cycles: 0.1 s or more
 
 
-def test_average_is_that_of_the_cpu_and_waits_for_nothing() -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_average_is_that_of_the_cpu_and_waits_for_nothing(every: int) -> None:
     """Of masters that work still queued has yet to write."""
     masters = {str(index): torch.randn(size, device="cuda").add_(1.0) for index, size in enumerate(SIZES)}
     copies = {name: master.cpu() for name, master in masters.items()}
-    average, expected = Average(masters, decay=0.9), Average(copies, decay=0.9)
-    for _ in range(3):
+    average, expected = Average(masters, 0.9, every), Average(copies, 0.9, every)
+    for number in range(1, 4):
         average.wait()
         torch.cuda._sleep(LONG)
         for master in masters.values():
             master.add_(1.0)
-        average.update()
+        average.update(number)
         assert not torch.cuda.current_stream().query()
         expected.wait()
         for copy in copies.values():
             copy.add_(1.0)
-        expected.update()
+        expected.update(number)
     for name, value in average.tensors().items():
         assert value.device.type == "cpu"
         assert torch.equal(value, expected.tensors()[name]), name
@@ -40,7 +41,7 @@ def test_average_is_there_before_work_queued_after_it() -> None:
     master = torch.full((1000,), 4.0, device="cuda")
     average = Average({"w": master}, decay=0.5)
     master.fill_(8.0)
-    average.update()
+    average.update(1)
     torch.cuda._sleep(LONG)
     average.wait()
     assert not torch.cuda.current_stream().query()
@@ -58,7 +59,7 @@ def test_masters_may_change_as_soon_as_they_are_released() -> None:
         torch.cuda._sleep(LONG)
         for master in masters.values():
             master.fill_(number)
-        average.update()
+        average.update(number)
         average.release_masters()
         assert not torch.cuda.current_stream().query()
         for master in masters.values():

@@ -56,24 +56,34 @@ def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
 def test_average_follows_the_weights() -> None:
     master = torch.tensor([1.0, 2.0])
     average = Average({"w": master}, decay=0.75)
-    for _ in range(2):
+    for number in (1, 2):
         average.wait()
         master += 4.0
-        average.update()
+        average.update(number)
     # 1 -> (3 * 1 + 5) / 4 = 2 -> (3 * 2 + 9) / 4
     assert torch.equal(average.tensors()["w"], torch.tensor([3.75, 4.75]))
     assert average.tensors()["w"] is average.tensors()["w"]
 
 
-def test_average_goes_through_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", [1, 3, 20])
+def test_average_goes_through_every_piece(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven pieces in turn, each once in `every` updates."""
     monkeypatch.setattr("dsv3rt.train.average.PIECE", 4)
     masters = {"a": torch.randn(3, 5), "none": torch.empty(0, 2), "one": torch.randn(()), "b": torch.randn(8)}
-    average = Average(masters, decay=0.5)
+    average = Average(masters, decay=0.5, every=every)
     before = {name: value.clone() for name, value in average.tensors().items()}
     for master in masters.values():
         master += 1.0
-    average.update()
+    moved, unmoved = [], sum(master.numel() for master in masters.values())
+    for number in range(1, every + 1):
+        average.update(number)
+        still = sum(int(value.eq(before[name]).sum()) for name, value in average.tensors().items())
+        moved.append(unmoved - still)
+        unmoved = still
+    assert unmoved == 0
+    assert max(moved) <= 4 * -(-7 // every)
+    left = 0.5**every
     for name, value in average.tensors().items():
         assert value.shape == masters[name].shape
-        # A sum and a product, each rounded, on either side.
-        torch.testing.assert_close(value, (before[name] + masters[name]) / 2, rtol=2**-22, atol=2**-22)
+        # Two products and a sum, each rounded, on either side.
+        torch.testing.assert_close(value, left * before[name] + (1 - left) * masters[name], rtol=2**-22, atol=2**-22)

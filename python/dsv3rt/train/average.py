@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice, zip_longest
 from threading import Barrier
 
 import torch
@@ -18,30 +19,32 @@ class Average:
     """The average of FP32 masters; each `update` runs in threads while the next steps compute.
 
     Before the optimizer changes the masters: `release_masters` (DeepSeek-V3 report sec. 3.2.3). From a GPU they come
-    over a stream of their own to pinned memory that holds them all, so that the GPU waits for these copies alone, and
-    the host only where an update begins and the one before is not done.
+    over a stream of their own to pinned memory, so that the GPU waits for these copies alone, and the host only where
+    an update begins and the one before is not done.
     """
 
-    def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
-        """masters: contiguous, all on one device. decay: of an update."""
+    def __init__(self, masters: Mapping[str, Tensor], decay: float, every: int = 1) -> None:
+        """masters: contiguous, all on one device. decay: of one of the optimizer's updates. every: a piece of PIECE
+        elements follows every so many of them, by decay ** every, and pieces take turns: each update brings as much.
+        """
         self._masters = masters
-        self._decay = decay
+        self._every, self._decay = every, decay**every
         self._values = {name: master.detach().to("cpu", copy=True) for name, master in masters.items()}
         device = next((master.device for master in masters.values()), torch.device("cpu"))
-        self._ferry = _Ferry(device, _pieces(masters.values())) if device.type == "cuda" else None
+        turns = [self._in_turn(masters, number) for number in range(every)]
+        self._ferry = _Ferry(device, turns) if device.type == "cuda" else None
         self._num_workers = torch.get_num_threads() if self._ferry is None else _cores_of_a_gpu()
         self._pool = _start(self._num_workers)
         self._running: list[Future[None]] = []
 
-    def update(self) -> None:
-        """average = decay * average + (1 - decay) * master, begun now, of masters as the work queued so far leaves."""
+    def update(self, number: int) -> None:
+        """average = decay * average + (1 - decay) * master for the pieces whose turn it is, begun now, of masters as
+        the work queued so far leaves. number: of the optimizer's update, from 1."""
         self.wait()
-        masters: Iterable[tuple[Tensor, torch.cuda.Event | None]]
-        if self._ferry is None:
-            masters = [(piece, None) for piece in _pieces(self._masters.values())]
-        else:
-            masters = self._ferry.send(_pieces(self._masters.values()))
-        pairs = iter(list(zip(_pieces(self._values.values()), masters, strict=True)))
+        masters, values = self._in_turn(self._masters, number), self._in_turn(self._values, number)
+        arriving: Iterable[tuple[Tensor, torch.cuda.Event | None]]
+        arriving = [(piece, None) for piece in masters] if self._ferry is None else self._ferry.send(masters)
+        pairs = iter(list(zip(values, arriving, strict=True)))
         self._running = [self._pool.submit(self._follow, pairs) for _ in range(self._num_workers)]
 
     def release_masters(self) -> None:
@@ -61,6 +64,9 @@ class Average:
         """By the parameters' names, up to date; loading is in place."""
         self.wait()
         return self._values
+
+    def _in_turn(self, tensors: Mapping[str, Tensor], number: int) -> list[Tensor]:
+        return list(islice(_pieces(tensors.values()), number % self._every, None, self._every))
 
     def _follow(self, pairs: Iterator[tuple[Tensor, tuple[Tensor, torch.cuda.Event | None]]]) -> None:
         """A worker takes the next piece, as long as there is one: none waits for a slower one."""
@@ -100,22 +106,24 @@ def _start(num_workers: int) -> ThreadPoolExecutor:
 
 
 class _Ferry:
-    """Brings pieces of FP32 tensors from a GPU to pinned memory, all at once, on its own stream."""
+    """Brings pieces of FP32 tensors from a GPU to pinned memory, a turn's at once, on its own stream."""
 
-    def __init__(self, device: torch.device, pieces: Iterable[Tensor]) -> None:
+    def __init__(self, device: torch.device, turns: Iterable[Iterable[Tensor]]) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._places = [torch.empty(piece.shape, dtype=torch.float32, pin_memory=True) for piece in pieces]
+        sizes = [max(numbers) for numbers in zip_longest(*([x.numel() for x in turn] for turn in turns), fillvalue=0)]
+        self._places = [torch.empty(size, dtype=torch.float32, pin_memory=True) for size in sizes]
         self._arrivals = [torch.cuda.Event(blocking=True) for _ in self._places]  # a wait sleeps, it does not spin
 
-    def send(self, pieces: Iterable[Tensor]) -> list[tuple[Tensor, torch.cuda.Event]]:
+    def send(self, pieces: Sequence[Tensor]) -> list[tuple[Tensor, torch.cuda.Event]]:
         """What the device's current stream has written by then: each piece's place, and when it is there. The last
         ones must be used up."""
+        places = [place[: piece.numel()] for piece, place in zip(pieces, self._places, strict=False)]
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            for piece, place, arrival in zip(pieces, self._places, self._arrivals, strict=True):
+            for piece, place, arrival in zip(pieces, places, self._arrivals, strict=False):
                 place.copy_(piece, non_blocking=True)
                 arrival.record(self._stream)
-        return list(zip(self._places, self._arrivals, strict=True))
+        return list(zip(places, self._arrivals, strict=False))
 
     def hold_current_stream(self) -> None:
         """Until what was sent has left."""

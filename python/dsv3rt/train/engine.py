@@ -82,7 +82,7 @@ class Engine:
         gradients = Gradients.spread(named, self.layout, self.mesh, self._shapes, late)
         self.optimizer = AdamW(named, config.optim, gradients, casts_of(self.model))
         decay, every = config.optim.ema_decay, config.optim.ema_every
-        self._average = Average(self.optimizer.masters(), decay**every) if decay else None
+        self._average = Average(self.optimizer.masters(), decay, every) if decay else None
         self._executor = Executor(self.model, self.layout, self.mesh, gradients, like)
 
     def step(self, state: RunState) -> tuple[StepResult, RunState]:
@@ -111,8 +111,8 @@ class Engine:
             if self._average is not None:
                 self._average.release_masters()
             self.optimizer.step(number, lr, seen.grad_norm)
-            if self._average is not None and number % self.config.optim.ema_every == 0:
-                self._average.update()
+            if self._average is not None:
+                self._average.update(number)
             gamma = self._bias_update_speed.value(*at)
             for layer, moe in moe_layers(self.model).items():
                 moe.gate.update_bias(seen.counts_LE[layer - self.config.model.num_dense_layers], gamma)
