@@ -5,7 +5,8 @@
 #
 #   scripts/bench_node.sh [LIBNCCL]      LIBNCCL: NCCL 2.30 or newer, where torch brings an older one
 #
-# SYSTEM=1 uses the Python at hand, as `make SYSTEM=1` does. ROUNDS=1000 random rounds of exchange are checked.
+# SYSTEM=1 uses the Python at hand, as `make SYSTEM=1` does. ROUNDS=1000 random rounds of exchange are checked. COMMIT:
+# of these sources, where they came without git.
 # Stops at the first failure; what was measured before is lost with it, so that no figure stands without its check.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,20 +26,21 @@ on() { "$python" tests/gpu/run_ranks.py --ranks "$1" ${nccl:+--nccl "$nccl"} --t
 ranks() { on "$gpus" "$@"; }
 
 nccl=${1:-}
+commit=(${COMMIT:+--commit "$COMMIT"})
 ranks tests/gpu/check_ep.py --only rounds --rounds "${ROUNDS:-1000}"
 ranks tests/gpu/check_ep.py --only latency --rounds 20
 ranks tests/gpu/check_ep.py --only faults
 for tokens in 4096 8192; do
   for sms in 16 32; do
-    ranks benchmarks/ep.py --tokens $tokens --num-sms $sms --out "$parts/ep_${tokens}_$sms.json"
+    ranks benchmarks/ep.py --tokens $tokens --num-sms $sms "${commit[@]}" --out "$parts/ep_${tokens}_$sms.json"
   done
 done
 case $gpus in
   2 | 4 | 8)
     nccl='' ranks tests/gpu/check_trainer.py
     ranks tests/gpu/check_fp8_trainer.py
-    on 1 benchmarks/trainer_ranks.py --out "$scratch/one.json"
-    ranks benchmarks/trainer_ranks.py --one "$scratch/one.json" --out "$parts/trainer.json" ;;
+    on 1 benchmarks/trainer_ranks.py "${commit[@]}" --out "$scratch/one.json"
+    ranks benchmarks/trainer_ranks.py "${commit[@]}" --one "$scratch/one.json" --out "$parts/trainer.json" ;;
   *) echo "bench_node: the trainer is checked on 2, 4 or 8 GPUs, not on $gpus" ;;
 esac
 "$python" - "$parts" "$gpus" <<'PYTHON'
