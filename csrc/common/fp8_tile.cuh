@@ -44,13 +44,9 @@ __device__ __forceinline__ uint4 transposed_chunk(const TransposedTile& tile, in
 // Calls write(column in the tile, chunk, words) for every 16-byte chunk of the transposed tile.
 template <int kThreads = kTileThreads, class Write>
 __device__ __forceinline__ void for_transposed_chunks(const TransposedTile& tile, Write write) {
-  static_assert(kTile * 8 % kThreads == 0);
-  const unsigned thread = thread_idx_read_here();  // no address is made before the tile is there
-  const int chunk = thread % 8;
 #pragma unroll
-  for (int i = 0; i < kTile * 8 / kThreads; ++i) {
-    const int column = thread / 8 + i * (kThreads / 8);
-    write(column, chunk, transposed_chunk(tile, column, chunk));
+  for (int column = threadIdx.x / 8; column < kTile; column += kThreads / 8) {
+    write(column, static_cast<int>(threadIdx.x % 8), transposed_chunk(tile, column, threadIdx.x % 8));
   }
 }
 

@@ -6,9 +6,9 @@
 
 namespace dsv3rt {
 
-constexpr int kSumRows = 8;    // under way together
-constexpr int kSumSpan = 32;   // octets of columns of a warp
-constexpr int kSumWarps = 4;   // of a block
+constexpr int kSumRows = 8;  // under way together
+constexpr int kSumSpan = 32;  // octets of columns of a warp
+constexpr int kSumWarps = 4;  // of a block
 constexpr int kSumBlocks = 8;  // of a multiprocessor: 128 KB under way
 
 // The warps that all tokens take.

@@ -39,10 +39,10 @@ template <bool kWeighted>
 const char* launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
   const QuantOutput& out = params.out;
   if (params.in.type == QuantInput::kBFloat16) {
-    return launch_1x128<SwigluSource<__nv_bfloat16, kWeighted>>(params.in, params.groups, out, stream);
+    return launch_1x128<SwigluSource<__nv_bfloat16>>(params.in, params.groups, out, stream);
   }
   if (out.num_columns % kTile != 0) {
-    return launch_1x128<SwigluSource<__nv_fp8_e4m3, kWeighted>>(params.in, params.groups, out, stream);
+    return launch_1x128<SwigluSource<__nv_fp8_e4m3>>(params.in, params.groups, out, stream);
   }
   if (out.data_t != nullptr) {
     const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);

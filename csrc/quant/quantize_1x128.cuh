@@ -1,18 +1,12 @@
 // 1x128 tiles of whatever a source yields: one pass by rows, or by rows and columns at once.
 //
 // A source is made of its Params and the place of a thread's first element; it has Element (what is quantised), Raw
-// (eight elements as loaded), and functions to load and convert: load(raw, rows after the first), convert(raw, octets).
+// (eight elements as loaded), and functions to load and convert: load(raw, rows after the first), octet(raw).
 #pragma once
 
 #include "quant/tile.cuh"
 
 namespace dsv3rt {
-
-template <typename Type>
-__device__ __forceinline__ void copy_octets(const TileOctets<Type>& from, TileOctets<Type>& to) {
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) to[r] = from[r];
-}
 
 // x itself.
 template <typename Type>
@@ -28,9 +22,7 @@ class PlainSource {
   __device__ __forceinline__ PlainSource(const Params& in, int64_t row, int column)
       : first_(static_cast<const Type*>(in.x) + row * in.stride + column), stride_(in.stride) {}
   __device__ __forceinline__ void load(Raw& raw, int r) const { raw.load(first_ + r * stride_); }
-  static __device__ __forceinline__ void convert(const TileOctets<Type>& raw, TileOctets<Type>& octets) {
-    copy_octets(raw, octets);
-  }
+  static __device__ __forceinline__ const Octet<Type>& octet(const Raw& raw) { return raw; }
 
  private:
   const Type* first_;
@@ -59,9 +51,7 @@ class GatheredSource {
     const int row = r == 0 ? rows_.x : r == 1 ? rows_.y : r == 2 ? rows_.z : rows_.w;
     raw.load(x_ + row * stride_);
   }
-  static __device__ __forceinline__ void convert(const TileOctets<Type>& raw, TileOctets<Type>& octets) {
-    copy_octets(raw, octets);
-  }
+  static __device__ __forceinline__ const Octet<Type>& octet(const Raw& raw) { return raw; }
 
  private:
   const Type* x_;
@@ -84,7 +74,8 @@ __device__ __forceinline__ void load_octets(const Source& source, int rows_left,
       if (r < rows_left) source.load(raw[r], r);
     }
   }
-  source.convert(raw, octets);
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) octets[r] = source.octet(raw[r]);
 }
 
 // Row form. A warp takes two tiles (256 columns) of four rows: 16 lanes a tile, 8 elements a lane.
@@ -117,15 +108,11 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const TilePlace place{block.row * kTile, block.column * kTile,
                         count_rows(groups, block.row * kTile, out.num_rows, kTile)};
   if (place.rows.written == 0) return;  // past the last group
-  const Source source(in, place.first_row + row_in_tile(), place.first_column + column_in_tile());
+  const int64_t row = place.first_row + row_in_tile();
+  const int column = place.first_column + column_in_tile();
   TileOctets<Element> octets;
-  if (sizeof(Element) == 2 && place.is_whole(out.num_columns)) {  // FP32 would need more registers than there are
-    load_octets(source, kRowsPerThread, octets);
-    write_tile<Element, true>(out, place, octets, tile, columns);
-  } else {
-    load_octets(source, place.first_column + column_in_tile() < out.num_columns ? place.rows_to_read() : 0, octets);
-    write_tile<Element, false>(out, place, octets, tile, columns);
-  }
+  load_octets(Source(in, row, column), column < out.num_columns ? place.rows_to_read() : 0, octets);
+  write_tile<Element>(out, place, octets, tile, columns);
 }
 
 }  // namespace dsv3rt

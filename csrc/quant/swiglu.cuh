@@ -41,7 +41,6 @@ struct GateUp<__nv_bfloat16> {
     gate.words = gate_words;
     up.words = up_words;
   }
-  __device__ __forceinline__ bool bounded() const { return false; }
   __device__ __forceinline__ void clear() {
     gate.clear();
     up.clear();
@@ -68,7 +67,6 @@ struct GateUp<__nv_fp8_e4m3> {
     gate_scale = gate_factor;
     up_scale = up_factor;
   }
-  __device__ __forceinline__ bool bounded() const { return scale_bounds_gates(gate_scale); }
   __device__ __forceinline__ void clear() {
     gate = up = make_uint2(0, 0);
     gate_scale = up_scale = 0.0f;
@@ -108,7 +106,7 @@ __device__ __forceinline__ Octet<__nv_bfloat16> multiply(const GateUp<Type>& in,
   return round_octet(products);
 }
 
-template <typename Type, bool kWeighted>
+template <typename Type>
 class SwigluSource {
  public:
   using Params = GateUpInput;
@@ -127,7 +125,7 @@ class SwigluSource {
       : gate_(static_cast<const Type*>(in.data) + row * in.stride + column),
         gate_scale_(in.scale + column / kTile * in.scale_stride + row),
         up_scale_(in.scale + (in.hidden + column) / kTile * in.scale_stride + row),
-        weight_(kWeighted ? in.weight + row : nullptr),
+        weight_(in.weight == nullptr ? nullptr : in.weight + row),
         stride_(in.stride),
         hidden_(in.hidden) {}
 
@@ -138,20 +136,11 @@ class SwigluSource {
     if (sizeof(Type) == 1) gate_scale = gate_scale_[r], up_scale = up_scale_[r];
     raw.in.set(*reinterpret_cast<const Words*>(gate), *reinterpret_cast<const Words*>(gate + hidden_), gate_scale,
                up_scale);
-    raw.weight = kWeighted ? weight_[r] : 1.0f;
+    raw.weight = weight_ == nullptr ? 1.0f : weight_[r];
   }
 
-  static __device__ __forceinline__ void convert(const Raw (&raw)[kRowsPerThread], TileOctets<Element>& octets) {
-    bool bounded = true;
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) bounded = bounded && raw[r].in.bounded();
-    if (sizeof(Type) == 1 && __all_sync(~0u, bounded)) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) octets[r] = multiply<true, kWeighted>(raw[r].in, raw[r].weight);
-    } else {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) octets[r] = multiply<false, kWeighted>(raw[r].in, raw[r].weight);
-    }
+  static __device__ __forceinline__ Octet<__nv_bfloat16> octet(const Raw& raw) {
+    return multiply<false, true>(raw.in, raw.weight);
   }
 
  private:

@@ -68,9 +68,9 @@ struct BackwardStorage {
       in += params.in.stride;
       dy += params.grad_stride;
     }
-    const int factor_row = row_in_tile() + threadIdx.x % kRowsPerThread;
-    if (params.in.weight != nullptr && threadIdx.x % 16 < kRowsPerThread) {
-      copy_async<4>(&weight[factor_row], params.in.weight + place.first_row + factor_row, factor_row < place.rows.read);
+    const int weight_row = row_in_tile() + threadIdx.x % 4;
+    if (params.in.weight != nullptr && threadIdx.x % 16 / 4 == 2) {
+      copy_async<4>(&weight[weight_row], params.in.weight + place.first_row + weight_row, weight_row < place.rows.read);
     }
     copy_async_commit();
   }
@@ -116,45 +116,35 @@ __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& p
   }
 }
 
-template <bool kWithProduct, bool kWhole>
-__device__ __forceinline__ void write_gradients(const SwigluBackwardParams& params, TilePlace place,
-                                                BackwardStorage& storage) {
-  using BFloat16 = __nv_bfloat16;
-  TileOctets<BFloat16> octets;
-  load_slots(octets, storage.up);
-  write_tile<BFloat16, kWhole>(params.out, place, octets, storage.tile(), storage.columns);
-  if (kWithProduct) {
-    QuantOutput out = params.out;
-    out.data_t = params.output_t;
-    out.scale_t = params.output_scale_t;
-    out.scale_t_stride = params.output_scale_t_stride;
-    load_slots(octets, storage.gate);
-    write_tile_columns<BFloat16, kWhole>(out, place, octets, storage.tile(), storage.columns);
-  }
-  place.first_column += params.in.hidden;
-  load_slots(octets, storage.grad);
-  write_tile<BFloat16, kWhole>(params.out, place, octets, storage.tile(), storage.columns);
-}
-
 // A block takes a 128x128 tile of gate, up and gradient; while it waits for them another one computes.
 template <bool kWithProduct, bool kWeighted>
 __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const SwigluBackwardParams params) {
+  using BFloat16 = __nv_bfloat16;
   extern __shared__ uint4 dynamic_storage[];
   auto& storage = *reinterpret_cast<BackwardStorage*>(dynamic_storage);
   const BlockPosition block(blockIdx.x, params.in.hidden, kTile);
-  const TilePlace place{block.row * kTile, block.column * kTile,
-                        count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
+  TilePlace place{block.row * kTile, block.column * kTile,
+                  count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
   if (place.rows.written == 0) return;  // past the last group
   storage.copy_inputs(params, place);
   copy_async_wait<0>();
   __syncwarp();
 
   differentiate_tile<kWithProduct, kWeighted>(params, place, storage);
-  if (place.is_whole(params.in.hidden)) {
-    write_gradients<kWithProduct, true>(params, place, storage);
-  } else {
-    write_gradients<kWithProduct, false>(params, place, storage);
+  TileOctets<BFloat16> octets;
+  load_slots(octets, storage.up);
+  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
+  if (kWithProduct) {
+    QuantOutput out = params.out;
+    out.data_t = params.output_t;
+    out.scale_t = params.output_scale_t;
+    out.scale_t_stride = params.output_scale_t_stride;
+    load_slots(octets, storage.gate);
+    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns);
   }
+  place.first_column += params.in.hidden;
+  load_slots(octets, storage.grad);
+  write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
 }
 
 }  // namespace dsv3rt

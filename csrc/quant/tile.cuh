@@ -58,25 +58,17 @@ __device__ __forceinline__ uint32_t shared_amax(const TileOctets<Element>& octet
   return max(bits, __shfl_xor_sync(~0u, bits, 8));
 }
 
-// The scales of a thread's four rows, written as far as they exist; lane % 4 names the row of the one returned.
-template <bool kWhole>
-__device__ __forceinline__ TileScale write_row_scales(const QuantOutput& out, int64_t row, int column, int rows_left,
-                                                      uint32_t amax_bits) {
-  const TileScale scale = tile_scale(amax_bits, out.scale_mask);
-  const int row_of_scale = threadIdx.x % 16, tile = column / kTile;
-  if (row_of_scale < (kWhole ? kRowsPerThread : min(rows_left, kRowsPerThread)) &&
-      (kWhole || tile * kTile < out.num_columns)) {
-    out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
-  }
-  return scale;
-}
-
 // By rows: a thread's eight columns of the `rows_left` rows from `row`, as far as they exist; kWhole: all do. Whole
 // warps call it.
 template <typename Element, bool kWhole = false>
 __device__ __forceinline__ void write_rows(const QuantOutput& out, int64_t row, int column, int rows_left,
                                            const TileOctets<Element>& octets) {
-  const TileScale scale = write_row_scales<kWhole>(out, row, column, rows_left, shared_amax<Element>(octets));
+  const TileScale scale = tile_scale(shared_amax<Element>(octets), out.scale_mask);
+  const int row_of_scale = threadIdx.x % 16, tile = column / kTile;
+  if (row_of_scale < (kWhole ? kRowsPerThread : min(rows_left, kRowsPerThread)) &&
+      (kWhole || tile * kTile < out.num_columns)) {
+    out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
+  }
   const bool in_columns = column < out.num_columns;
   uint8_t* target = out.data + row * out.num_columns + column;
 #pragma unroll
@@ -106,8 +98,15 @@ struct TilePlace {
 template <typename Element>
 struct ColumnScales {
   alignas(16) typename Octet<Element>::Pattern warp_amax[kTileWarps][kTile];
-  alignas(16) float inverse[kTile];
+  float inverse[kTile];
 };
+
+template <typename Element, bool kWhole = false>
+__device__ __forceinline__ void write_tile_rows(const QuantOutput& out, const TilePlace& place,
+                                                const TileOctets<Element>& octets) {
+  write_rows<Element, kWhole>(out, place.first_row + row_in_tile(), place.first_column + column_in_tile(),
+                              place.rows_to_write(), octets);
+}
 
 // Leaves the inverse scale of each of the block's 128 columns in storage and writes their scales.
 template <typename Element, bool kWhole>
@@ -148,20 +147,6 @@ __device__ __forceinline__ uint32_t row_mask(int rows_left) {
   return rows_left >= 4 ? ~0u : rows_left <= 0 ? 0u : (1u << (8 * rows_left)) - 1;
 }
 
-// Once all threads have left their words there.
-template <bool kWhole, int kThreads = kTileThreads>
-__device__ __forceinline__ void write_transposed_tile(const QuantOutput& out, const TilePlace& place,
-                                                      const TransposedTile& tile) {
-  __syncthreads();
-  const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
-  uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
-  for_transposed_chunks<kThreads>(tile, [&](int column, int chunk, const uint4& words) {
-    if (kWhole || place.first_column + column < out.num_columns) {
-      reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = words;
-    }
-  });
-}
-
 // Calls may follow each other with the same storage: two barriers lie between the last read and the next write of a
 // part. kWhole: every row and column of the tile exists.
 template <typename Element, bool kWhole = false>
@@ -177,62 +162,23 @@ __device__ __forceinline__ void write_tile_columns(const QuantOutput& out, const
     transposed_word(tile, column) = mask & pack_e4m3(octets[0].get(i) * inverse, octets[1].get(i) * inverse,
                                                      octets[2].get(i) * inverse, octets[3].get(i) * inverse);
   }
-  write_transposed_tile<kWhole>(out, place, tile);
+  __syncthreads();
+  const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
+  uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
+  for_transposed_chunks(tile, [&](int column, int chunk, const uint4& words) {
+    if (kWhole || place.first_column + column < out.num_columns) {
+      reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = words;
+    }
+  });
 }
 
-// Both forms of a tile of FP32, one after the other, for want of registers.
+// Both forms of a tile.
 template <typename Element, bool kWhole = false>
-requires(sizeof(Element) == 4) __device__ __forceinline__
-    void write_tile(const QuantOutput& out, const TilePlace& place, const TileOctets<Element>& octets,
-                    TransposedTile& tile, ColumnScales<Element>& storage) {
-  write_rows<Element, kWhole>(out, place.first_row + row_in_tile(), place.first_column + column_in_tile(),
-                              place.rows_to_write(), octets);
+__device__ __forceinline__ void write_tile(const QuantOutput& out, const TilePlace& place,
+                                           const TileOctets<Element>& octets, TransposedTile& tile,
+                                           ColumnScales<Element>& storage) {
+  write_tile_rows<Element, kWhole>(out, place, octets);
   write_tile_columns<Element, kWhole>(out, place, octets, tile, storage);
-}
-
-// Both forms of a tile of BF16: a number is widened once for its two codes.
-template <typename Element, bool kWhole = false>
-requires(sizeof(Element) == 2) __device__ __forceinline__
-    void write_tile(const QuantOutput& out, const TilePlace& place, const TileOctets<Element>& octets,
-                    TransposedTile& tile, ColumnScales<Element>& storage) {
-  const int64_t row = place.first_row + row_in_tile();
-  const int column = place.first_column + column_in_tile(), rows_left = place.rows_to_write();
-  const TileScale scale = write_row_scales<kWhole>(out, row, column, rows_left, shared_amax<Element>(octets));
-  float row_inverse[kRowsPerThread];
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) row_inverse[r] = __shfl_sync(~0u, scale.inverse, r, kRowsPerThread);
-  reduce_columns<Element, kWhole>(out, place, octets, storage);
-
-  const uint32_t mask = kWhole ? ~0u : row_mask(place.rows_to_read());
-  uint32_t codes[kRowsPerThread][2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float4 inverses = reinterpret_cast<const float4*>(storage.inverse + column_in_tile())[half];
-    const float column_inverse[4] = {inverses.x, inverses.y, inverses.z, inverses.w};
-    float x[kRowsPerThread][4];
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[r][i] = octets[r].get(half * 4 + i);
-      codes[r][half] = pack_e4m3(x[r][0] * row_inverse[r], x[r][1] * row_inverse[r], x[r][2] * row_inverse[r],
-                                 x[r][3] * row_inverse[r]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      transposed_word(tile, column_in_tile() + half * 4 + i) =
-          mask & pack_e4m3(x[0][i] * column_inverse[i], x[1][i] * column_inverse[i], x[2][i] * column_inverse[i],
-                           x[3][i] * column_inverse[i]);
-    }
-  }
-  uint8_t* target = out.data + row * out.num_columns + column;
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    if (kWhole || (column < out.num_columns && r < rows_left)) {
-      *reinterpret_cast<uint2*>(target) = make_uint2(codes[r][0], codes[r][1]);
-    }
-    target += out.num_columns;
-  }
-  write_transposed_tile<kWhole>(out, place, tile);
 }
 
 }  // namespace dsv3rt

@@ -107,6 +107,21 @@ __device__ __forceinline__ void reduce_wide_columns(const QuantOutput& out, cons
   __syncthreads();
 }
 
+// Once all threads have left their words there.
+__device__ __forceinline__ void write_wide_columns(const QuantOutput& out, const TilePlace& place,
+                                                   const TransposedTile& tile) {
+  __syncthreads();
+  const int64_t padded_rows = round_up(out.num_rows, int64_t(kTile));
+  uint8_t* first = out.data_t + place.first_column * padded_rows + place.first_row;
+  const unsigned thread = thread_idx_read_here();  // no address is made before the tile is there
+  const int chunk = thread % 8;
+#pragma unroll
+  for (int i = 0; i < kTile * 8 / kWideThreads; ++i) {
+    const int column = thread / 8 + i * (kWideThreads / 8);
+    reinterpret_cast<uint4*>(first + column * padded_rows)[chunk] = transposed_chunk(tile, column, chunk);
+  }
+}
+
 // Both forms, or by columns alone. Calls may follow each other with the same storage, as those of write_tile_columns.
 template <bool kWithRows, bool kWhole>
 __device__ __forceinline__ void write_wide_tile(const QuantOutput& out, const TilePlace& place,
@@ -148,7 +163,7 @@ __device__ __forceinline__ void write_wide_tile(const QuantOutput& out, const Ti
       rows.write(r, make_uint4(codes[r][0], codes[r][1], codes[r][2], codes[r][3]));
     }
   }
-  write_transposed_tile<true, kWideThreads>(out, place, tile);
+  write_wide_columns(out, place, tile);
 }
 
 }  // namespace dsv3rt
