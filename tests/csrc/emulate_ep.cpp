@@ -16,6 +16,7 @@ thread_local int shared[6 * kMaxEpExperts];
 namespace {
 
 constexpr int kBlock = 16;
+constexpr int kFirstRow = 48;  // of rooms, from which on they are used
 
 struct Options {
   int num_nodes, node_size, experts, max_tokens, top_k, columns, rounds, delay_us, seed;
@@ -60,7 +61,7 @@ class World {
                     options.max_tokens,
                     options.top_k,
                     options.columns,
-                    options.num_nodes > 1 ? 0 : most_rows(),
+                    options.num_nodes > 1 ? 0 : kFirstRow + most_rows(),
                     false};
       team.nodes = nodes_of(team.shape, options.node_size);
       team.at = layout_of(team.shape);
@@ -374,6 +375,7 @@ class World {
     EpCombineParams params = pushed({}, arrived.route, nullptr, tokens, num_tokens);
     params.place = arrived.place.data();
     params.room = EpRoom::kResults;
+    params.first_row = kFirstRow;
     return params;
   }
 
@@ -388,7 +390,8 @@ class World {
     const std::vector<float>& row_weight = arrived.row_weight;
     std::vector<float> row_weight_grad(row_weight.size()), weight_grad(batch.weight.size(), NAN);
     const auto in_room = [&](EpRoom room) {
-      return reinterpret_cast<__nv_bfloat16*>(rank.team.self + room_offset(rank.team.at, room));
+      auto* rows = reinterpret_cast<__nv_bfloat16*>(rank.team.self + room_offset(rank.team.at, room));
+      return rows + int64_t(kFirstRow) * columns;
     };
     for (size_t i = 0; i < want.size(); ++i) {
       const Row& row = want[i];
