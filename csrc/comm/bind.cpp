@@ -347,9 +347,8 @@ void bind_comm(py::module_& module) {
            py::arg("weight") = none, py::arg("num_sms"), py::arg("stream") = none,
            "Sums every token's rows into tokens, on a stream.")
       .def("fetch", &Comm::fetch, py::arg("room"), py::arg("first_row"), py::arg("route"), py::arg("place"),
-           py::arg("tokens"), py::kw_only(),
-           py::arg("row_weight_grad") = none, py::arg("weight_grad") = none, py::arg("num_sms"),
-           py::arg("stream") = none, "Sums every token's rows, which lie in a room of their ranks.")
+           py::arg("tokens"), py::kw_only(), py::arg("row_weight_grad") = none, py::arg("weight_grad") = none,
+           py::arg("num_sms"), py::arg("stream") = none, "Sums every token's rows, which lie in a room of their ranks.")
       .def("send", &Comm::send, py::arg("tokens"), py::arg("choice"), py::kw_only(), py::arg("num_sms"),
            py::arg("stream") = none, "Casts tokens to FP8 and writes them to their experts' ranks.")
       .def("receive", &Comm::receive, py::arg("counts"), py::arg("origin"), py::arg("rows"), py::arg("row_scale"),

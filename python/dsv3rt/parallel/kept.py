@@ -175,7 +175,7 @@ class Kept:
         return again + max(attention, mlp) + _PASSING_BACKWARD * self._wide(model.dim)
 
     def window(self) -> int:
-        """What the kernels' exchange registers: a chunk's tokens, the results of its choices, and rooms for all rows."""
+        """What the kernels' exchange registers: a chunk's tokens, results of its choices, and rooms for all rows."""
         if not self._spread:
             return 0
         rows = self._chunk_tokens * (1 + self._model.top_k) + (2 * self.rows if self._fetches and self._is_fp8 else 0)
