@@ -16,7 +16,7 @@ from dsv3rt.layers.ledger import Ledger, WeightGrads
 from dsv3rt.ops.types import GroupLayout
 from dsv3rt.parallel.expert import ExpertExchange
 from dsv3rt.parallel.pipeline.lanes import Lanes
-from tests.gpu.ep_layer import DIM, LOCAL, Passed, block_of, forward_and_backward, moe_of
+from tests.gpu.ep_layer import DIM, LOCAL, Passed, alike, block_of, forward_and_backward, moe_of
 
 KINDS = ("stand-in", "stand-in with gates", "fp32", "fp8")
 LANES = Lanes(torch.device("cpu"))
@@ -87,12 +87,6 @@ def near(ours: Tensor, theirs: Tensor) -> bool:
     """But for sums of some hundred terms in another order: FP32 rounds to 6e-8 of the largest."""
     largest = float(theirs.abs().amax()) if theirs.numel() else 0.0
     return torch.allclose(ours, theirs, rtol=0, atol=1e-5 * largest)
-
-
-def alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Columns of 128 rows are cast together, and chunks have others. E4M3 then rounds other numbers, by
-    2^-4 / sqrt(3) of their size in the mean: in both factors, and in either run, 0.072 of the gradient's own norm."""
-    return float((ours - theirs).norm()) <= 0.08 * float(theirs.norm())
 
 
 def main() -> None:
