@@ -29,6 +29,7 @@ def block_with(ranks: Ranks, chunks: int, *, carries_gates: bool) -> Block:
     exchange = ExpertExchange(dist.group.WORLD, ranks.size, num_sms=2, carries_gates=carries_gates, num_chunks=chunks)
     like_TD = torch.empty(ceil_div(MOST_TOKENS, chunks), DIM, dtype=torch.bfloat16, device=ranks.device)
     exchange.open(like_TD, LOCAL * ranks.size, TOP_K)
+    ranks.kernels_of(exchange._experts)
     moe_of(block).exchange = exchange
     return block
 

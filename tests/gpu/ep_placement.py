@@ -113,6 +113,7 @@ def check_placement(ranks: Ranks, args: argparse.Namespace) -> None:
         assert min(replicas) == 1 < max(replicas)
         for with_gates in (False, True)[: 2 if ranks.num_nodes == 1 else 1]:
             served = Served(placement, shape, ranks.rank, like_TD, with_gates=with_gates)
+            ranks.kernels_of(served.exchange._experts)
             for seed in range(rounds):
                 served.check(draw(shape, 9001 + seed, ROUTERS[seed % len(ROUTERS)]))
             served.check_graph(range(args.replays))
