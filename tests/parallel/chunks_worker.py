@@ -71,10 +71,11 @@ def findings(kind: str, tokens: int, chunks: int, *, puts_off: bool) -> dict[str
     one, one_weights = run(kind, tokens, 1, puts_off=puts_off)
     got, weights = run(kind, tokens, chunks, puts_off=puts_off)
     again, again_weights = run(kind, tokens, chunks, puts_off=puts_off)
+    same = {"fp32": near, "fp8": with_few_flips}.get(kind, torch.equal)
     found = {"weights": weights.keys() == one_weights.keys() and len(weights) > 3}
     for name in [field.name for field in fields(Passed)]:
         ours, theirs = getattr(got, name), getattr(one, name)
-        found[name] = near(ours, theirs) if kind == "fp32" else torch.equal(ours, theirs)
+        found[name] = same(ours, theirs)
         found[f"{name} again"] = torch.equal(ours, getattr(again, name))
     for name, theirs in one_weights.items():
         is_cast = kind == "fp8" and name.startswith("experts.")
@@ -87,6 +88,12 @@ def near(ours: Tensor, theirs: Tensor) -> bool:
     """But for sums of some hundred terms in another order: FP32 rounds to 6e-8 of the largest."""
     largest = float(theirs.abs().amax()) if theirs.numel() else 0.0
     return torch.allclose(ours, theirs, rtol=0, atol=1e-5 * largest)
+
+
+def with_few_flips(ours: Tensor, theirs: Tensor) -> bool:
+    """Products in FP32 differ by some 1e-7. That moves few numbers to the next one in BF16, or in FP8, by 2^-4 of one
+    of the 128 that make up a row: 2^-4 / sqrt(128) = 0.0055 of the row, if it happened in each."""
+    return float((ours - theirs).norm()) <= 0.006 * float(theirs.norm())
 
 
 def main() -> None:

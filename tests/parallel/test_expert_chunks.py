@@ -18,7 +18,7 @@ from dsv3rt.parallel.pipeline.lanes import Lanes, OfChunk, Phase, Walk
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_chunks_change_no_result(tmp_path: Path, size: int) -> None:
-    """Of a token, to the bit, whatever its rank has of them; weight gradients as far as sums in another order allow."""
+    """Of a token, to the bit where products of other heights are the same; weight gradients but for the sums' order."""
     out = tmp_path / "out.json"
     workers = torchrun(size, "-m", "tests.parallel.chunks_worker", str(out))
     output, _ = workers.communicate(timeout=300)
