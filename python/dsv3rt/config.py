@@ -148,13 +148,7 @@ class ParallelConfig:
         _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
         _require(not 0 < (room := self.expert_capacity) < 1, "parallel", "expert_capacity", "be 0 or at least 1", room)
         _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
-        _require(
-            (chunks := self.expert_chunks) == 1 or self.ep > 1,
-            "parallel",
-            "expert_chunks",
-            "be 1 where ep is 1",
-            chunks,
-        )
+        _require((cuts := self.expert_chunks) == 1 or self.ep > 1, "parallel", "expert_chunks", "be 1 without ep", cuts)
 
     @property
     def num_processes(self) -> int:

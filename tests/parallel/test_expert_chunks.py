@@ -33,7 +33,7 @@ def test_chunks_change_no_result(tmp_path: Path, size: int) -> None:
     ("parallel", "told"),
     [
         ({"dp": 2, "ep": 2, "expert_chunks": 0}, r"parallel\.expert_chunks must be positive, got 0"),
-        ({"dp": 2, "expert_chunks": 2}, r"parallel\.expert_chunks must be 1 where ep is 1, got 2"),
+        ({"dp": 2, "expert_chunks": 2}, r"parallel\.expert_chunks must be 1 without ep, got 2"),
         (
             {"dp": 2, "ep": 2, "expert_chunks": 33},
             r"parallel\.expert_chunks must be at most a micro-batch's 32 tokens, got 33",
