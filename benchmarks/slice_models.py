@@ -95,8 +95,11 @@ class EvenShare:
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
+        self.num_chunks = 1
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool) -> Dispatched:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool, chunk: int
+    ) -> Dispatched:
         local = dataclasses.replace(routing, idx_TK=routing.idx_TK % self._experts)
         return Dispatched(*ops.permute(x_TD, local, num_experts=self._experts, block=block))
 

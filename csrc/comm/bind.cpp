@@ -130,12 +130,17 @@ class Comm {
     throw_on_error(kCombine, ep_combine(get(), params, stream_for(kCombine, rows, stream)));
   }
 
-  // Rows lie in `room` already.
-  void fetch(int room, const RouteViews& route, const TensorView& place, const TensorView& tokens,
+  // Rows lie in `room` already, from `first_row` on.
+  void fetch(int room, int64_t first_row, const RouteViews& route, const TensorView& place, const TensorView& tokens,
              const OptionalView& row_weight_grad, const OptionalView& weight_grad, int num_sms, py::handle stream) {
     EpCombineParams params{};
     params.room = room_of(room);
     params.route = route_of(kCombine, route);
+    params.first_row = first_row;
+    const int64_t most = ep_shape(get()).max_rows - params.route.capacity;
+    if (first_row < 0 || first_row > most)
+      throw py::value_error("ep_combine: first_row must be in 0.." + std::to_string(most) + ", got " +
+                            std::to_string(first_row));
     check_dense(kCombine, "tokens", tokens, kAny);
     params.tokens = tokens.data;
     params.num_tokens = static_cast<int>(tokens.shape[0]);
@@ -341,9 +346,9 @@ void bind_comm(py::module_& module) {
       .def("combine", &Comm::combine, py::arg("rows"), py::arg("route"), py::arg("tokens"), py::kw_only(),
            py::arg("weight") = none, py::arg("num_sms"), py::arg("stream") = none,
            "Sums every token's rows into tokens, on a stream.")
-      .def("fetch", &Comm::fetch, py::arg("room"), py::arg("route"), py::arg("place"), py::arg("tokens"), py::kw_only(),
-           py::arg("row_weight_grad") = none, py::arg("weight_grad") = none, py::arg("num_sms"),
-           py::arg("stream") = none, "Sums every token's rows, which lie in a room of their ranks.")
+      .def("fetch", &Comm::fetch, py::arg("room"), py::arg("first_row"), py::arg("route"), py::arg("place"),
+           py::arg("tokens"), py::kw_only(), py::arg("row_weight_grad") = none, py::arg("weight_grad") = none,
+           py::arg("num_sms"), py::arg("stream") = none, "Sums every token's rows, which lie in a room of their ranks.")
       .def("send", &Comm::send, py::arg("tokens"), py::arg("choice"), py::kw_only(), py::arg("num_sms"),
            py::arg("stream") = none, "Casts tokens to FP8 and writes them to their experts' ranks.")
       .def("receive", &Comm::receive, py::arg("counts"), py::arg("origin"), py::arg("rows"), py::arg("row_scale"),

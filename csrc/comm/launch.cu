@@ -78,12 +78,11 @@ void reduce(const AnyTeam& team, const EpCombineParams& params, cudaStream_t str
 
 // After what the products wrote into the room.
 const char* fetch(const Team& team, const EpCombineParams& params, cudaStream_t stream) {
+  const FetchArgs args = fetch_args(team, params);
   if (params.row_weight_grad != nullptr) {
-    DSV3RT_CUDA_CHECK(cudaMemcpyAsync(team.self + team.at.row_weight_grad, params.row_weight_grad,
+    DSV3RT_CUDA_CHECK(cudaMemcpyAsync(team.self + args.row_weight_grad, params.row_weight_grad,
                                       params.route.capacity * sizeof(float), cudaMemcpyDeviceToDevice, stream));
   }
-  const FetchArgs args{params.route,       room_offset(team.at, params.room),          params.place,
-                       params.weight_grad, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
   ep_fetch_kernel<<<params.num_sms, kThreads, 0, stream>>>(team, args);
   return nullptr;
 }

@@ -93,6 +93,7 @@ struct EpCombineParams {
   const void* rows;       // (P, D) BF16, contiguous, 16-byte aligned
   EpRoute route;
   EpRoom room;            // whose rows are summed instead, with `place` of the dispatch and without weights
+  int64_t first_row;      // of the room, at all ranks: where the dispatch's rows begin
   const uint32_t* place;
   const float* row_weight_grad;  // (P,), with a room, or null
   float* weight_grad;     // (T, K) gets row_weight_grad of each choice's row

@@ -8,12 +8,23 @@ namespace dsv3rt {
 
 struct FetchArgs {
   EpRoute route;
-  int64_t room;           // its offset in every window
-  const uint32_t* place;  // [T * K]
-  float* weight_grad;     // [T * K] or null
+  int64_t rows;             // the first one's offset in every window, in a room
+  int64_t row_weight_grad;  // the offset of its weight's gradient
+  const uint32_t* place;    // [T * K]
+  float* weight_grad;       // [T * K] or null
   __nv_bfloat16* tokens;
   int num_tokens;
 };
+
+inline FetchArgs fetch_args(const Team& team, const EpCombineParams& params) {
+  return {params.route,
+          room_offset(team.at, params.room) + params.first_row * params.num_columns * 2,
+          team.at.row_weight_grad + params.first_row * 4,
+          params.place,
+          params.weight_grad,
+          static_cast<__nv_bfloat16*>(params.tokens),
+          params.num_tokens};
+}
 
 // Of a token's rows that from `first` on which the lane has to find.
 __device__ __forceinline__ FoundRow find_row(const Team& team, const FetchArgs& args, int token, int first) {
@@ -21,7 +32,7 @@ __device__ __forceinline__ FoundRow find_row(const Team& team, const FetchArgs& 
   if (lane >= kSumRows || k >= team.shape.top_k) return {nullptr, 0.0f};
   const uint32_t place = __ldg(args.place + token * team.shape.top_k + k);
   const int64_t row = place & ((1u << kPlaceBits) - 1);
-  return {in_window<const uint4>(team.peers[place >> kPlaceBits], args.room + row * team.shape.num_columns * 2), 1.0f};
+  return {in_window<const uint4>(team.peers[place >> kPlaceBits], args.rows + row * team.shape.num_columns * 2), 1.0f};
 }
 
 __device__ inline void fetch_weight_grads(const Team& team, const FetchArgs& args, bool complete) {
@@ -30,7 +41,7 @@ __device__ inline void fetch_weight_grads(const Team& team, const FetchArgs& arg
     float grad = __int_as_float(0x7fffffff);
     if (complete) {
       const uint32_t place = __ldg(args.place + i);
-      const float* grads = in_window<const float>(team.peers[place >> kPlaceBits], team.at.row_weight_grad);
+      const float* grads = in_window<const float>(team.peers[place >> kPlaceBits], args.row_weight_grad);
       grad = __ldcg(grads + (place & ((1u << kPlaceBits) - 1)));
     }
     args.weight_grad[i] = grad;

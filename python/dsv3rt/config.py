@@ -18,8 +18,7 @@ def _require(condition: bool, owner: str, name: str, rule: str, got: object) -> 
 
 def _require_positive(owner: str, config: object, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        _require(value > 0, owner, name, "be positive", value)
+        _require(getattr(config, name) > 0, owner, name, "be positive", getattr(config, name))
 
 
 def _require_non_negative(owner: str, config: object, *names: str) -> None:
@@ -140,13 +139,16 @@ class ParallelConfig:
     bucket_mb: float = 64.0  # FP32 gradients that travel together
     buckets_in_flight: int = 2  # of each group of ranks: one is packed or summed while another travels
     expert_capacity: float = 0.0  # rows that experts have room for, over an even load; more stop the run; 0: any load
+    expert_chunks: int = 1  # of a micro-batch's tokens, dispatched beside the experts of other chunks; with ep > 1
     expert_sms: int = 16  # multiprocessors that carry rows between experts; ranks that share a GPU share these out too
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight", "expert_sms")
+        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight",
+                          "expert_chunks", "expert_sms")  # fmt: skip
         _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
         _require(not 0 < (room := self.expert_capacity) < 1, "parallel", "expert_capacity", "be 0 or at least 1", room)
         _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
+        _require((cuts := self.expert_chunks) == 1 or self.ep > 1, "parallel", "expert_chunks", "be 1 without ep", cuts)
 
     @property
     def num_processes(self) -> int:
@@ -189,10 +191,6 @@ class Segment:
         return self.until_steps or self.until_tokens or math.inf
 
 
-def _constant(value: float) -> tuple[Segment, ...]:
-    return (Segment(value),)
-
-
 Recomputable = Literal["norm", "mla_up", "swiglu", "experts"]
 
 
@@ -207,11 +205,11 @@ class RunConfig:
     steps: int = 1000
     seed: int = 0
     seq_len: int = 4096
-    batch_size: tuple[Segment, ...] = _constant(8)
+    batch_size: tuple[Segment, ...] = (Segment(8),)
     micro_batch_size: int = 1
-    bias_update_speed: tuple[Segment, ...] = _constant(0.001)  # the paper's gamma
-    balance_alpha: tuple[Segment, ...] = _constant(0.0001)  # the paper's alpha
-    mtp_weight: tuple[Segment, ...] = _constant(0.3)  # the paper's lambda
+    bias_update_speed: tuple[Segment, ...] = (Segment(0.001),)  # the paper's gamma
+    balance_alpha: tuple[Segment, ...] = (Segment(0.0001),)  # the paper's alpha
+    mtp_weight: tuple[Segment, ...] = (Segment(0.3),)  # the paper's lambda
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     precision: Literal["bf16", "fp8"] = "bf16"  # of linears and experts; "bf16": that of `dtype` (docs/precision.md)
@@ -356,6 +354,8 @@ class TrainConfig:
                  f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
         _require(self.model.num_experts % self.parallel.ep == 0, "parallel", "ep",
                  f"divide model.num_experts ({self.model.num_experts})", self.parallel.ep)  # fmt: skip
+        tokens, chunks = self.train.micro_batch_size * self.train.seq_len, self.parallel.expert_chunks
+        _require(chunks <= tokens, "parallel", "expert_chunks", f"be at most a micro-batch's {tokens} tokens", chunks)
         unit = self.train.micro_batch_size * self.parallel.dp
         for segment in self.train.batch_size:
             for size in (segment.value, segment.value if segment.start is None else segment.start):

@@ -16,6 +16,7 @@ thread_local int shared[6 * kMaxEpExperts];
 namespace {
 
 constexpr int kBlock = 16;
+constexpr int kChunks = 2;  // exchanges with weights that are under way together, each in its rows of the rooms
 
 struct Options {
   int num_nodes, node_size, experts, max_tokens, top_k, columns, rounds, delay_us, seed;
@@ -60,7 +61,7 @@ class World {
                     options.max_tokens,
                     options.top_k,
                     options.columns,
-                    options.num_nodes > 1 ? 0 : most_rows(),
+                    options.num_nodes > 1 ? 0 : kChunks * most_rows(),
                     false};
       team.nodes = nodes_of(team.shape, options.node_size);
       team.at = layout_of(team.shape);
@@ -139,7 +140,7 @@ class World {
     for_all([&](int r) {
       if (r == last) return;
       std::vector<__nv_bfloat16> y(size_t(batches_[r].num_tokens) * options_.columns);
-      combine(ranks_[r], fetch_of(arrived[r], y, batches_[r].num_tokens));
+      combine(ranks_[r], fetch_of(arrived[r], 0, y, batches_[r].num_tokens));
       for (size_t i = 0; i < y.size(); ++i) {
         if (!std::isnan(number(y[i]))) differ("a result without a peer's rows", r, int64_t(i));
       }
@@ -370,58 +371,88 @@ class World {
     dispatch(ranks_[r], params);
   }
 
-  EpCombineParams fetch_of(WeighedRows& arrived, std::vector<__nv_bfloat16>& tokens, int num_tokens) const {
+  EpCombineParams fetch_of(WeighedRows& arrived, int chunk, std::vector<__nv_bfloat16>& tokens, int num_tokens) const {
     EpCombineParams params = pushed({}, arrived.route, nullptr, tokens, num_tokens);
     params.place = arrived.place.data();
     params.room = EpRoom::kResults;
+    params.first_row = int64_t(chunk) * most_rows();
     return params;
   }
 
   // Rows get their weights along and stay where they are, in both directions. A row's gradient of its weight is made
-  // up.
+  // up. All chunks are the same tokens; those of odd number come back negated.
   void exchange_with_weights(int r, const std::vector<Row>& want) {
-    const Rank& rank = ranks_[r];
-    Batch& batch = batches_[r];
+    WeighedRows arrived[kChunks];
+    std::vector<float> row_weight_grad[kChunks];
+    for (WeighedRows& chunk : arrived) dispatch_with_weights(r, int(want.size()) + kBlock, chunk);
+    for (int i = 0; i < kChunks; ++i) row_weight_grad[i] = fill_rooms(r, want, arrived[i], i);
+    for (int i = 0; i < kChunks; ++i) fetch_results(r, arrived[i], i);
+    for (int i = kChunks - 1; i >= 0; --i) fetch_gradients(r, arrived[i], i, row_weight_grad[i]);
+  }
+
+  static float sign_of(int chunk) { return chunk % 2 == 0 ? 1.0f : -1.0f; }
+
+  // Returns the gradients of the rows' weights.
+  std::vector<float> fill_rooms(int r, const std::vector<Row>& want, const WeighedRows& arrived, int chunk) const {
+    const Team& team = ranks_[r].team;
     const int columns = options_.columns;
-    WeighedRows arrived;
-    dispatch_with_weights(r, int(want.size()) + kBlock, arrived);
-    const std::vector<float>& row_weight = arrived.row_weight;
-    std::vector<float> row_weight_grad(row_weight.size()), weight_grad(batch.weight.size(), NAN);
+    std::vector<float> row_weight_grad(arrived.row_weight.size());
     const auto in_room = [&](EpRoom room) {
-      return reinterpret_cast<__nv_bfloat16*>(rank.team.self + room_offset(rank.team.at, room));
+      auto* rows = reinterpret_cast<__nv_bfloat16*>(team.self + room_offset(team.at, room));
+      return rows + int64_t(chunk) * most_rows() * columns;
     };
     for (size_t i = 0; i < want.size(); ++i) {
       const Row& row = want[i];
       const Batch* from = row.rank < 0 ? nullptr : &batches_[row.rank];
       const size_t entry = size_t(row.token) * options_.top_k + row.k;
-      if (row_weight[i] != (from == nullptr ? 0.0f : from->weight[entry])) differ("a row's weight", r, int64_t(i));
-      row_weight_grad[i] = from == nullptr ? NAN : made_up(*from, entry);
+      if (arrived.row_weight[i] != (from == nullptr ? 0.0f : from->weight[entry])) {
+        differ("a row's weight", r, int64_t(i));
+      }
+      row_weight_grad[i] = from == nullptr ? NAN : sign_of(chunk) * made_up(*from, entry);
       for (int c = 0; c < columns; ++c) {
         const float x = from == nullptr ? NAN : number(from->x[size_t(row.token) * columns + c]);
-        const float out = from == nullptr ? NAN : number(__float2bfloat16(x * factor(from->choice[entry])));
+        const float out =
+            from == nullptr ? NAN : sign_of(chunk) * number(__float2bfloat16(x * factor(from->choice[entry])));
         in_room(EpRoom::kResults)[i * columns + c] = __float2bfloat16(out);
         in_room(EpRoom::kGradients)[i * columns + c] = __float2bfloat16(-out);
       }
     }
-    std::vector<__nv_bfloat16> y(size_t(batch.num_tokens) * columns), dx(y);
-    EpCombineParams fetched = fetch_of(arrived, y, batch.num_tokens);
-    combine(rank, fetched);
-    fetched.room = EpRoom::kGradients;
-    fetched.tokens = dx.data();
-    fetched.row_weight_grad = row_weight_grad.data();
-    fetched.weight_grad = weight_grad.data();
-    combine(rank, fetched);
-    for (size_t i = 0; i < y.size(); ++i) {
+    return row_weight_grad;
+  }
+
+  void fetch_results(int r, WeighedRows& arrived, int chunk) {
+    const Batch& batch = batches_[r];
+    std::vector<__nv_bfloat16> y(size_t(batch.num_tokens) * options_.columns);
+    combine(ranks_[r], fetch_of(arrived, chunk, y, batch.num_tokens));
+    check_sums("a fetched result", r, y, sign_of(chunk));
+  }
+
+  void fetch_gradients(int r, WeighedRows& arrived, int chunk, const std::vector<float>& row_weight_grad) {
+    const Batch& batch = batches_[r];
+    std::vector<__nv_bfloat16> dx(size_t(batch.num_tokens) * options_.columns);
+    std::vector<float> weight_grad(batch.weight.size(), NAN);
+    EpCombineParams params = fetch_of(arrived, chunk, dx, batch.num_tokens);
+    params.room = EpRoom::kGradients;
+    params.row_weight_grad = row_weight_grad.data();
+    params.weight_grad = weight_grad.data();
+    combine(ranks_[r], params);
+    check_sums("a fetched gradient", r, dx, -sign_of(chunk));
+    for (size_t entry = 0; entry < weight_grad.size(); ++entry) {
+      if (weight_grad[entry] != sign_of(chunk) * made_up(batch, entry)) {
+        differ("a fetched gradient of a weight", r, int64_t(entry));
+      }
+    }
+  }
+
+  void check_sums(const char* what, int r, const std::vector<__nv_bfloat16>& got, float sign) {
+    const Batch& batch = batches_[r];
+    for (size_t i = 0; i < got.size(); ++i) {
       float sum = 0;
       for (int k = 0; k < options_.top_k; ++k) {
-        const size_t entry = i / columns * options_.top_k + k;
+        const size_t entry = i / options_.columns * options_.top_k + k;
         sum += number(__float2bfloat16(number(batch.x[i]) * factor(batch.choice[entry])));
       }
-      if (number(y[i]) != number(__float2bfloat16(sum))) differ("a fetched result", r, int64_t(i));
-      if (number(dx[i]) != -number(y[i])) differ("a fetched gradient", r, int64_t(i));
-    }
-    for (size_t entry = 0; entry < weight_grad.size(); ++entry) {
-      if (weight_grad[entry] != made_up(batch, entry)) differ("a fetched gradient of a weight", r, int64_t(entry));
+      if (number(got[i]) != sign * number(__float2bfloat16(sum))) differ(what, r, int64_t(i));
     }
   }
 

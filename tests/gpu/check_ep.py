@@ -33,6 +33,8 @@ from tests.gpu.ep_cases import (
     rounded,
     row_factors,
 )
+from tests.gpu.ep_chunks import check_chunks
+from tests.gpu.ep_placement import check_placement
 from tests.gpu.ep_ranks import Ranks, captured, equal, on
 from tests.gpu.ep_weights import check_gradient_of_weights, forward_with_weights, wanted, weights_by_row
 
@@ -357,7 +359,7 @@ def main() -> None:
     parser.add_argument("--num-sms", type=int, default=8)
     parser.add_argument("--timeout", type=float, default=20.0, help="of each wait, in seconds")
     parser.add_argument("--limit", type=float, help="seconds after which a rank ends itself, saying where it is")
-    parser.add_argument("--only", choices=("bring-up", "rounds", "latency", "faults"))
+    parser.add_argument("--only", choices=("bring-up", "rounds", "placement", "chunks", "latency", "faults"))
     args = parser.parse_args()
     faulthandler.dump_traceback_later(args.limit or 120 + args.rounds, exit=True)
     ranks = Ranks()
@@ -365,6 +367,8 @@ def main() -> None:
     parts: dict[str, Any] = {
         "bring-up": bring_up,
         "rounds": lambda r: check_rounds(r, args),
+        "placement": lambda r: check_placement(r, args),
+        "chunks": lambda r: check_chunks(r, args),
         "latency": lambda r: check_latency(r, args),
         "faults": faults,
     }

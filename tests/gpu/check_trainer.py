@@ -40,8 +40,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     8: {
         "dp8-ep4": {"dp": 8, "ep": 4},
+        "dp8-ep4-chunks2": {"dp": 8, "ep": 4, "expert_chunks": 2},
         "pp4-dp2-ep2-dualpipev": {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipev"},
         "pp4-dp2-ep2-dualpipe": {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipe"},
+        "pp4-dp2-ep2-dualpipe-chunks3": {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipe", "expert_chunks": 3},
     },
 }
 

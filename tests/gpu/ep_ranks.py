@@ -47,10 +47,16 @@ class Ranks:
             max_rows=0 if low_latency else shape.worst_case,
         )
         group = ops.EpGroup(dist.group.WORLD, shape.num_experts, limits=limits, device=self.device)
-        if self.num_nodes > 1:
-            assert group.kernels is not None
-            wait_after_each_exchange(group.kernels)
+        self.kernels_of(group)
         return group
+
+    def kernels_of(self, group: ops.EpGroup | None) -> KernelExchange:
+        """Of a group that has just been made; every group's must be asked for."""
+        assert group is not None
+        assert group.kernels is not None
+        if self.num_nodes > 1:
+            wait_after_each_exchange(group.kernels)
+        return group.kernels
 
 
 def wait_after_each_exchange(kernels: KernelExchange) -> None:

@@ -30,6 +30,7 @@ from tests.gpu.ep_cases import (
     rounded,
     row_factors,
 )
+from tests.gpu.ep_placement import Served, placements
 from tests.gpu.ep_weights import check_gradient_of_weights, forward_with_weights, wanted, weights_by_row
 
 
@@ -155,6 +156,17 @@ def replicated() -> dict[str, bool]:
     }
 
 
+def placed(shape: Shape) -> dict[str, bool]:
+    """The same to the bit, with experts whose rows do not depend on one another."""
+    like_TD = torch.empty(shape.max_tokens, shape.num_columns)
+    for placement in placements(draw(shape, 9, "skewed"), shape).values():
+        for with_gates in (False, True):
+            served = Served(placement, shape, dist.get_rank(), like_TD, with_gates=with_gates)
+            for seed, router in enumerate(ROUTERS):
+                served.check(draw(shape, seed, router))  # raises what differs
+    return {"placed": True}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -166,7 +178,7 @@ def main() -> None:
     for seed, router in enumerate(ROUTERS):
         batch = draw(shape, seed, router)
         found[router] = findings(group, shape, batch, compute(shape, batch))
-    found["replicated"] = replicated()
+    found["replicated"] = {**replicated(), **placed(shape)}
     found["overflow"] = overflow(group, shape)
     everyone: list[object] = [None] * size
     dist.all_gather_object(everyone, found)

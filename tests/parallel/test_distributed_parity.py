@@ -29,6 +29,12 @@ LAYOUTS = {
 JOBS: dict[str, Sections] = {
     **{name: {"parallel": parallel} for name, parallel in LAYOUTS.items()},
     "pp2-dp2-ep2-computed-again": {"parallel": layout(2, 2, 2, "dualpipev"), "train": {"recompute": ALL}},
+    "dp4-ep2-chunks3": {"parallel": {**layout(1, 4, 2), "expert_chunks": 3}},
+    "pp2-dp2-ep2-zb1p-chunks2": {"parallel": {**layout(2, 2, 2, "zb1p"), "expert_chunks": 2}},
+    "pp2-dp2-ep2-dualpipev-chunks3-computed-again": {
+        "parallel": {**layout(2, 2, 2, "dualpipev"), "expert_chunks": 3},
+        "train": {"recompute": ALL},
+    },
 }
 # The same numbers to the bit as the layout that each begins with.
 SAME: dict[str, Sections] = {
@@ -109,6 +115,7 @@ def test_gradients_set_out_during_the_backward(results: dict[str, Any]) -> None:
     """All buckets but those with a parameter that this rank does not use, in every layout that reduces any."""
     early = {name: results[name]["early"] for name in LAYOUTS}
     assert all(early[name] >= 2 for name in ("dp4", "dp4-ep4", "pp2-dp2", "pp2-dp2-ep2-dualpipe", "pp4-dualpipe"))
+    assert results["dp4-ep2-chunks3"]["early"] >= 2
     assert results["one"]["one"]["early"] == 0
 
 

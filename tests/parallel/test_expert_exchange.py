@@ -49,6 +49,8 @@ def test_group_rejects_what_it_has_no_room_for(tmp_path: Path) -> None:
             ops.ep_dispatch_with_weights(x_TD, replace(routing, weight_TK=x_TD[:, :1]), plain)
         with pytest.raises(ValueError, match="with_weights: capacity must be a positive multiple of 128, got 5"):
             ops.ep_dispatch_with_weights(x_TD, routing, plain, capacity=5)
+        with pytest.raises(ValueError, match="first_row must be a multiple of 128, not negative, got 5"):
+            ops.ep_dispatch_with_weights(x_TD, routing, plain, first_row=5)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -27,6 +27,7 @@ from dsv3rt.ops.expert_rows import RouteByKernel
 from dsv3rt.ops.reference.moe import RouteRule
 from dsv3rt.ops.types import Routing
 from dsv3rt.parallel.build import moe_layers
+from dsv3rt.parallel.expert import room
 from dsv3rt.parallel.kept import Kept
 from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule, Stage
 from dsv3rt.parallel.pipeline.lanes import Lanes, Walk
@@ -73,9 +74,12 @@ class _Exchange:
     """
 
     fetches: bool
-    rooms: dict[bool, Tensor] = field(default_factory=dict)
+    num_chunks: int = 1
+    rooms: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool) -> Dispatched:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool, chunk: int
+    ) -> Dispatched:
         rows_PD, layout, permutation = ops.permute(x_TD, routing, num_experts=num_experts, block=block)
         if not (self.fetches and with_gates):
             return Dispatched(rows_PD, layout, permutation)
@@ -83,7 +87,7 @@ class _Exchange:
         gate_P = gate_P.index_copy(0, permutation.row_of_TK.flatten(), routing.weight_TK.flatten())
 
         def room(backward: bool) -> Tensor:
-            return self.rooms.setdefault(backward, torch.empty_like(rows_PD.detach()))
+            return self.rooms.setdefault((chunk, backward), torch.empty_like(rows_PD.detach()))
 
         return Dispatched(rows_PD, layout, permutation, gates=Weighed(gate_P, room))
 
@@ -157,10 +161,21 @@ def near(found: int) -> Any:
     return pytest.approx(found, abs=512)
 
 
-def kept_of(config: TrainConfig) -> Kept:
+def row_block(config: TrainConfig) -> int:
     """On a CPU BF16 experts' rows are not padded to 128."""
-    is_wide = config.train.precision == "bf16" or "*.experts" in config.train.bf16_modules
-    return Kept(config, 2, row_block=1 if is_wide else 128)
+    return 1 if config.train.precision == "bf16" or "*.experts" in config.train.bf16_modules else 128
+
+
+def kept_of(config: TrainConfig) -> Kept:
+    return Kept(config, 2, row_block=row_block(config))
+
+
+def kept_on_ranks(config: TrainConfig, chunks: int) -> Kept:
+    """With an exchange, but as many rows as one rank has."""
+    kept = kept_of(replace(config, parallel=ParallelConfig(dp=2, ep=2, expert_chunks=chunks)))
+    choices = LENGTH // chunks, config.model.top_k
+    kept.rows = chunks * room(config.model.num_experts, 1, 0, choices, row_block(config))
+    return kept
 
 
 @pytest.mark.parametrize("recompute", CHOICES, ids=str)
@@ -197,8 +212,9 @@ def test_modules_that_stay_in_bf16(pattern: str) -> None:
 
 @pytest.mark.parametrize("recompute", [(), ("norm", "mla_up", "swiglu")], ids=str)
 @pytest.mark.parametrize(("precision", "node_ranks"), [("bf16", 2), ("fp8", 2), ("fp8", 1)])
+@pytest.mark.parametrize("chunks", [1, 2])
 def test_experts_on_several_ranks(
-    monkeypatch: pytest.MonkeyPatch, precision: str, node_ranks: int, recompute: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, precision: str, node_ranks: int, recompute: tuple[str, ...], chunks: int
 ) -> None:
     """Rows as many as one rank has here; where each comes from is 4 bytes a row there and 8 a choice here. Within a
     node rows are fetched, and where those of the tokens lie is 4 bytes a choice there and nothing here."""
@@ -207,11 +223,9 @@ def test_experts_on_several_ranks(
     monkeypatch.setattr("dsv3rt.parallel.kept._NODE_RANKS", node_ranks)
     fetches = precision == "fp8" and node_ranks == 2
     for moe in moe_layers(model).values():
-        moe.exchange = _Exchange(fetches=fetches)
+        moe.exchange = _Exchange(fetches, chunks)
     found = run(config, model, range(MOE, MOE + 1), is_last=False).kept
-    choices, rows = LENGTH * config.model.top_k, kept_of(config).rows
-    kept = kept_of(replace(config, parallel=ParallelConfig(dp=2, ep=2)))
-    kept.rows = rows
+    choices, kept = LENGTH * config.model.top_k, kept_on_ranks(config, chunks)
     different = 4 * kept.rows - (8 - 4 * fetches) * choices
     assert kept.block(model.layers[MOE]) + kept.ends(is_last=False, mtp=[]) - different == near(found)
 
@@ -230,16 +244,14 @@ def test_the_last_stage(precision: str) -> None:
 
 @pytest.mark.parametrize("recompute", [CHOICES[0], CHOICES[-1]], ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize("layer", [DENSE, MOE])
-def test_passing_tensors(layer: int, precision: str, recompute: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("layer", "chunks"), [(DENSE, 1), (MOE, 1), (MOE, 2)])
+def test_passing_tensors(layer: int, precision: str, recompute: tuple[str, ...], chunks: int) -> None:
     """The most at any time in a pass. This count is coarse: it takes for each pass all tensors of one phase."""
     config = job(precision, recompute)
     model = build(config)
     for moe in moe_layers(model).values():
-        moe.exchange = _Exchange(fetches=False)
-    rows = kept_of(config).rows
-    kept = kept_of(replace(config, parallel=ParallelConfig(dp=2, ep=2)))
-    kept.rows = rows
+        moe.exchange = _Exchange(fetches=False, num_chunks=chunks)
+    kept = kept_on_ranks(config, chunks)
     held, block = run(config, model, range(layer, layer + 1), is_last=False, put_off=True), model.layers[layer]
     size = kept.block(block)
     assert 0.9 * held.forward_peak < size + kept.forward_work(block) < 1.5 * held.forward_peak

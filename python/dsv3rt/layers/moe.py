@@ -35,12 +35,20 @@ class Dispatched:
 
 
 class Exchange(Protocol):
-    """Carries rows to the ranks that hold their experts, and back."""
+    """Carries rows to the ranks that hold their experts, and back.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool) -> Dispatched:
+    num_chunks: into how many chunks of tokens a micro-batch is to be cut, the same on all ranks.
+    """
+
+    num_chunks: int
+
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool, chunk: int
+    ) -> Dispatched:
         """As `ops.permute` lays them out, but the rows of all ranks for the experts of this one. Differentiable.
 
         with_gates: the experts can apply them, so they may come along; else `combine` applies them.
+        chunk: which of `num_chunks` it is; different ones may be under way together.
         """
         ...
 
@@ -121,12 +129,17 @@ class MoE(nn.Module):
         routing: Routing = self.gate(x_TD)
         return routing
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    @property
+    def num_chunks(self) -> int:
+        return 1 if self.exchange is None else self.exchange.num_chunks
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, chunk: int = 0) -> Dispatched:
         """Rows grouped by expert, each group padded to the GEMM's 128 rows on a GPU or in FP8, else to nothing."""
         block = 128 if x_TD.is_cuda or self.experts.is_fp8 else 1
         if self.exchange is not None:
+            with_gates = self.experts.is_fp8
             return self.exchange.dispatch(
-                x_TD, routing, num_experts=self.num_experts, block=block, with_gates=self.experts.is_fp8
+                x_TD, routing, num_experts=self.num_experts, block=block, with_gates=with_gates, chunk=chunk
             )
         if self.experts.is_fp8:
             layout, permutation = ops.place(routing.idx_TK, num_experts=self.num_experts, block=block)

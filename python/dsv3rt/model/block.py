@@ -85,13 +85,17 @@ class Block(nn.Module):
 
     def combine(self, routed: Routed, dispatched: Dispatched | None, output: ExpertOutput) -> Tensor:
         """The block's result (T, D): residual, plus local part, plus routed part."""
-        y_TD = routed.x_TD if output.local_TD is None else routed.x_TD + output.local_TD
         if not isinstance(self.mlp, MoE):
-            return y_TD
+            return self.add_up(routed, output.local_TD, None)
         assert dispatched is not None
         assert output.rows_PD is not None
         assert routed.routing is not None
-        return y_TD + self.mlp.combine(output.rows_PD, dispatched, routed.routing)
+        return self.add_up(routed, output.local_TD, self.mlp.combine(output.rows_PD, dispatched, routed.routing))
+
+    @staticmethod
+    def add_up(routed: Routed, local_TD: Tensor | None, experts_TD: Tensor | None) -> Tensor:
+        y_TD = routed.x_TD if local_TD is None else routed.x_TD + local_TD
+        return y_TD if experts_TD is None else y_TD + experts_TD
 
     def _feed_forward(self, x_TD: Tensor) -> tuple[Tensor, Routing | None]:
         routed = self.route(x_TD)

@@ -138,21 +138,29 @@ def ep_dispatch(
 
 
 def ep_dispatch_with_weights(
-    x_TD: Tensor, routing: Routing, group: EpGroup, *, block: int = 128, capacity: int | None = None
+    x_TD: Tensor,
+    routing: Routing,
+    group: EpGroup,
+    *,
+    block: int = 128,
+    capacity: int | None = None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor, EpRoute]:
     """`ep_dispatch` that gives every row its weight along, for experts that multiply by it themselves.
 
     `ep_combine` then sums the rows as they are, and needs none of them for its backward. By kernels it fetches them
     from a room of their rank's window: rows that were written there (`ep_room`) are never copied. A group has one
-    room for results and one for gradients of rows. So of its exchanges with weights one at a time may be between
-    dispatch and combine, and one between the combine's backward and the dispatch's.
+    room for results and one for gradients of rows. Exchanges with weights that are between dispatch and combine at one
+    time, or between the combine's backward and the dispatch's, need rows of their own there, from `first_row` on.
 
     Args:
         x_TD: as in `ep_dispatch`, but no QuantTensor.
         routing: with weight_TK, fp32, to which this is differentiable too.
         group: one that `carries_weights`.
         block: as in `ep_dispatch`; the same on all ranks.
-        capacity: as in `ep_dispatch`; with kernels at most limits.max_rows.
+        capacity: as in `ep_dispatch`.
+        first_row: of the rooms, from which on this exchange has `capacity` rows; a multiple of block, the same on all
+            ranks. With kernels they end within limits.max_rows.
     Returns:
         rows_PD; weight_P, fp32, 0 for padding and unspecified past the last segment; the EpRoute.
     Raises:
@@ -167,6 +175,8 @@ def ep_dispatch_with_weights(
     _check_routed(op, x_TD, routing, block, capacity)
     check_tensor(op, "routing.weight_TK", routing.weight_TK, tuple(routing.idx_TK.shape), (torch.float32,))
     check_same_device(op, x_TD=x_TD, weight_TK=routing.weight_TK)
+    require(first_row >= 0 and first_row % block == 0, op, "first_row", f"be a multiple of {block}, not negative",
+            first_row)  # fmt: skip
     body = group.body(x_TD)
     if isinstance(body, ReferenceExchange):
         return body.dispatch_with_weights(x_TD, routing.idx_TK, routing.weight_TK, block=block, capacity=capacity)
@@ -175,8 +185,10 @@ def ep_dispatch_with_weights(
             f"and {body.num_nodes} nodes")  # fmt: skip
     _check_limits(op, limits, x_TD, routing)
     capacity = capacity or group.worst_case(limits.max_tokens, limits.top_k, block)
-    require(capacity <= limits.max_rows, op, "capacity", f"be at most {limits.max_rows}", capacity)
-    return body.dispatch_with_weights(x_TD, routing.idx_TK, routing.weight_TK, block=block, capacity=capacity)
+    most = limits.max_rows - first_row
+    require(capacity <= most, op, "capacity", f"be at most {most}, the rooms' rows from first_row on", capacity)
+    rows = range(first_row, first_row + capacity)
+    return body.dispatch_with_weights(x_TD, routing.idx_TK, routing.weight_TK, block=block, rows=rows)
 
 
 def ep_room(route: EpRoute, group: EpGroup, *, gradients: bool = False) -> Tensor | None:
@@ -194,7 +206,7 @@ def ep_room(route: EpRoute, group: EpGroup, *, gradients: bool = False) -> Tenso
     if not isinstance(route, FetchedRoute):
         return None
     assert group.kernels is not None
-    return group.kernels.room(route.origin_P.shape[0], gradients=gradients)
+    return group.kernels.room(route, gradients=gradients)
 
 
 def _check_routed(op: str, x_TD: Tensor, routing: Routing, block: int, capacity: int | None) -> None:

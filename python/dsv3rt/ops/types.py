@@ -118,8 +118,8 @@ class EpLimits:
     num_sms: how many SMs a dispatch or a combine uses; 0: as many as the way between the ranks wants.
     timeout_s: after which a wait for a peer is an error.
     low_latency: with room for the form of that name, `ep_send` and what follows it; for ranks of one node.
-    max_rows: the largest capacity of `ep_dispatch_with_weights`, for which windows then have two rooms of that many
-        rows; 0: it is not used. For ranks of one node.
+    max_rows: of each of the two rooms that windows have for `ep_dispatch_with_weights`: the capacities of all such
+        exchanges that are under way together; 0: it is not used. For ranks of one node.
     """
 
     max_tokens: int

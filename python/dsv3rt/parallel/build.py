@@ -9,6 +9,7 @@ from dsv3rt.config import ModelConfig
 from dsv3rt.layers.moe import MoE
 from dsv3rt.model.block import Block
 from dsv3rt.model.transformer import Transformer
+from dsv3rt.ops.types import ceil_div
 from dsv3rt.parallel.expert import ExpertExchange
 from dsv3rt.parallel.mesh import Mesh
 from dsv3rt.parallel.placement import EXPERT_MARK, Layout
@@ -61,9 +62,10 @@ def build(
             capacity=config.expert_capacity,
             num_sms=config.expert_sms,
             carries_gates=carries_gates,
+            num_chunks=config.expert_chunks,
         )
         if device.type == "cuda":
-            like_TD = torch.empty(tokens, layout.model.dim, dtype=dtype, device=device)
+            like_TD = torch.empty(ceil_div(tokens, config.expert_chunks), layout.model.dim, dtype=dtype, device=device)
             exchange.open(like_TD, layout.model.num_experts, layout.model.top_k)
         for moe in moe_layers(model).values():
             moe.exchange = exchange

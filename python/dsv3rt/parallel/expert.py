@@ -45,9 +45,11 @@ class ExpertExchange:
         capacity: float = 0.0,
         num_sms: int = 16,
         carries_gates: bool = False,
+        num_chunks: int = 1,
     ) -> None:
         """placement: of replicas, for serving; rank i then holds the experts `placement.experts_on(i)`, in this order.
         capacity: rows that a rank's experts have room for, over an even load; 0: for any load. num_sms: of the kernels.
+        num_chunks: that may be under way together; all sizes are those of one.
         carries_gates: gates go along with the rows where experts want them and the ranks are of one node; not for
             layers of which two forwards may be under way at a time (`ops.ep_dispatch_with_weights`).
 
@@ -64,11 +66,12 @@ class ExpertExchange:
         self._capacity = capacity
         self._num_sms = num_sms
         self._carries_gates = carries_gates
+        self.num_chunks = num_chunks
         self._most_tokens = 0
         self._experts: ops.EpGroup | None = None
 
     def open(self, like_TD: Tensor, num_experts: int, top_k: int) -> None:
-        """Make the communicator for as many rows as `like_TD` has, on any rank; all ranks of the group together.
+        """Make the communicator for dispatches of as many rows as `like_TD` has, on any rank; all ranks together.
 
         To map windows may wait for all work of the device. Where messages of other ranks are awaited on it already, as
         in a pipeline from its first step on, that could be for ever.
@@ -78,7 +81,14 @@ class ExpertExchange:
         self._experts = ops.EpGroup(self._group, slots, limits=limits, device=like_TD.device)
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, *, num_experts: int, block: int, with_gates: bool = False
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        *,
+        num_experts: int,
+        block: int,
+        with_gates: bool = False,
+        chunk: int = 0,
     ) -> Dispatched:
         """See `layers.moe.Exchange`.
 
@@ -95,7 +105,10 @@ class ExpertExchange:
         capacity = self._room(num_experts, top_k, block) if self._capacity else None
         group, gates = self._experts, None
         if with_gates and self._carries_gates and group.carries_weights(x_TD):
-            rows_PD, gate_P, route = ops.ep_dispatch_with_weights(x_TD, routing, group, block=block, capacity=capacity)
+            first_row = chunk * self._room(num_experts, top_k, block)
+            rows_PD, gate_P, route = ops.ep_dispatch_with_weights(
+                x_TD, routing, group, block=block, capacity=capacity, first_row=first_row
+            )
             gates = fp8.Weighed(gate_P, lambda backward: ops.ep_room(route, group, gradients=backward))
         else:
             rows_PD, route = ops.ep_dispatch(x_TD, routing, group, block=block, capacity=capacity)
@@ -127,7 +140,7 @@ class ExpertExchange:
         here = torch.tensor([x_TD.shape[0], int(lacks)], device=x_TD.device)
         dist.all_reduce(here, dist.ReduceOp.MAX, group=self._group)
         self._most_tokens, lacking = here.tolist()
-        rows = self._room(num_experts, top_k, TILE) if self._carries_gates else 0
+        rows = self.num_chunks * self._room(num_experts, top_k, TILE) if self._carries_gates else 0
         limits = ops.EpLimits(self._most_tokens, top_k, x_TD.shape[1], self._num_sms, max_rows=rows)
         return None if lacking else limits
 

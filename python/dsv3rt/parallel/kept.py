@@ -49,9 +49,10 @@ class Kept:
         parallel = config.parallel
         self._spread = parallel.ep > 1
         self._fetches = self._spread and parallel.ep <= _NODE_RANKS and not self._recomputes("experts")
-        experts = model.num_experts
-        choices = self.tokens, model.top_k
-        self.rows = room(experts, parallel.ep, parallel.expert_capacity, choices, row_block)
+        self._chunks = parallel.expert_chunks
+        self._chunk_tokens = ceil_div(self.tokens, self._chunks)
+        choices = self._chunk_tokens, model.top_k
+        self.rows = self._chunks * room(model.num_experts, parallel.ep, parallel.expert_capacity, choices, row_block)
 
     def block(self, block: Block) -> int:
         """From forward to backward. The input counts, the output is the next block's."""
@@ -149,10 +150,12 @@ class Kept:
             mlp = self._mlp_forward(T, hidden, is_fp8=block.mlp.gate_proj.is_fp8)
             mlp -= min(mlp, self.feed_forward(block.mlp, T))
         else:
-            P = self.rows
+            P = self.rows // self._chunks
             mlp = self._mlp_forward(P, model.expert_dim, is_fp8=block.mlp.experts.is_fp8) + 2 * item * P * model.dim
-            if not self._recomputes("experts"):
-                mlp -= min(mlp, self.experts(block.mlp))
+            if self._recomputes("experts"):
+                mlp += 2 * item * (self.rows - P) * model.dim  # of chunks that wait, or that are done
+            else:
+                mlp -= min(mlp, self.experts(block.mlp) // self._chunks)
         return max(attention, mlp) + _PASSING_FORWARD * self._wide(model.dim)
 
     def backward_work(self, block: Block) -> int:
@@ -167,15 +170,15 @@ class Kept:
             mlp = self._mlp_backward(T, block.mlp.gate_proj.weight.shape[0], is_fp8=block.mlp.gate_proj.is_fp8)
         else:
             again += self.experts(block.mlp, keeps_swiglu=True) if self._recomputes("experts") else 0
-            mlp = self._mlp_backward(P, model.expert_dim, is_fp8=block.mlp.experts.is_fp8)
+            mlp = self._mlp_backward(P // self._chunks, model.expert_dim, is_fp8=block.mlp.experts.is_fp8)
             mlp += 2 * self._item * P * model.dim
         return again + max(attention, mlp) + _PASSING_BACKWARD * self._wide(model.dim)
 
     def window(self) -> int:
-        """What the kernels' exchange registers: a rank's tokens, the results of its choices, and rooms for rows."""
+        """What the kernels' exchange registers: a chunk's tokens, results of its choices, and rooms for all rows."""
         if not self._spread:
             return 0
-        rows = self.tokens * (1 + self._model.top_k) + (2 * self.rows if self._fetches and self._is_fp8 else 0)
+        rows = self._chunk_tokens * (1 + self._model.top_k) + (2 * self.rows if self._fetches and self._is_fp8 else 0)
         return self._item * self._model.dim * rows
 
     def _recomputes(self, what: str) -> bool:

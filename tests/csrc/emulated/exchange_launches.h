@@ -64,11 +64,10 @@ inline void combine_by(const AnyTeam& team, const Rails& rails, const EpCombineP
 }
 
 inline void fetch_by(const Team& team, const EpCombineParams& params) {
+  const FetchArgs fetch = fetch_args(team, params);
   if (params.row_weight_grad != nullptr) {
-    std::memcpy(team.self + team.at.row_weight_grad, params.row_weight_grad, params.route.capacity * sizeof(float));
+    std::memcpy(team.self + fetch.row_weight_grad, params.row_weight_grad, params.route.capacity * sizeof(float));
   }
-  const FetchArgs fetch{params.route,       room_offset(team.at, params.room),          params.place,
-                        params.weight_grad, static_cast<__nv_bfloat16*>(params.tokens), params.num_tokens};
   host::launch(kBlocks, kThreads, [=, &team] { ep_fetch_kernel(team, fetch); });
 }
 

@@ -36,9 +36,11 @@ class KernelRoute(EpRoute):
 
 @dataclass(frozen=True)
 class FetchedRoute(KernelRoute):
-    """Of a dispatch with weights, whose rows are fetched from rooms. place_TK: rank and row of each choice's row."""
+    """Of a dispatch with weights, whose rows are fetched from rooms. place_TK: rank and row of each choice's row.
+    first_row: of the rooms, at all ranks, where this dispatch's rows begin."""
 
     place_TK: Tensor
+    first_row: int
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,17 @@ class KernelExchange:
         return rows, route
 
     def dispatch_with_weights(
-        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, *, block: int, capacity: int
+        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, *, block: int, rows: range
     ) -> tuple[Tensor, Tensor, FetchedRoute]:
+        """rows: of the rooms."""
         self.check()
-        rows_PD, weight_P, route = _DispatchWithWeights.apply(x_TD, weight_TK, self, idx_TK, block, capacity)
+        rows_PD, weight_P, route = _DispatchWithWeights.apply(x_TD, weight_TK, self, idx_TK, block, rows)
         return rows_PD, weight_P, route
 
-    def room(self, num_rows: int, *, gradients: bool) -> Tensor:
-        """The first rows of a room. Not a view for autograd, which would tie together all that ever lies there."""
-        return self._rooms[_GRADIENTS if gradients else _RESULTS][:num_rows].data
+    def room(self, route: FetchedRoute, *, gradients: bool) -> Tensor:
+        """A route's rows of a room. Not a view for autograd, which would tie together all that ever lies there."""
+        rows = slice(route.first_row, route.first_row + route.origin_P.shape[0])
+        return self._rooms[_GRADIENTS if gradients else _RESULTS][rows].data
 
     def combine(self, rows_PD: Tensor, route: EpRoute, weight_TK: Tensor | None) -> Tensor:
         """Raises nothing: a rank whose rows did not fit tells its peers so here, and must not leave them waiting."""
@@ -158,11 +162,12 @@ class KernelExchange:
         return self._pull(x, route, choice=idx_TK.contiguous()), route
 
     def dispatch_by_choice_with_weights(
-        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, block: int, capacity: int
+        self, x_TD: Tensor, idx_TK: Tensor, weight_TK: Tensor, block: int, rows: range
     ) -> tuple[Tensor, Tensor, FetchedRoute]:
         place_TK = torch.empty(idx_TK.shape, dtype=torch.int32, device=idx_TK.device)
-        weight_P = torch.empty(capacity, dtype=torch.float32, device=idx_TK.device)
-        route = FetchedRoute(**vars(self._route_for(idx_TK, block, capacity)), place_TK=place_TK)
+        weight_P = torch.empty(len(rows), dtype=torch.float32, device=idx_TK.device)
+        route = self._route_for(idx_TK, block, len(rows))
+        route = FetchedRoute(**vars(route), place_TK=place_TK, first_row=rows.start)
         given = {"choice": idx_TK.contiguous(), "weight": weight_TK, "row_weight": weight_P, "place": place_TK}
         return cast(Tensor, self._pull(x_TD, route, **given)), weight_P, route
 
@@ -187,13 +192,14 @@ class KernelExchange:
         self, rows_PD: Tensor, route: FetchedRoute, weight_grad_P: Tensor | None = None, *, gradients: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Sums of rows, and where rows are gradients those of the weights. Rows that lie elsewhere are copied first."""
-        room_PD = self.room(rows_PD.shape[0], gradients=gradients)
+        room_PD = self.room(route, gradients=gradients)
         if rows_PD.data_ptr() != room_PD.data_ptr():
             room_PD.copy_(rows_PD)
         y_TD = rows_PD.new_empty(route.shape_TK[0], rows_PD.shape[1])
         weight_grad_TK = None if weight_grad_P is None else weight_grad_P.new_empty(route.shape_TK)
         self._comm.fetch(
             _GRADIENTS if gradients else _RESULTS,
+            route.first_row,
             self._route(route),
             route.place_TK,
             y_TD,
@@ -301,10 +307,10 @@ class _DispatchWithWeights(torch.autograd.Function):
         exchange: KernelExchange,
         idx_TK: Tensor,
         block: int,
-        capacity: int,
+        rows: range,
     ) -> tuple[Tensor, Tensor, FetchedRoute]:
         x_TD, weight_TK = x_TD.contiguous(), weight_TK.contiguous()
-        rows_PD, weight_P, route = exchange.dispatch_by_choice_with_weights(x_TD, idx_TK, weight_TK, block, capacity)
+        rows_PD, weight_P, route = exchange.dispatch_by_choice_with_weights(x_TD, idx_TK, weight_TK, block, rows)
         ctx.way = exchange, route
         return rows_PD, weight_P, route
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dsv3rt import ops
-from dsv3rt.layers.fp8 import Weighed
 from dsv3rt.layers.ledger import Ledger, WeightGrads
 from dsv3rt.layers.mla import Sequences
-from dsv3rt.layers.moe import Dispatched
-from dsv3rt.model.block import Block, ExpertOutput, Routed
+from dsv3rt.model.block import Block, Routed
 from dsv3rt.model.mtp import MTPBlock, shifted_labels, shifted_tokens
 from dsv3rt.model.transformer import Transformer
-from dsv3rt.parallel.pipeline.lanes import Lanes, Phase
+from dsv3rt.parallel.pipeline.experts import Phases, routed_experts
+from dsv3rt.parallel.pipeline.lanes import Lanes, OfChunk, Phase
 from dsv3rt.parallel.pipeline.tape import Tape
 
 
@@ -87,7 +86,7 @@ class Chunk:
         self.counts: dict[int, Tensor] = {}
         self.losses = torch.zeros(3, dtype=torch.float32, device=batch.tokens_BT.device)  # main, MTP, balance
 
-    def forward(self, x_TD: Tensor | None) -> Iterator[Phase]:
+    def forward(self, x_TD: Tensor | None) -> Iterator[Phase | OfChunk]:
         """x_TD: from the stage before; None in the first stage."""
         if self._stage.is_first:
             yield "head"
@@ -106,7 +105,7 @@ class Chunk:
         yield "head"
         self._sum_up()
 
-    def backward(self, dy_TD: Tensor | None, take: Callable[[Tensor], None]) -> Iterator[Phase]:
+    def backward(self, dy_TD: Tensor | None, take: Callable[[Tensor], None]) -> Iterator[Phase | OfChunk]:
         """dy_TD: from the stage after; None in the last. `take` gets the shared parameters once they have gradients."""
         if self._total is not None:  # a few scalars: no phase of its own, which would put the others out of step
             (self._total * self._rule.share).backward()
@@ -119,7 +118,7 @@ class Chunk:
         if self._input is not None:
             self.input_grad, self._input = self._input.grad, None
 
-    def _block(self, layer: int, x_TD: Tensor) -> Generator[Phase, None, Tensor]:
+    def _block(self, layer: int, x_TD: Tensor) -> Phases:
         block, tape = self._stage.block(layer), self._tape
         ledger = Ledger(self._weight_grads, self._rule.recompute)
         yield "attention"
@@ -140,45 +139,20 @@ class Chunk:
             if "experts" in self._rule.recompute:
                 y_TD = yield from self._experts_twice(block, routed)
             else:
-                y_TD = yield from self._experts(block, routed, ledger, tape)
+                y_TD = yield from routed_experts(block, routed, ledger, self._lanes, tape)
         if ledger.discard():
             tape.add(lambda: _restore(ledger))
         return y_TD
 
-    def _experts(
-        self, block: Block, routed: Routed, ledger: Ledger, tape: Tape | None
-    ) -> Generator[Phase, None, Tensor]:
-        """Dispatch, experts and combine of a MoE block; without a tape nothing is kept for a backward."""
-        keeps = torch.is_grad_enabled() and tape is not None
-        tape = Tape(self._lanes) if tape is None else tape
-        # The mode is set inside each phase, as another micro-batch's phases may come in between.
-        yield "dispatch"
-        with torch.set_grad_enabled(keeps):
-            dispatched = block.dispatch(routed)
-            assert dispatched is not None
-            # Made on one stream, read on the other: by weight gradients that are put off, for which nobody waits.
-            layout, rows_TK = dispatched.layout, dispatched.permutation.row_of_TK
-            self._lanes.share((layout.counts_X, layout.offsets, rows_TK))
-            dispatched = _cut(tape, dispatched)
-        yield "experts"
-        with torch.set_grad_enabled(keeps):
-            output = block.experts(routed, dispatched, ledger)
-            rows_PD, *local = tape.cut("experts", *(t for t in (output.rows_PD, output.local_TD) if t is not None))
-        yield "combine"
-        with torch.set_grad_enabled(keeps):
-            output = ExpertOutput(rows_PD, local[0] if local else None)
-            (y_TD,) = tape.cut("combine", block.combine(routed, dispatched, output))
-        return y_TD
-
-    def _experts_twice(self, block: Block, routed: Routed) -> Generator[Phase, None, Tensor]:
-        """The same, with nothing kept but what goes in: the backward does it again, all-to-alls included."""
-        y_TD = yield from self._experts(block, routed, Ledger(), None)
+    def _experts_twice(self, block: Block, routed: Routed) -> Phases:
+        """Nothing is kept but what goes in: the backward does it again, all-to-alls included."""
+        y_TD = yield from routed_experts(block, routed, Ledger(), self._lanes, None)
         y_TD.requires_grad_(torch.is_grad_enabled())
 
-        def again() -> Iterator[Phase]:
+        def again() -> Iterator[Phase | OfChunk]:
             tape = Tape(self._lanes)
             ledger = Ledger(self._weight_grads)
-            second_TD = yield from self._experts(block, routed, ledger, tape)
+            second_TD = yield from routed_experts(block, routed, ledger, self._lanes, tape)
             second_TD.grad = y_TD.grad
             yield from tape.backward()
 
@@ -192,7 +166,7 @@ class Chunk:
         cu_seqlens = self._sequences.cu_seqlens
         return [ops.balance_loss(routing.scores_TE, routing.idx_TK, cu_seqlens, alpha=self._rule.alpha)]
 
-    def _heads(self, x_TD: Tensor) -> Iterator[Phase]:
+    def _heads(self, x_TD: Tensor) -> Iterator[Phase | OfChunk]:
         """Norm, MTP blocks, and the cross-entropies of both."""
         model, tape = self._stage.model, self._tape
         tokens_BT, labels_BT = self._batch.tokens_BT, self._batch.labels_BT
@@ -231,15 +205,6 @@ class Chunk:
             self._total = balance if self._total is None else self._total + balance
             self.losses[2] = balance.detach()
             self._balance = []
-
-
-def _cut(tape: Tape, dispatched: Dispatched) -> Dispatched:
-    gates = dispatched.gates
-    if not isinstance(gates, Weighed):
-        (rows_PD,) = tape.cut("dispatch", dispatched.rows_PD)
-        return dataclasses.replace(dispatched, rows_PD=rows_PD)
-    rows_PD, gate_P = tape.cut("dispatch", dispatched.rows_PD, gates.gate_P)
-    return dataclasses.replace(dispatched, rows_PD=rows_PD, gates=dataclasses.replace(gates, gate_P=gate_P))
 
 
 def _restore(ledger: Ledger) -> Iterator[Phase]:

@@ -14,10 +14,10 @@ from dsv3rt.model.transformer import Transformer
 from dsv3rt.parallel.mesh import Mesh
 from dsv3rt.parallel.pipeline.action import Action, Op, Overlap, Step
 from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule, Stage
-from dsv3rt.parallel.pipeline.lanes import Lanes, Phase, Walk, run_into_each_other
+from dsv3rt.parallel.pipeline.lanes import Lanes, OfChunk, Phase, Walk, run_into_each_other
 from dsv3rt.parallel.pipeline.p2p import AHEAD, Inbox, Message, Outbox, connect
 from dsv3rt.parallel.pipeline.schedule import Schedule
-from dsv3rt.parallel.placement import Layout
+from dsv3rt.parallel.placement import EXPERT_MARK, Layout
 from dsv3rt.parallel.zero import Gradients
 
 Kind = Literal["activation", "gradient"]
@@ -116,7 +116,7 @@ class Executor:
     def stage(self, table_stage: int) -> Stage:
         return self._stages[self._layout.model_stage(table_stage)]
 
-    def walk(self, action: Action, phases: Iterator[Phase]) -> Walk:
+    def walk(self, action: Action, phases: Iterator[Phase | OfChunk]) -> Walk:
         return Walk(phases, self._lanes, str(action))
 
     def chunk(self, action: Action, batch: MicroBatch, rule: Rule, weight_grads: WeightGrads | None) -> Chunk:
@@ -136,14 +136,16 @@ class Executor:
         return self._mesh.pipeline_peer(self._layout.form.placement[table_stage])
 
     def _contributions(self, schedule: Schedule, rule: Rule) -> dict[str, int]:
-        """How many gradients every parameter is going to get: one a micro-batch and stage that uses it."""
+        """How many gradients every parameter is going to get: one a micro-batch and stage that uses it, of experts one
+        a chunk of tokens."""
         uses = {stage: len(schedule.chain_of(stage).micro_batches) for stage in schedule.stages_of(self._mesh.pp_rank)}
         found = {}
         for name in self.gradients.sums:
             users = self._layout.stages_of(name)
             if rule.mtp_weight == 0:  # the last stage has no use for the embedding then, and MTP blocks idle
                 users = {0} if name.startswith("embed_tokens.") else set() if self._layout.is_mtp(name) else users
-            found[name] = sum(count for stage, count in uses.items() if self._layout.model_stage(stage) in users)
+            count = sum(count for stage, count in uses.items() if self._layout.model_stage(stage) in users)
+            found[name] = count * (self._layout.parallel.expert_chunks if EXPERT_MARK in name else 1)
         return found
 
 

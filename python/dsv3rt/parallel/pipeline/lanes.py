@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Phase = Literal["attention", "dispatch", "experts", "combine", "head"]
+
+
+@dataclass(frozen=True)
+class OfChunk:
+    """A phase of one chunk of a micro-batch's tokens. It waits for that chunk's phase before it alone, if there is one,
+    or else for the last phase of the whole micro-batch, whose next one waits for all chunks'."""
+
+    phase: Phase
+    chunk: int
 
 
 class Lanes:
@@ -37,39 +47,50 @@ class Walk:
     has the walk's name before its own.
     """
 
-    def __init__(self, phases: Iterator[Phase], lanes: Lanes, name: str = "") -> None:
+    def __init__(self, phases: Iterator[Phase | OfChunk], lanes: Lanes, name: str = "") -> None:
         self._name = name
         self._phases = phases
         self._lanes = lanes
         self._next = next(phases, None)
-        self._done: torch.cuda.Event | None = None
+        self._done: list[torch.cuda.Event] = []  # the last whole phase
+        self._done_by_chunk: dict[int, torch.cuda.Event] = {}  # each chunk's last phase since then
         if lanes.of("attention") is not None:
-            self._done = torch.cuda.current_stream().record_event()
+            self._done = [torch.cuda.current_stream().record_event()]
 
     @property
     def upcoming(self) -> Phase | None:
-        return self._next
+        return self._next.phase if isinstance(self._next, OfChunk) else self._next
 
     def step(self) -> bool:
         """Do one phase; returns whether there was one."""
-        if self._next is None:
+        now, phase = self._next, self.upcoming
+        if now is None or phase is None:
             return False
-        stream = self._lanes.of(self._next)
+        stream = self._lanes.of(phase)
         on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
-        with on_stream, torch.profiler.record_function(f"{self._name} {self._next}"):
-            if stream is not None and self._done is not None:
-                stream.wait_event(self._done)
-            self._next = next(self._phases, None)
+        with on_stream, torch.profiler.record_function(f"{self._name} {phase}"):
             if stream is not None:
-                self._done = stream.record_event()
+                for event in self._awaited(now):
+                    stream.wait_event(event)
+            self._next = next(self._phases, None)
+            if stream is not None and isinstance(now, OfChunk):
+                self._done_by_chunk[now.chunk] = stream.record_event()
+            elif stream is not None:
+                self._done, self._done_by_chunk = [stream.record_event()], {}
         return True
 
     def finish(self) -> None:
         """Do the rest; what follows on the current stream comes after it."""
         while self.step():
             pass
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
+        for event in (*self._done, *self._done_by_chunk.values()):
+            torch.cuda.current_stream().wait_event(event)
+
+    def _awaited(self, now: Phase | OfChunk) -> list[torch.cuda.Event]:
+        if not isinstance(now, OfChunk):
+            return [*self._done, *self._done_by_chunk.values()]
+        before = self._done_by_chunk.get(now.chunk)
+        return self._done if before is None else [before]
 
 
 def run_into_each_other(first: Walk, second: Walk) -> None:
