@@ -32,6 +32,7 @@ RECIPE = TrainConfig(
         device="cuda",
         dtype="bfloat16",
         precision="fp8",
+        bf16_modules=(),
         recompute=("norm", "mla_up"),
     ),
     optim=OptimConfig(moment_dtype="bfloat16", ema_decay=0.999),

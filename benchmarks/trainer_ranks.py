@@ -50,7 +50,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 
 def configuration(args: argparse.Namespace, ranks: int, parallel: dict[str, Any]) -> TrainConfig:
     model = replace(Slice(layers=args.layers, tokens=args.tokens, experts=args.experts).config, **dict(args.model))
-    train = {"device": "cuda", "dtype": "bfloat16", "precision": "fp8", "seq_len": args.tokens,
+    train = {"device": "cuda", "dtype": "bfloat16", "precision": "fp8", "bf16_modules": [], "seq_len": args.tokens,
              "micro_batch_size": 1, "batch_size": args.sequences * ranks}  # fmt: skip
     return config_file.from_dict({"model": asdict(model), "train": train, "parallel": parallel})
 

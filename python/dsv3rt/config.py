@@ -213,7 +213,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     precision: Literal["bf16", "fp8"] = "bf16"  # of linears and experts; "bf16": that of `dtype` (docs/precision.md)
-    bf16_modules: tuple[str, ...] = ()  # patterns ("layers.0.*") of modules that "fp8" leaves out
+    bf16_modules: tuple[str, ...] = ("*.self_attn.*",)  # patterns of modules that "fp8" leaves out; the paper: none
     weight_orientations: Literal[1, 2] = 2  # of weights in FP8 that are kept; 1: w^T is made when it is needed
     eval_every: int = 0  # steps; 0: only at the end
     eval_sequences: int = 64

@@ -46,7 +46,7 @@ BASE: Sections = {
     "parallel": {"bucket_mb": 0.02},  # several buckets
     "train": {
         "seq_len": 32, "batch_size": 8, "micro_batch_size": 1, "balance_alpha": 0.01, "device": "cpu",
-        "dtype": "float32",
+        "dtype": "float32", "bf16_modules": [],
     },
     "optim": {"lr": 1e-2, "moment_dtype": "float32"},
 }  # fmt: skip

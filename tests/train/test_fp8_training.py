@@ -11,6 +11,10 @@ import torch
 from train_helpers import config
 
 from dsv3rt import presets
+from dsv3rt.config import RunConfig
+from dsv3rt.layers.linear import Linear
+from dsv3rt.layers.moe import Experts
+from dsv3rt.layers.precision import can_be_fp8
 from dsv3rt.train.checkpoint import RunState
 from dsv3rt.train.data import Samples
 from dsv3rt.train.engine import Engine, StepResult
@@ -61,6 +65,18 @@ def test_fp8_steps_are_deterministic(tmp_path: Path) -> None:
 def test_fp8_steps_are_the_same_by_another_way(tmp_path: Path, change: dict[str, Any]) -> None:
     """To the bit, of losses, gradient norms and what follows from the updates."""
     assert run_steps(engine(tmp_path, **change), 3) == run_steps(engine(tmp_path), 3)
+
+
+@pytest.mark.parametrize("asked", [RunConfig().bf16_modules, ()], ids=["default", "none"])
+def test_attentions_linears_are_in_fp8_only_if_asked_for(tmp_path: Path, asked: tuple[str, ...]) -> None:
+    made = engine(tmp_path, bf16_modules=list(asked))
+    modules = dict(made.model.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, Linear | Experts) and can_be_fp8(name)}
+    in_fp8 = {name for name in linears if modules[name].is_fp8}
+    assert any(".self_attn." in name for name in linears)
+    assert in_fp8 == {name for name in linears if not asked or ".self_attn." not in name}
+    (result,) = run_steps(made, 1)
+    assert 0 < result.loss < 10
 
 
 def test_unknown_bf16_module_is_rejected(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def sections(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "model": MODEL,
         "train": {
             "run_dir": str(folder / "run"), "steps": 6, "seq_len": 32, "batch_size": 4, "micro_batch_size": 2,
-            "eval_sequences": 4, "device": "cpu",
+            "eval_sequences": 4, "device": "cpu", "bf16_modules": [],
         },
         "data": {"paths": [str(text)], "validation_fraction": 0.1},
         "optim": {"lr": 1e-2},
