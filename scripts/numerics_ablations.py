@@ -39,7 +39,7 @@ ABLATIONS = {
     "dgrad_bf16": "input gradients from the result's gradient and the weight in BF16",
     "fprop_bf16": "forward products from the input and the weight in BF16",
     "swiglu_bf16": "SwiGLU's input kept for the backward in BF16",
-    "attention_bf16": "all products of attention's linears in BF16",
+    "attention_bf16": "all products of attention's linears in BF16, as the default of `train.bf16_modules` has it",
     "latents_bf16": "products into MLA's latents (`q_a_proj`, `kv_a_proj_with_mqa`) in BF16",
     "latents_out_bf16": "products into MLA's latents and out of attention (`o_proj`) in BF16",
     "experts_bf16": "all products of feed-forwards and experts in BF16, the shared ones' too",
@@ -56,11 +56,9 @@ QUESTIONS = {
 UNCAST = {"wgrad_bf16": "wgrad", "dgrad_bf16": "dgrad", "fprop_bf16": "fprop", "swiglu_bf16": "swiglu"}
 LATENTS = ["*.q_a_proj", "*.kv_a_proj_with_mqa"]
 BF16_MODULES = {
-    "attention_bf16": ["*.self_attn.*"],
-    "latents_bf16": LATENTS,
-    "latents_out_bf16": [*LATENTS, "*.o_proj"],
-    "experts_bf16": ["*.mlp.*"],
-}
+    "attention_bf16": ["*.self_attn.*"], "experts_bf16": ["*.mlp.*"],
+    "latents_bf16": LATENTS, "latents_out_bf16": [*LATENTS, "*.o_proj"],
+}  # fmt: skip
 
 # Like ops.quantize_128x128: the tensor, then pow2_scales and with_transpose by name.
 BlockCast = Callable[..., Any]

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from test_fp8_training import MODEL
 
+from dsv3rt.config import RunConfig
 from dsv3rt.train import config_file
 from dsv3rt.train.metrics import read_rows
-from scripts import numerics
+from scripts import numerics, numerics_report
+from scripts.numerics_ablations import settings
 from tests.train.train_helpers import config as small_config
 
 
@@ -40,16 +42,16 @@ def test_report_compares_the_last_fifth(tmp_path: Path) -> None:
     fp8 = [loss * (1.5 if step < 80 else 1.001) for step, loss in enumerate(bf16) if loss is not None]
     write_run(tmp_path, "bf16", bf16)
     write_run(tmp_path, "fp8", [*fp8, 9.0])  # a longer run counts as far as the other goes
-    numerics.report(tmp_path, tmp_path / "docs")
+    numerics_report.report(tmp_path, tmp_path / "docs")
     text = (tmp_path / "docs" / "numerics.md").read_text()
     assert "the last fifth (20 steps)" in text
     assert "**+0.100%**" in text
-    assert "inside the 0.25%" in text
+    assert "| inside |" in text
     assert (tmp_path / "docs" / "img" / "numerics.png").stat().st_size > 10_000
 
 
 def test_report_leaves_out_skipped_steps() -> None:
-    runs = numerics.paired({"fp8": rows_of([3.0, None, 2.0]), "bf16": rows_of([3.0, 2.5, 2.0])})
+    runs = numerics_report.paired({"fp8": rows_of([3.0, None, 2.0]), "bf16": rows_of([3.0, 2.5, 2.0])})
     assert [row["step"] for row in runs["bf16"]] == [row["step"] for row in runs["fp8"]] == [1, 3]
 
 
@@ -57,23 +59,23 @@ def test_report_rejects_runs_that_differ_otherwise(tmp_path: Path) -> None:
     write_run(tmp_path, "bf16", [3.0] * 20)
     write_run(tmp_path, "fp8", [3.0] * 20, ("train.seed", "1"))
     with pytest.raises(SystemExit, match=r"bf16 must have fp8's configuration, got other train\.seed"):
-        numerics.report(tmp_path, tmp_path / "docs")
+        numerics_report.report(tmp_path, tmp_path / "docs")
 
 
 BF16 = [5.0 - 0.01 * step for step in range(100)]
 
 
 def test_report_says_what_was_not_studied(tmp_path: Path) -> None:
-    for name in numerics.PRECISIONS:
+    for name in numerics_report.PRECISIONS:
         write_run(tmp_path, name, BF16)
-    numerics.report(tmp_path, tmp_path / "docs")
+    numerics_report.report(tmp_path, tmp_path / "docs")
     text = (tmp_path / "docs" / "numerics.md").read_text()
     assert (
-        set(numerics.QUESTIONS)
-        == set(numerics.ABLATIONS)
-        == set(numerics.COLORS) - {*numerics.PRECISIONS, *numerics.AGAIN}
+        set(numerics_report.QUESTIONS)
+        == set(numerics_report.ABLATIONS)
+        == set(numerics_report.COLORS) - {*numerics_report.PRECISIONS, *numerics_report.AGAIN}
     )
-    assert f"no ablation of {', '.join(numerics.QUESTIONS.values())}." in text
+    assert f"no ablation of {', '.join(numerics_report.QUESTIONS.values())}." in text
     assert "## Ablations" not in text
 
 
@@ -83,7 +85,7 @@ def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
     write_run(tmp_path, "fp8", [1.001 * loss for loss in BF16])
     write_run(tmp_path, "per_tensor", [1.002 * loss for loss in BF16])
     write_run(tmp_path, "no_promotion", [*(1.003 * loss for loss in BF16[:50]), *[None] * 50])
-    numerics.report(tmp_path, tmp_path / "docs")
+    numerics_report.report(tmp_path, tmp_path / "docs")
     text = (tmp_path / "docs" / "numerics.md").read_text()
     assert "**+0.100%**" in text  # FP8 against BF16, over all the steps of these two
     losses = [factor * mean(part) for factor, part in ((1.001, BF16[80:]), (1.002, BF16[80:]), (1.003, BF16[40:50]))]
@@ -96,12 +98,24 @@ def test_report_sets_ablations_beside_both(tmp_path: Path) -> None:
     assert "fine scales" not in text
 
 
+def test_report_begins_with_the_paper_and_the_default(tmp_path: Path) -> None:
+    modules = settings(numerics_report.DEFAULT)["train.bf16_modules"]
+    assert tuple(modules) == RunConfig().bf16_modules
+    write_run(tmp_path, "bf16", BF16)
+    write_run(tmp_path, "fp8", [1.004 * loss for loss in BF16])
+    write_run(tmp_path, numerics_report.DEFAULT, [1.002 * loss for loss in BF16], ("train.bf16_modules", str(modules)))
+    numerics_report.report(tmp_path, tmp_path / "docs")
+    text = (tmp_path / "docs" / "numerics.md").read_text()
+    assert "| **+0.400%** (0.000%) | +0.400% | +0.000% (0.000%) | outside |" in text
+    assert "| **+0.200%** (0.000%) | +0.200% | +0.000% (0.000%) | inside |" in text
+
+
 def test_report_says_how_far_bf16_is_from_itself(tmp_path: Path) -> None:
     write_run(tmp_path, "bf16", BF16)
     write_run(tmp_path, "fp8", [1.001 * loss for loss in BF16])
     write_run(tmp_path, "bf16_again", [1.004 * loss for loss in BF16])
     write_run(tmp_path, "fp8_again", [1.002 * loss for loss in BF16])
-    numerics.report(tmp_path, tmp_path / "docs")
+    numerics_report.report(tmp_path, tmp_path / "docs")
     text = (tmp_path / "docs" / "numerics.md").read_text()
     assert "differs from BF16 by\n+0.400% (0.000%) in the loss and by +0.000% (0.000%) in the MTP loss" in text
     assert "differs from FP8 by\n+0.100% (0.000%)" in text
@@ -117,31 +131,31 @@ def test_report_counts_skips_and_spikes_of_an_ablation_that_both_lack(tmp_path: 
     rows[40] |= {"loss": None, "spike": True}
     rows[-1] |= {"loss": None, "skipped_steps": 2}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    numerics.report(tmp_path, tmp_path / "docs")
+    numerics_report.report(tmp_path, tmp_path / "docs")
     assert "| 1.000 | 2 | 1 |" in (tmp_path / "docs" / "numerics.md").read_text()
 
 
 def test_report_rejects_an_ablation_configured_otherwise(tmp_path: Path) -> None:
-    for name in numerics.PRECISIONS:
+    for name in numerics_report.PRECISIONS:
         write_run(tmp_path, name, BF16)
     write_run(tmp_path, "per_tensor", BF16, ("train.precision", "bf16"))
     with pytest.raises(SystemExit, match=r"per_tensor must have fp8's configuration, got other train\.precision"):
-        numerics.report(tmp_path, tmp_path / "docs")
+        numerics_report.report(tmp_path, tmp_path / "docs")
 
 
 def test_report_takes_the_settings_that_make_an_ablation(tmp_path: Path) -> None:
     """And no others under its name, nor under another."""
-    for name in numerics.PRECISIONS:
+    for name in numerics_report.PRECISIONS:
         write_run(tmp_path, name, BF16)
     patterns = {"attention_bf16": '["*.self_attn.*"]', "experts_bf16": '["*.mlp.*"]'}
     for name, modules in patterns.items():
         write_run(tmp_path, name, BF16, ("train.bf16_modules", modules))
-        numerics.report(tmp_path, tmp_path / "docs")
+        numerics_report.report(tmp_path, tmp_path / "docs")
         assert f"\n| `{name}` | 100 |" in (tmp_path / "docs" / "numerics.md").read_text()
     for name, modules in (("attention_bf16", "[]"), ("wgrad_bf16", patterns["experts_bf16"])):
         write_run(tmp_path, name, BF16, ("train.bf16_modules", modules))
         with pytest.raises(SystemExit, match=rf"{name} must have fp8's configuration, got other train\.bf16_modules"):
-            numerics.report(tmp_path, tmp_path / "docs")
+            numerics_report.report(tmp_path, tmp_path / "docs")
         (tmp_path / f"{name}.jsonl").unlink()
 
 
