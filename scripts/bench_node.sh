@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build, check and measure on all GPUs of this node: expert exchange over NVLink, then the trainer over NCCL and with
 # that exchange, beside one GPU.
-# Writes benchmarks/results/<gpu>-x<N>/node.json; docs/performance.md follows with `python -m benchmarks.report`.
+# Writes benchmarks/results/<gpu>-x<N>/node.json, and trace.png there, a step in which phases run beside each other;
+# docs/performance.md follows with `python -m benchmarks.report`.
 #
 #   scripts/bench_node.sh [LIBNCCL]      LIBNCCL: NCCL 2.30 or newer, where torch brings an older one
 #
@@ -40,10 +41,13 @@ case $gpus in
     nccl='' ranks tests/gpu/check_trainer.py
     ranks tests/gpu/check_fp8_trainer.py
     on 1 benchmarks/trainer_ranks.py "${commit[@]}" --out "$scratch/one.json"
-    ranks benchmarks/trainer_ranks.py "${commit[@]}" --one "$scratch/one.json" --out "$parts/trainer.json" ;;
+    ranks benchmarks/trainer_ranks.py "${commit[@]}" --one "$scratch/one.json" --out "$parts/trainer.json"
+    layout=(--parallel.pp 2 --parallel.dp $((gpus / 2)) --parallel.ep $((gpus / 2)) --parallel.schedule dualpipev)
+    ranks scripts/trace_ranks.py configs/numerics.toml "$scratch/traces" --model.num_layers 8 --model.max_position 4096 \
+      --train.seq_len 4096 --train.micro_batch_size 1 --train.batch_size $((8 * gpus)) --train.precision fp8 "${layout[@]}" ;;
   *) echo "bench_node: the trainer is checked on 2, 4 or 8 GPUs, not on $gpus" ;;
 esac
-"$python" - "$parts" "$gpus" <<'PYTHON'
+"$python" - "$parts" "$gpus" >"$scratch/folder" <<'PYTHON'
 import json
 import sys
 from pathlib import Path
@@ -53,11 +57,18 @@ import torch
 from benchmarks import provenance
 
 parts = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*.json"))]
-whole = {**parts[0], "benchmarks": [entry for part in parts for entry in part["benchmarks"]]}
+entries = {entry["name"]: entry for part in parts for entry in part["benchmarks"]}  # a low-latency line is in several
+whole = {**parts[0], "benchmarks": list(entries.values())}
 whole["machine_info"] = {**whole["machine_info"], "command": f"scripts/bench_node.sh on {sys.argv[2]} GPUs"}
 folder = f"{provenance.folder_of(torch.cuda.get_device_name())}-x{sys.argv[2]}"
 out = provenance.ROOT / "benchmarks" / "results" / folder / "node.json"
 out.parent.mkdir(parents=True, exist_ok=True)
 out.write_text(json.dumps(whole, indent=4) + "\n")
-print(f"bench_node: {len(whole['benchmarks'])} lines in {out}")
+print(out.parent)
 PYTHON
+folder=$(<"$scratch/folder")
+echo "bench_node: written to $folder/node.json"
+if [ -d "$scratch/traces" ]; then
+  "$python" scripts/trace_picture.py "$scratch"/traces/rank-*.json.gz --out "$folder/trace.png" \
+    --title "A step on $gpus GPUs: pp 2, experts over $((gpus / 2)), DualPipeV"
+fi
