@@ -52,6 +52,7 @@ def configuration(args: argparse.Namespace, ranks: int, parallel: dict[str, Any]
     model = replace(Slice(layers=args.layers, tokens=args.tokens, experts=args.experts).config, **dict(args.model))
     train = {"device": "cuda", "dtype": "bfloat16", "precision": "fp8", "bf16_modules": [], "seq_len": args.tokens,
              "micro_batch_size": 1, "batch_size": args.sequences * ranks}  # fmt: skip
+    parallel = {**parallel, "product_sms": args.product_sms}
     return config_file.from_dict({"model": asdict(model), "train": train, "parallel": parallel})
 
 
@@ -75,7 +76,14 @@ def seconds_of_steps(config: TrainConfig, steps: int) -> tuple[list[float], floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"layers": 4, "tokens": 4096, "experts": 16, "sequences": 8, "steps": 5}.items():
+    for name, value in {
+        "layers": 4,
+        "tokens": 4096,
+        "experts": 16,
+        "sequences": 8,
+        "steps": 5,
+        "product-sms": 0,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--model", action="append", default=[], type=lambda text: _number(*text.split("=", 1)),
                         metavar="KEY=NUMBER", help="of [model], for a smaller one")  # fmt: skip
@@ -96,6 +104,7 @@ def main() -> None:
         tokens = args.tokens * args.sequences * ranks
         linear = ranks * rate_of_one if rate_of_one else tokens / median(seconds)
         shape = f"{args.layers}layers_{args.experts}experts_{args.sequences}x{args.tokens}tokens a rank"
+        shape += f", products on {args.product_sms} SMs" * (args.product_sms > 0)
         line = {"op": f"trainer step, {name}", "shape": shape, "metric": "tokens/s",
                 "value": round(tokens / median(seconds), 1), "peer": "one_gpu_times_ranks",
                 "peer_value": round(linear, 1), "ratio": round(tokens / median(seconds) / linear, 4),

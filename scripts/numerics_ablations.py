@@ -48,16 +48,14 @@ ABLATIONS = {
 QUESTIONS = {
     "block_128x128": "the shape of tiles", "per_tensor": "fine scales", "no_promotion": "promotion",
     "wgrad_bf16": "casts for weight gradients", "dgrad_bf16": "casts for input gradients",
-    "fprop_bf16": "casts of the forward", "swiglu_bf16": "the cast of SwiGLU's input",
-    "attention_bf16": "attention's share", "latents_bf16": "the latents' share",
-    "latents_out_bf16": "the share of latents and `o_proj`", "experts_bf16": "experts' share",
+    "fprop_bf16": "casts of the forward", "swiglu_bf16": "the cast of SwiGLU's input", "experts_bf16": "experts' share",
+    "attention_bf16": "attention's share", "latents_bf16": "the latents'", "latents_out_bf16": "theirs and `o_proj`'s",
 }  # fmt: skip
 # Products, and "swiglu" for what is kept of its input, that go without casts.
 UNCAST = {"wgrad_bf16": "wgrad", "dgrad_bf16": "dgrad", "fprop_bf16": "fprop", "swiglu_bf16": "swiglu"}
-LATENTS = ["*.q_a_proj", "*.kv_a_proj_with_mqa"]
 BF16_MODULES = {
-    "attention_bf16": ["*.self_attn.*"], "experts_bf16": ["*.mlp.*"],
-    "latents_bf16": LATENTS, "latents_out_bf16": [*LATENTS, "*.o_proj"],
+    "attention_bf16": ["*.self_attn.*"], "latents_bf16": ["*.q_a_proj", "*.kv_a_proj_with_mqa"],
+    "latents_out_bf16": ["*.q_a_proj", "*.kv_a_proj_with_mqa", "*.o_proj"], "experts_bf16": ["*.mlp.*"],
 }  # fmt: skip
 
 # Like ops.quantize_128x128: the tensor, then pow2_scales and with_transpose by name.
@@ -224,10 +222,11 @@ def _products(product_of: Callable[[QuantTensor, QuantTensor], Product | None]) 
         *,
         out_dtype: torch.dtype = torch.bfloat16,
         accumulate_into: Tensor | None = None,
+        num_sms: int = 0,
     ) -> Tensor:
         product = product_of(x, w)
         if product is None:
-            return dense(x, w, out_dtype=out_dtype, accumulate_into=accumulate_into)
+            return dense(x, w, out_dtype=out_dtype, accumulate_into=accumulate_into, num_sms=num_sms)
         if accumulate_into is None:
             return product(..., ..., out_dtype)
         return accumulate_into.add_(product(..., ..., torch.float32))
@@ -239,10 +238,11 @@ def _products(product_of: Callable[[QuantTensor, QuantTensor], Product | None]) 
         *,
         out_dtype: torch.dtype = torch.bfloat16,
         out_PF: Tensor | None = None,
+        num_sms: int = 0,
     ) -> Tensor:
         product = product_of(x, w)
         if product is None:
-            return by_rows(x, w, layout, out_dtype=out_dtype, out_PF=out_PF)
+            return by_rows(x, w, layout, out_dtype=out_dtype, out_PF=out_PF, num_sms=num_sms)
         if out_PF is None:
             out_PF = torch.empty(x.data.shape[0], w.data.shape[1], dtype=out_dtype, device=x.device)
         y_PF = out_PF.zero_()
@@ -252,11 +252,11 @@ def _products(product_of: Callable[[QuantTensor, QuantTensor], Product | None]) 
         return y_PF
 
     def k_grouped_fp8_gemm_nt(
-        x: QuantTensor, y: QuantTensor, layout: GroupLayout, *, accumulate_into: Tensor | None = None
+        x: QuantTensor, y: QuantTensor, layout: GroupLayout, *, accumulate_into: Tensor | None = None, num_sms: int = 0
     ) -> Tensor:
         product = product_of(x, y)
         if product is None:
-            return by_depth(x, y, layout, accumulate_into=accumulate_into)
+            return by_depth(x, y, layout, accumulate_into=accumulate_into, num_sms=num_sms)
         if accumulate_into is None:
             shape = (layout.counts_X.numel(), x.data.shape[0], y.data.shape[0])
             accumulate_into = torch.zeros(shape, dtype=torch.float32, device=x.device)

@@ -16,7 +16,7 @@ PACKAGE = "dsv3rt"
 
 # A module imports only from rooms of a lower rank, and from its own room.
 FLOW: dict[str, int] = {
-    "config": 0, "presets": 0, "errors": 0, "env": 0,
+    "config": 0, "config_checks": 0, "presets": 0, "errors": 0, "env": 0,
     "_C": 1, "ops": 2, "layers": 3, "model": 4, "parallel": 5, "hf": 6, "infer": 6, "train": 6,
     "__init__": 7, "doctor": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip

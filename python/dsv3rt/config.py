@@ -10,20 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-def _require(condition: bool, owner: str, name: str, rule: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{owner}.{name} must {rule}, got {got!r}")
-
-
-def _require_positive(owner: str, config: object, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) > 0, owner, name, "be positive", getattr(config, name))
-
-
-def _require_non_negative(owner: str, config: object, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) >= 0, owner, name, "not be negative", getattr(config, name))
+from dsv3rt.config_checks import require, require_non_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -38,9 +25,9 @@ class YarnConfig:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive("model.yarn", self, "original_max_position", "beta_fast", "beta_slow")
-        _require(self.factor >= 1, "model.yarn", "factor", "be at least 1", self.factor)
-        _require(self.beta_fast > self.beta_slow, "model.yarn", "beta_fast", "be above beta_slow", self.beta_fast)
+        require_positive("model.yarn", self, "original_max_position", "beta_fast", "beta_slow")
+        require(self.factor >= 1, "model.yarn", "factor", "be at least 1", self.factor)
+        require(self.beta_fast > self.beta_slow, "model.yarn", "beta_fast", "be above beta_slow", self.beta_fast)
 
 
 @dataclass(frozen=True)
@@ -74,28 +61,28 @@ class ModelConfig:
     init_std: float = 0.006
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model", self, "vocab_size", "dim", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim",
             "qk_rope_head_dim", "v_head_dim", "ffn_dim", "expert_dim", "num_experts", "top_k", "num_expert_groups",
             "num_groups_kept", "route_scale", "norm_eps", "rope_theta", "max_position", "init_std",
         )  # fmt: skip
-        _require_non_negative("model", self, "num_dense_layers", "num_shared_experts", "mtp_depth")
+        require_non_negative("model", self, "num_dense_layers", "num_shared_experts", "mtp_depth")
         if self.q_lora_rank is not None:
-            _require_positive("model", self, "q_lora_rank")
+            require_positive("model", self, "q_lora_rank")
         self._check_relations()
 
     def _check_relations(self) -> None:
         groups, kept = self.num_expert_groups, self.num_groups_kept
-        _require(self.num_dense_layers <= self.num_layers, "model", "num_dense_layers",
+        require(self.num_dense_layers <= self.num_layers, "model", "num_dense_layers",
                  f"be at most num_layers ({self.num_layers})", self.num_dense_layers)  # fmt: skip
-        _require(self.qk_rope_head_dim % 2 == 0, "model", "qk_rope_head_dim", "be even", self.qk_rope_head_dim)
-        _require(self.num_experts % groups == 0, "model", "num_expert_groups",
+        require(self.qk_rope_head_dim % 2 == 0, "model", "qk_rope_head_dim", "be even", self.qk_rope_head_dim)
+        require(self.num_experts % groups == 0, "model", "num_expert_groups",
                  f"divide num_experts ({self.num_experts})", groups)  # fmt: skip
-        _require(kept <= groups, "model", "num_groups_kept", f"be at most num_expert_groups ({groups})", kept)
-        _require(groups == 1 or self.num_experts // groups >= 2, "model", "num_expert_groups",
+        require(kept <= groups, "model", "num_groups_kept", f"be at most num_expert_groups ({groups})", kept)
+        require(groups == 1 or self.num_experts // groups >= 2, "model", "num_expert_groups",
                  "leave at least 2 experts a group", groups)  # fmt: skip
         available = kept * (self.num_experts // groups)
-        _require(self.top_k <= available, "model", "top_k", f"be at most the {available} experts of the groups kept",
+        require(self.top_k <= available, "model", "top_k", f"be at most the {available} experts of the groups kept",
                  self.top_k)  # fmt: skip
 
     @property
@@ -122,7 +109,7 @@ class LayerCosts:
     mtp: float
 
     def __post_init__(self) -> None:
-        _require_positive("parallel.layer_costs", self, "dense", "moe", "head", "mtp")
+        require_positive("parallel.layer_costs", self, "dense", "moe", "head", "mtp")
 
 
 @dataclass(frozen=True)
@@ -141,14 +128,15 @@ class ParallelConfig:
     expert_capacity: float = 0.0  # rows that experts have room for, over an even load; more stop the run; 0: any load
     expert_chunks: int = 1  # of a micro-batch's tokens, dispatched beside the experts of other chunks; with ep > 1
     expert_sms: int = 16  # multiprocessors that carry rows between experts; ranks that share a GPU share these out too
+    product_sms: int = 0  # that products in FP8 may take, so that others carry rows beside them; 0: all
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight",
-                          "expert_chunks", "expert_sms")  # fmt: skip
-        _require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity")
-        _require(not 0 < (room := self.expert_capacity) < 1, "parallel", "expert_capacity", "be 0 or at least 1", room)
-        _require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
-        _require((cuts := self.expert_chunks) == 1 or self.ep > 1, "parallel", "expert_chunks", "be 1 without ep", cuts)
+        require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight")
+        require_positive("parallel", self, "expert_chunks", "expert_sms")
+        require_non_negative("parallel", self, "stages_per_rank", "put_off", "expert_capacity", "product_sms")
+        require(not 0 < (room := self.expert_capacity) < 1, "parallel", "expert_capacity", "be 0 or at least 1", room)
+        require(self.dp % self.ep == 0, "parallel", "ep", f"divide dp ({self.dp})", self.ep)
+        require((cuts := self.expert_chunks) == 1 or self.ep > 1, "parallel", "expert_chunks", "be 1 without ep", cuts)
 
     @property
     def num_processes(self) -> int:
@@ -170,14 +158,14 @@ class Segment:
     start: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.until_tokens is None or self.until_steps is None, "segment", "until_steps",
+        require(self.until_tokens is None or self.until_steps is None, "segment", "until_steps",
                  "not be given beside until_tokens", self.until_steps)  # fmt: skip
         for name in ("until_tokens", "until_steps"):
             until = getattr(self, name)
-            _require(until is None or until > 0, "segment", name, "be positive", until)
+            require(until is None or until > 0, "segment", name, "be positive", until)
         for name in ("value", "start"):
             value = getattr(self, name)
-            _require(value is None or (value >= 0 and math.isfinite(value)), "segment", name,
+            require(value is None or (value >= 0 and math.isfinite(value)), "segment", name,
                      "be a finite number, not negative", value)  # fmt: skip
 
     @property
@@ -224,13 +212,13 @@ class RunConfig:
     recompute: tuple[Recomputable, ...] = ()  # in the backward, instead of keeping it (docs/distributed.md)
 
     def __post_init__(self) -> None:
-        _require_positive("train", self, "steps", "seq_len", "micro_batch_size", "sample_tokens")
-        _require_non_negative("train", self, "seed", "eval_every", "eval_sequences", "peak_tflops")
+        require_positive("train", self, "steps", "seq_len", "micro_batch_size", "sample_tokens")
+        require_non_negative("train", self, "seed", "eval_every", "eval_sequences", "peak_tflops")
         for name in ("batch_size", "bias_update_speed", "balance_alpha", "mtp_weight"):
             _require_schedule("train", name, getattr(self, name))
         for segment in self.batch_size:
             for size in (segment.value, segment.value if segment.start is None else segment.start):
-                _require(size > 0 and size % self.micro_batch_size == 0, "train", "batch_size",
+                require(size > 0 and size % self.micro_batch_size == 0, "train", "batch_size",
                          f"be a positive multiple of micro_batch_size ({self.micro_batch_size})", size)  # fmt: skip
 
 
@@ -243,9 +231,9 @@ class MixturePhase:
 
     def __post_init__(self) -> None:
         fits = all(weight >= 0 and math.isfinite(weight) for weight in self.weights)
-        _require(fits and sum(self.weights) > 0, "phase", "weights",
+        require(fits and sum(self.weights) > 0, "phase", "weights",
                  "be finite numbers, not negative, not all zero", self.weights)  # fmt: skip
-        _require(self.until_tokens is None or self.until_tokens > 0, "phase", "until_tokens", "be positive",
+        require(self.until_tokens is None or self.until_tokens > 0, "phase", "until_tokens", "be positive",
                  self.until_tokens)  # fmt: skip
 
 
@@ -271,12 +259,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_mixture(self.mixture, len(self.paths))
-        _require(len(self.paths) > 0, "data", "paths", "name at least one file or folder", self.paths)
+        require(len(self.paths) > 0, "data", "paths", "name at least one file or folder", self.paths)
         for name in ("fim", "newline_split"):
             rate, seed = getattr(self, f"{name}_rate"), getattr(self, f"{name}_seed")
-            _require(0 <= rate <= 1, "data", f"{name}_rate", "be in [0, 1]", rate)
-            _require(0 <= seed < 2**63, "data", f"{name}_seed", "be in [0, 2**63)", seed)
-        _require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
+            require(0 <= rate <= 1, "data", f"{name}_rate", "be in [0, 1]", rate)
+            require(0 <= seed < 2**63, "data", f"{name}_seed", "be in [0, 2**63)", seed)
+        require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
                  self.validation_fraction)  # fmt: skip
 
 
@@ -295,10 +283,10 @@ class OptimConfig:
     ema_every: int = 1  # each piece of the average follows every so many updates, by ema_decay ** ema_every
 
     def __post_init__(self) -> None:
-        _require_positive("optim", self, "eps", "clip_grad_norm", "ema_every")
-        _require_non_negative("optim", self, "weight_decay")
+        require_positive("optim", self, "eps", "clip_grad_norm", "ema_every")
+        require_non_negative("optim", self, "weight_decay")
         for name in ("beta1", "beta2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, "optim", name, "be in [0, 1)", getattr(self, name))
+            require(0 <= getattr(self, name) < 1, "optim", name, "be in [0, 1)", getattr(self, name))
         _require_schedule("optim", "lr", self.lr)
 
 
@@ -314,7 +302,7 @@ class CheckpointConfig:
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        _require_non_negative("checkpoint", self, "every", "keep_latest")
+        require_non_negative("checkpoint", self, "every", "keep_latest")
 
 
 @dataclass(frozen=True)
@@ -332,9 +320,9 @@ class GuardConfig:
     step_timeout_s: float = 0.0  # without progress for so long, the process ends; 0: never
 
     def __post_init__(self) -> None:
-        _require_non_negative("guard", self, "max_skipped", "spike_window", "max_rollbacks", "step_timeout_s")
-        _require_positive("guard", self, "spike_deviations")
-        _require(self.spike_window != 1, "guard", "spike_window", "be 0 or at least 2", self.spike_window)
+        require_non_negative("guard", self, "max_skipped", "spike_window", "max_rollbacks", "step_timeout_s")
+        require_positive("guard", self, "spike_deviations")
+        require(self.spike_window != 1, "guard", "spike_window", "be 0 or at least 2", self.spike_window)
 
 
 @dataclass(frozen=True)
@@ -350,51 +338,51 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        _require(self.train.seq_len <= self.model.max_position, "train", "seq_len",
+        require(self.train.seq_len <= self.model.max_position, "train", "seq_len",
                  f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
-        _require(self.model.num_experts % self.parallel.ep == 0, "parallel", "ep",
+        require(self.model.num_experts % self.parallel.ep == 0, "parallel", "ep",
                  f"divide model.num_experts ({self.model.num_experts})", self.parallel.ep)  # fmt: skip
         tokens, chunks = self.train.micro_batch_size * self.train.seq_len, self.parallel.expert_chunks
-        _require(chunks <= tokens, "parallel", "expert_chunks", f"be at most a micro-batch's {tokens} tokens", chunks)
+        require(chunks <= tokens, "parallel", "expert_chunks", f"be at most a micro-batch's {tokens} tokens", chunks)
         unit = self.train.micro_batch_size * self.parallel.dp
         for segment in self.train.batch_size:
             for size in (segment.value, segment.value if segment.start is None else segment.start):
-                _require(size % unit == 0, "train", "batch_size",
+                require(size % unit == 0, "train", "batch_size",
                          f"be a multiple of micro_batch_size times parallel.dp ({unit})", size)  # fmt: skip
 
 
 def _require_mixture(phases: tuple[MixturePhase, ...], num_paths: int) -> None:
     for index, phase in enumerate(phases):
         where = f"mixture[{index}]"
-        _require(len(phase.weights) == num_paths, "data", f"{where}.weights",
+        require(len(phase.weights) == num_paths, "data", f"{where}.weights",
                  f"have one for each of the {num_paths} paths", phase.weights)  # fmt: skip
         last = index == len(phases) - 1
-        _require((phase.until_tokens is None) == last, "data", f"{where}.until_tokens",
+        require((phase.until_tokens is None) == last, "data", f"{where}.until_tokens",
                  "be left out, as it is the last phase" if last else "be given, as it is not the last phase",
                  phase.until_tokens)  # fmt: skip
         before = phases[index - 1].until_tokens if index else None
-        _require(last or before is None or (phase.until_tokens or 0) > before, "data", f"{where}.until_tokens",
+        require(last or before is None or (phase.until_tokens or 0) > before, "data", f"{where}.until_tokens",
                  "be after that of the phase before it", phase.until_tokens)  # fmt: skip
     for path in range(num_paths if phases else 0):
         used = any(phase.weights[path] > 0 for phase in phases)
-        _require(used, "data", "mixture", f"give paths[{path}] a weight in some phase", 0)
+        require(used, "data", "mixture", f"give paths[{path}] a weight in some phase", 0)
 
 
 def _require_schedule(owner: str, name: str, segments: tuple[Segment, ...]) -> None:
-    _require(len(segments) > 0, owner, name, "have at least one segment", segments)
+    require(len(segments) > 0, owner, name, "have at least one segment", segments)
     for index, segment in enumerate(segments):
         before = segments[index - 1] if index else None
         where = f"{name}[{index}]"
-        _require(segment.unit != "" or index == len(segments) - 1, owner, where,
+        require(segment.unit != "" or index == len(segments) - 1, owner, where,
                  "end somewhere (until_steps or until_tokens), as it is not the last segment", segment)  # fmt: skip
         if segment.shape != "constant":
-            _require(segment.unit != "", owner, where, f"have an end for its {segment.shape} shape", segment)
-            _require(before is not None or segment.start is not None, owner, where,
+            require(segment.unit != "", owner, where, f"have an end for its {segment.shape} shape", segment)
+            require(before is not None or segment.start is not None, owner, where,
                      f"have a start for its {segment.shape} shape", segment)  # fmt: skip
-            _require(before is None or before.unit == segment.unit, owner, where,
+            require(before is None or before.unit == segment.unit, owner, where,
                      f"end in the unit of the segment before it for its {segment.shape} shape", segment)  # fmt: skip
         if before is not None and segment.unit:
-            _require((before.unit, segment.unit) != ("tokens", "steps"), owner, where,
+            require((before.unit, segment.unit) != ("tokens", "steps"), owner, where,
                      "end at until_tokens, as the segment before it does", segment)  # fmt: skip
-            _require(before.unit != segment.unit or segment.end > before.end, owner, where,
+            require(before.unit != segment.unit or segment.end > before.end, owner, where,
                      "end after the segment before it", segment)  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from train_helpers import config
 
-from dsv3rt import presets
+from dsv3rt import ops, presets
 from dsv3rt.config import RunConfig
 from dsv3rt.layers.linear import Linear
 from dsv3rt.layers.moe import Experts
@@ -77,6 +77,34 @@ def test_attentions_linears_are_in_fp8_only_if_asked_for(tmp_path: Path, asked: 
     assert in_fp8 == {name for name in linears if not asked or ".self_attn." not in name}
     (result,) = run_steps(made, 1)
     assert 0 < result.loss < 10
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+def test_products_take_the_multiprocessors_they_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    """All of them: forward, input gradients and weight gradients, also those that are put off."""
+    seen: set[tuple[str, int]] = set()
+
+    def noting(name: str, product: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            seen.add((name, options["num_sms"]))
+            return product(*args, **options)
+
+        return run
+
+    names = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt", "k_grouped_fp8_gemm_nt")
+    for name in names:
+        monkeypatch.setattr(ops, name, noting(name, getattr(ops, name)))
+    for sms in (0, 116):
+        seen.clear()
+        run_steps(engine(tmp_path, parallel={"product_sms": sms, "schedule": schedule}), 1)
+        assert seen == {(name, sms) for name in names}
+
+
+def test_products_take_no_negative_number_of_multiprocessors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^parallel\.product_sms must not be negative, got -1$"):
+        config(tmp_path, parallel={"product_sms": -1})
 
 
 def test_unknown_bf16_module_is_rejected(tmp_path: Path) -> None:

@@ -144,8 +144,12 @@ class _LinearJob:
         dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TF), with_transpose=True)
         if self.weights:
             assert x_t is not None
-            _later(self.ledger, lambda: main_grad.accumulate(self.weights, _product(dy_t, x_t, None)))
-        return ops.fp8_gemm_nt(dy, transposed(self.cast), out_dtype=dtype) if wants_dx else None
+            product = _product(dy_t, x_t, None, _sms(self.ledger))
+            _later(self.ledger, lambda: main_grad.accumulate(self.weights, product))
+        return self.product(dy, transposed(self.cast), dtype) if wants_dx else None
+
+    def product(self, x: QuantTensor, w: QuantTensor, dtype: torch.dtype) -> Tensor:
+        return _rows_product(x, w, None, dtype, _sms(self.ledger))
 
 
 class _Linear(torch.autograd.Function):
@@ -160,7 +164,7 @@ class _Linear(torch.autograd.Function):
         else:
             q, q_t = _by_rows_and_columns(x_TD, None, bool(job.weights))
             ctx.save_for_backward(*_tensors(q_t))
-        return ops.fp8_gemm_nt(q, job.cast[0], out_dtype=x_TD.dtype)
+        return job.product(q, job.cast[0], x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -183,7 +187,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.job = job
         normed = ops.rms_norm_quantize_1x128(x_TD, norm_weight, eps, with_transpose=bool(job.weights))
         ctx.save_for_backward(x_TD, norm_weight, normed.rstd_T, *_tensors(normed.q_t))
-        return ops.fp8_gemm_nt(normed.q, job.cast[0], out_dtype=x_TD.dtype)
+        return job.product(normed.q, job.cast[0], x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -215,8 +219,14 @@ class _MlpJob:
     def last_product(self, x: QuantTensor, w: QuantTensor, dtype: torch.dtype, *, backward: bool) -> Tensor:
         """Rows in their room, or each token's rows added up where rows are gathered."""
         if self.gates is None:
-            return _rows_product(x, w, self.layout, dtype)
-        return self.gates.of_tokens(_rows_product(x, w, self.layout, dtype, self.gates.room(backward)))
+            return self.product(x, w, dtype)
+        return self.gates.of_tokens(self.product(x, w, dtype, self.gates.room(backward)))
+
+    def product(self, x: QuantTensor, w: QuantTensor, dtype: torch.dtype, out_PF: Tensor | None = None) -> Tensor:
+        return _rows_product(x, w, self.layout, dtype, _sms(self.ledger), out_PF)
+
+    def weight_gradient(self, dy_t: QuantTensor, x_t: QuantTensor) -> main_grad.Contribution:
+        return _product(dy_t, x_t, self.layout, _sms(self.ledger))
 
     def gate_gradient(self, of_rows_P: Tensor | None) -> Tensor | None:
         if self.gates is None:
@@ -234,7 +244,7 @@ class _SwigluMlp(torch.autograd.Function):
         trains = bool(job.weights)
         tokens_P, gates_P = job.by_rows()
         x, x_t = _by_rows_and_columns(x_TD, job.layout, trains, tokens_P)
-        gate_up = _rows_product(x, job.up[0], job.layout, torch.bfloat16)
+        gate_up = job.product(x, job.up[0], torch.bfloat16)
         hidden = ops.swiglu_quantize_1x128(gate_up, weight_T=gates_P, layout=job.layout)
         kept = _as_kept(gate_up, job.layout) if trains else None
         ctx.save_for_backward(*_tensors(x_t), *_tensors(kept), tokens_P, gates_P)
@@ -248,10 +258,12 @@ class _SwigluMlp(torch.autograd.Function):
         *kept, tokens_P, gates_P = ctx.saved_tensors
         x_t, gate_up = _quant(*kept[:2]), _quant(*kept[2:])
         dy, dy_t = ops.quantize_1x128(_with_contiguous_rows(dy_TD), layout=layout, rows_P=tokens_P, with_transpose=True)
-        dhidden = _rows_product(dy, transposed(job.down), layout, torch.bfloat16)
+        dhidden = job.product(dy, transposed(job.down), torch.bfloat16)
         grads = ops.swiglu_backward_quantize_1x128(gate_up, dhidden, weight_T=gates_P, layout=layout, with_product=True)
         assert grads.product_t is not None
-        down_product, up_product = _product(dy_t, grads.product_t, layout), _product(grads.gate_up_t, x_t, layout)
+        down_product, up_product = (
+            job.weight_gradient(*pair) for pair in ((dy_t, grads.product_t), (grads.gate_up_t, x_t))
+        )
         _later(job.ledger, lambda: main_grad.accumulate(job.weights[-1:], down_product))
         dx = None
         if ctx.needs_input_grad[0]:
@@ -283,21 +295,30 @@ def _columns_of(x_TD: Tensor) -> QuantTensor:
     return ops.quantize_1x128(x_TD, pow2_scales=True, with_transpose=True)[1]
 
 
+def _sms(ledger: Ledger | None) -> int:
+    return 0 if ledger is None else ledger.product_sms
+
+
 def _rows_product(
-    x: QuantTensor, w: QuantTensor, layout: GroupLayout | None, dtype: torch.dtype, out_PF: Tensor | None = None
+    x: QuantTensor,
+    w: QuantTensor,
+    layout: GroupLayout | None,
+    dtype: torch.dtype,
+    num_sms: int,
+    out_PF: Tensor | None = None,
 ) -> Tensor:
     if layout is None:
-        return ops.fp8_gemm_nt(x, w, out_dtype=dtype)
-    return ops.m_grouped_fp8_gemm_nt(x, w, layout, out_dtype=dtype, out_PF=out_PF)
+        return ops.fp8_gemm_nt(x, w, out_dtype=dtype, num_sms=num_sms)
+    return ops.m_grouped_fp8_gemm_nt(x, w, layout, out_dtype=dtype, out_PF=out_PF, num_sms=num_sms)
 
 
-def _product(dy_t: QuantTensor, x_t: QuantTensor, layout: GroupLayout | None) -> main_grad.Contribution:
+def _product(dy_t: QuantTensor, x_t: QuantTensor, layout: GroupLayout | None, num_sms: int) -> main_grad.Contribution:
     """dy^T x as a contribution: (F, D), or of each group (X, F, D)."""
 
     def contribute(so_far: Tensor | None) -> Tensor:
         if layout is not None:
-            return ops.k_grouped_fp8_gemm_nt(dy_t, x_t, layout, accumulate_into=so_far)
-        return ops.fp8_gemm_nt(dy_t, x_t, out_dtype=torch.float32, accumulate_into=so_far)
+            return ops.k_grouped_fp8_gemm_nt(dy_t, x_t, layout, accumulate_into=so_far, num_sms=num_sms)
+        return ops.fp8_gemm_nt(dy_t, x_t, out_dtype=torch.float32, accumulate_into=so_far, num_sms=num_sms)
 
     return contribute
 

@@ -1,4 +1,5 @@
-"""What a forward leaves for its backward to do beside autograd: weight gradients put off, and tensors to compute again.
+"""What a forward leaves for its backward to do beside autograd: weight gradients put off, and tensors to compute again;
+and how much of a GPU its products may take.
 
 Layers take a `Ledger` as an argument, or None, and then all is left to autograd. The numbers are the same either way,
 to the bit but for sums over several uses of a recomputed call's input, which autograd then adds up in another order.
@@ -45,11 +46,18 @@ class Ledger:
     weight_grads: where weight gradients go that are put off; None: autograd computes them with the rest.
     recompute: names of what `recomputed` does not keep: after `discard` such tensors hold no memory, and before the
     backward `restore` computes them again.
+    product_sms: multiprocessors that products in FP8 may take, so that communication runs on the rest; 0: all.
     """
 
-    def __init__(self, weight_grads: WeightGrads | None = None, recompute: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        weight_grads: WeightGrads | None = None,
+        recompute: frozenset[str] = frozenset(),
+        product_sms: int = 0,
+    ) -> None:
         self._weight_grads = weight_grads
         self._recompute = recompute
+        self.product_sms = product_sms
         self._entries: list[_Entry] = []
 
     @property

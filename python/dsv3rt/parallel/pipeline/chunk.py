@@ -120,7 +120,7 @@ class Chunk:
 
     def _block(self, layer: int, x_TD: Tensor) -> Phases:
         block, tape = self._stage.block(layer), self._tape
-        ledger = Ledger(self._weight_grads, self._rule.recompute)
+        ledger = self._ledger(self._rule.recompute)
         yield "attention"
         routed = block.route(block.attention(x_TD, self._sequences, ledger), ledger)
         if routed.routing is None:
@@ -144,14 +144,17 @@ class Chunk:
             tape.add(lambda: _restore(ledger))
         return y_TD
 
+    def _ledger(self, recompute: frozenset[str] = frozenset()) -> Ledger:
+        return Ledger(self._weight_grads, recompute, self._lanes.product_sms)
+
     def _experts_twice(self, block: Block, routed: Routed) -> Phases:
         """Nothing is kept but what goes in: the backward does it again, all-to-alls included."""
-        y_TD = yield from routed_experts(block, routed, Ledger(), self._lanes, None)
+        y_TD = yield from routed_experts(block, routed, Ledger(product_sms=self._lanes.product_sms), self._lanes, None)
         y_TD.requires_grad_(torch.is_grad_enabled())
 
         def again() -> Iterator[Phase | OfChunk]:
             tape = Tape(self._lanes)
-            ledger = Ledger(self._weight_grads)
+            ledger = self._ledger()
             second_TD = yield from routed_experts(block, routed, ledger, self._lanes, tape)
             second_TD.grad = y_TD.grad
             yield from tape.backward()
@@ -177,7 +180,7 @@ class Chunk:
             layer = model.config.num_layers + depth - 1
             block = self._stage.block(layer)
             assert isinstance(block, MTPBlock)
-            ledger = Ledger(self._weight_grads)
+            ledger = self._ledger()
             next_TD = model.embed_tokens(shifted_tokens(tokens_BT, labels_BT, depth).flatten())
             # In one piece with its input, whose gradient then sums up as it does in a backward that isn't cut.
             h_TD, x_TD = tape.cut("head", h_TD, block.merge(next_TD, h_TD, ledger))

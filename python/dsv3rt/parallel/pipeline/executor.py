@@ -49,7 +49,7 @@ class Executor:
         self.gradients = gradients
         self.dim = layout.model.dim
         self._like = like
-        self._lanes = Lanes(like.device)
+        self._lanes = Lanes(like.device, layout.parallel.product_sms)
         last = len(layout.stages) - 1
         self._stages = {
             stage: Stage(model, layout.stages[stage], stage == 0, stage == last)

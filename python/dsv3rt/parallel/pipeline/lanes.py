@@ -23,9 +23,13 @@ class OfChunk:
 
 
 class Lanes:
-    """The two streams. Made once: autograd runs a backward on the stream that its forward ran on."""
+    """The two streams. Made once: autograd runs a backward on the stream that its forward ran on.
 
-    def __init__(self, device: torch.device) -> None:
+    product_sms: multiprocessors that products in FP8 may take on the one, so that the other has the rest; 0: all.
+    """
+
+    def __init__(self, device: torch.device, product_sms: int = 0) -> None:
+        self.product_sms = product_sms
         self._streams: dict[bool, torch.cuda.Stream] = {}
         if device.type == "cuda":
             self._streams = {communicates: torch.cuda.Stream(device) for communicates in (False, True)}
