@@ -43,7 +43,6 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     8: {
         "dp8-ep8": {"dp": 8, "ep": 8},
         "pp2-dp4-ep4-dualpipev": {"pp": 2, "dp": 4, "ep": 4, "schedule": "dualpipev"},
-        "pp4-dp2-ep2-dualpipev": {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipev"},
     },
 }
 
