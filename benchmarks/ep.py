@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -261,18 +261,10 @@ def main() -> None:
         assert one.group.kernels is not None
         one.group.kernels.check()
     if bench.rank == 0:
-        commit = args.commit or provenance.commit()
-        machine = {**provenance.machine(), "command": "run_ranks.py benchmarks/ep.py " + " ".join(sys.argv[1:])}
-        entries = [
-            {"name": f"{line['op']}[{line['shape']}]", "fullname": f"benchmarks/ep.py::{line['op']}",
-             "extra_info": {**line, "commit": commit}, "stats": {"median": seconds, "rounds": REPS}}
-            for line, seconds in lines
-        ]  # fmt: skip
-        result = {"machine_info": machine, "commit_info": {"id": commit}, "benchmarks": entries,
-                  "datetime": datetime.now(UTC).isoformat(), "version": "1"}  # fmt: skip
-        out = args.out or provenance.ROOT / "benchmarks/results" / provenance.folder_of(machine["device"]) / "ep.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=4) + "\n")
+        folder = provenance.folder_of(torch.cuda.get_device_name())
+        out = args.out or provenance.ROOT / "benchmarks/results" / folder / "ep.json"
+        command = "run_ranks.py benchmarks/ep.py " + " ".join(sys.argv[1:])
+        provenance.write_lines(out, "ep.py", command, args.commit or provenance.commit(), lines, REPS)
         bench.say(f"{time.time() - began:.0f} s, written to {out}")
     dist.barrier()
     bench.group.destroy()

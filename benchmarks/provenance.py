@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,3 +49,18 @@ def folder_of(device: str) -> str:
     model = re.search(r"\b[A-Z]{1,2}\d{2,4}[A-Z]*\b", device)
     name = model[0] if model else device.removeprefix("NVIDIA ")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_lines(
+    out: Path, script: str, command: str, commit: str, lines: Sequence[tuple[dict[str, Any], float]], rounds: int
+) -> None:
+    """What a script that is no pytest suite measured, in pytest-benchmark's form: each line with our median seconds."""
+    entries = [
+        {"name": f"{line['op']}[{line['shape']}]", "fullname": f"benchmarks/{script}::{line['op']}",
+         "extra_info": {**line, "commit": commit}, "stats": {"median": seconds, "rounds": rounds}}
+        for line, seconds in lines
+    ]  # fmt: skip
+    result = {"machine_info": {**machine(), "command": command}, "commit_info": {"id": commit}, "benchmarks": entries,
+              "datetime": datetime.now(UTC).isoformat(), "version": "1"}  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=4) + "\n")

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import time
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,8 +56,7 @@ def configuration(args: argparse.Namespace, ranks: int, parallel: dict[str, Any]
 
 
 def seconds_of_steps(config: TrainConfig, steps: int) -> tuple[list[float], float]:
-    """The slowest of the ranks' times of each step, as all wait for each other, and the most memory that this one
-    held."""
+    """This rank's times of each step, in which all wait for each other, and the most memory that it held."""
     mesh = join(config.parallel, launch(), device_of(config.train))
     stream = np.random.RandomState(0).randint(0, config.model.vocab_size, 100 * config.train.seq_len)
     engine = Engine(config, Samples(stream, config.train.seq_len, 0), mesh)
@@ -94,9 +93,8 @@ def main() -> None:
     ranks = me.num_processes
     if ranks not in LAYOUTS:
         raise SystemExit(f"trainer_ranks: ranks must be one of {sorted(LAYOUTS)}, got {ranks}")
-    commit = args.commit or provenance.commit()
     rate_of_one = json.loads(args.one.read_text())["benchmarks"][0]["extra_info"]["value"] if args.one else None
-    entries = []
+    lines = []
     for name, parallel in LAYOUTS[ranks].items():
         config = configuration(args, ranks, parallel)
         seconds, gigabytes = seconds_of_steps(config, args.steps)
@@ -107,18 +105,16 @@ def main() -> None:
         line = {"op": f"trainer step, {name}", "shape": shape, "metric": "tokens/s",
                 "value": round(tokens / median(seconds), 1), "peer": "one_gpu_times_ranks",
                 "peer_value": round(linear, 1), "ratio": round(tokens / median(seconds) / linear, 4),
-                "memory_gb": round(gigabytes, 2), "commit": commit}  # fmt: skip
+                "memory_gb": round(gigabytes, 2)}  # fmt: skip
         if me.rank == 0:
             print(json.dumps(line), flush=True)
-        entries.append({"name": f"trainer[{name}]", "fullname": f"benchmarks/trainer_ranks.py::{name}",
-                        "extra_info": line, "stats": {"median": median(seconds), "rounds": args.steps}})  # fmt: skip
+        lines.append((line, median(seconds)))
         gc.collect()
         torch.cuda.empty_cache()
     if me.rank == 0:
-        machine = {**provenance.machine(), "command": f"run_ranks.py --ranks {ranks} benchmarks/trainer_ranks.py"}
-        result = {"machine_info": machine, "commit_info": {"id": commit}, "benchmarks": entries,
-                  "datetime": datetime.now(UTC).isoformat(), "version": "1"}  # fmt: skip
-        args.out.write_text(json.dumps(result, indent=4) + "\n")
+        command = f"run_ranks.py --ranks {ranks} benchmarks/trainer_ranks.py " + " ".join(sys.argv[1:])
+        commit = args.commit or provenance.commit()
+        provenance.write_lines(args.out, "trainer_ranks.py", command, commit, lines, args.steps)
     leave()
 
 

@@ -111,7 +111,6 @@ class Comm {
 
   void combine(const TensorView& rows, const RouteViews& route, const TensorView& tokens, const OptionalView& weight,
                int num_sms, py::handle stream) {
-    const EpShape& shape = ep_shape(get());
     EpCombineParams params{};
     params.route = route_of(kCombine, route);
     params.rail_words = rail_words_of(kCombine, route);
@@ -120,7 +119,6 @@ class Comm {
     params.rows = rows.data;
     params.tokens = tokens.data;
     params.num_tokens = static_cast<int>(tokens.shape[0]);
-    params.num_columns = shape.num_columns;
     params.room = EpRoom::kNone;
     if (weight) {
       check_choices(kCombine, "weight", *weight, DataType::kFloat32, params.num_tokens);
@@ -144,7 +142,6 @@ class Comm {
     check_dense(kCombine, "tokens", tokens, kAny);
     params.tokens = tokens.data;
     params.num_tokens = static_cast<int>(tokens.shape[0]);
-    params.num_columns = ep_shape(get()).num_columns;
     check_choices(kCombine, "place", place, DataType::kInt32, params.num_tokens);
     params.place = static_cast<const uint32_t*>(place.data);
     if (row_weight_grad) {

@@ -101,7 +101,6 @@ struct EpCombineParams {
   const float* weight;    // (T, K); null: ones
   void* tokens;           // (T, D) BF16, contiguous
   int num_tokens;
-  int num_columns;
   int num_sms;
 };
 

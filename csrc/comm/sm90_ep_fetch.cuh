@@ -18,7 +18,7 @@ struct FetchArgs {
 
 inline FetchArgs fetch_args(const Team& team, const EpCombineParams& params) {
   return {params.route,
-          room_offset(team.at, params.room) + params.first_row * params.num_columns * 2,
+          room_offset(team.at, params.room) + params.first_row * team.shape.num_columns * 2,
           team.at.row_weight_grad + params.first_row * 4,
           params.place,
           params.weight_grad,

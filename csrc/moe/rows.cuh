@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 
+#include "common/bf16_pack.cuh"
 #include "moe/params.h"
 
 namespace dsv3rt {
@@ -46,16 +47,6 @@ __device__ __forceinline__ void unpack_octet(float (&values)[8], const uint4& wo
   }
 }
 
-__device__ __forceinline__ uint4 pack_octet(const float (&values)[8]) {
-  uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-    pairs[i] = reinterpret_cast<const uint32_t&>(pair);
-  }
-  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-
 // Sums of the block's threads, in a fixed order; for thread k < count in its result.
 __device__ __forceinline__ float sum_over_block(const float (&values)[kMaxTopK], int count) {
   __shared__ float parts[kRowThreads / 32][kMaxTopK];
@@ -84,7 +75,7 @@ __device__ __forceinline__ float give_row(uint4* target, const uint4& row, float
     product[j] = weight * grad[j];
     dot = fmaf(values[j], grad[j], dot);
   }
-  *target = pack_octet(product);
+  *target = pack_bf16(product);
   return dot;
 }
 

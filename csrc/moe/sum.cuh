@@ -2,6 +2,7 @@
 // load. A warp's loads are all under way together. Rows named by nothing but padding are never read.
 #pragma once
 
+#include "common/math.h"
 #include "moe/rows.cuh"
 
 namespace dsv3rt {
@@ -16,7 +17,7 @@ struct SumSpans {
   int64_t of_token, all;
 
   explicit SumSpans(const UnpermuteParams& params)
-      : of_token((params.num_columns / 8 + kSumSpan - 1) / kSumSpan), all(params.num_tokens * of_token) {}
+      : of_token(ceil_div(params.num_columns / 8, kSumSpan)), all(params.num_tokens * of_token) {}
 };
 
 // A choice of the token, as its lane has found it; a row that does not exist is null.
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(32 * kSumWarps, kSumBlocks)
   for (int first = 0; first < params.top_k; first += kSumRows) {
     add_choices<kWeighted>(sums, find_choice<kWeighted>(params, token, first), octet, exists);
   }
-  if (exists) static_cast<uint4*>(params.y)[token * num_octets + octet] = pack_octet(sums);
+  if (exists) static_cast<uint4*>(params.y)[token * num_octets + octet] = pack_bf16(sums);
 }
 
 }  // namespace dsv3rt

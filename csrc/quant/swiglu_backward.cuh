@@ -116,15 +116,22 @@ __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& p
   }
 }
 
+// Where the product goes, by columns alone.
+__device__ __forceinline__ QuantOutput product_output(const SwigluBackwardParams& params) {
+  QuantOutput out = params.out;
+  out.data_t = params.output_t;
+  out.scale_t = params.output_scale_t;
+  out.scale_t_stride = params.output_scale_t_stride;
+  return out;
+}
+
 // A block takes a 128x128 tile of gate, up and gradient; while it waits for them another one computes.
 template <bool kWithProduct, bool kWeighted>
 __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const SwigluBackwardParams params) {
   using BFloat16 = __nv_bfloat16;
   extern __shared__ uint4 dynamic_storage[];
   auto& storage = *reinterpret_cast<BackwardStorage*>(dynamic_storage);
-  const BlockPosition block(blockIdx.x, params.in.hidden, kTile);
-  TilePlace place{block.row * kTile, block.column * kTile,
-                  count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
+  TilePlace place = tile_of_block(params.groups, params.out.num_rows, params.in.hidden);
   if (place.rows.written == 0) return;  // past the last group
   storage.copy_inputs(params, place);
   copy_async_wait<0>();
@@ -135,12 +142,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
   load_slots(octets, storage.up);
   write_tile<BFloat16>(params.out, place, octets, storage.tile(), storage.columns);
   if (kWithProduct) {
-    QuantOutput out = params.out;
-    out.data_t = params.output_t;
-    out.scale_t = params.output_scale_t;
-    out.scale_t_stride = params.output_scale_t_stride;
     load_slots(octets, storage.gate);
-    write_tile_columns<BFloat16>(out, place, octets, storage.tile(), storage.columns);
+    write_tile_columns<BFloat16>(product_output(params), place, octets, storage.tile(), storage.columns);
   }
   place.first_column += params.in.hidden;
   load_slots(octets, storage.grad);

@@ -145,9 +145,7 @@ template <bool kWeighted>
 __global__ void __launch_bounds__(kWideThreads, 3)
     swiglu_both_kernel(const GateUpInput in, const RowGroups groups, const QuantOutput out) {
   alignas(16) __shared__ WideBothStorage storage;
-  const BlockPosition block(blockIdx.x, out.num_columns, kTile);
-  const TilePlace place{block.row * kTile, block.column * kTile,
-                        count_rows(groups, block.row * kTile, out.num_rows, kTile)};
+  const TilePlace place = tile_of_block(groups, out.num_rows, out.num_columns);
   if (place.rows.written == 0) return;  // past the last group
   if (place.is_whole(out.num_columns)) {
     cast_wide_tile<kWeighted, true>(in, out, place, storage);

@@ -113,10 +113,7 @@ __device__ __forceinline__ void write_wide_gradients(const SwigluBackwardParams&
     place.first_column += params.in.hidden;
   }
   if constexpr (kWithProduct) {
-    QuantOutput out = params.out;
-    out.data_t = params.output_t;
-    out.scale_t = params.output_scale_t;
-    out.scale_t_stride = params.output_scale_t_stride;
+    const QuantOutput out = product_output(params);
     place.first_column -= 2 * params.in.hidden;
     load_wide(octets, storage.product[0], storage.product[1]);
     write_wide_tile<false, false>(out, place, octets, storage.tile(), storage.columns);
@@ -128,9 +125,7 @@ __global__ void __launch_bounds__(kWideThreads, kWithProduct ? 2 : 3)
     swiglu_fp8_backward_kernel(const SwigluBackwardParams params) {
   extern __shared__ uint4 dynamic_storage[];
   auto& storage = *reinterpret_cast<WideBackwardStorage<kWithProduct>*>(dynamic_storage);
-  const BlockPosition block(blockIdx.x, params.in.hidden, kTile);
-  const TilePlace place{block.row * kTile, block.column * kTile,
-                        count_rows(params.groups, block.row * kTile, params.out.num_rows, kTile)};
+  const TilePlace place = tile_of_block(params.groups, params.out.num_rows, params.in.hidden);
   if (place.rows.written == 0) return;  // past the last group
   storage.copy_inputs(params, place);
   copy_async_wait<0>();

@@ -95,6 +95,12 @@ struct TilePlace {
 };
 
 // Where the threads of a block find the scales of its 128 columns.
+// That of a block, of 128 columns of num_columns and 128 rows.
+__device__ __forceinline__ TilePlace tile_of_block(const RowGroups& groups, int64_t num_rows, int num_columns) {
+  const BlockPosition block(blockIdx.x, num_columns, kTile);
+  return {block.row * kTile, block.column * kTile, count_rows(groups, block.row * kTile, num_rows, kTile)};
+}
+
 template <typename Element>
 struct ColumnScales {
   alignas(16) typename Octet<Element>::Pattern warp_amax[kTileWarps][kTile];

@@ -346,7 +346,6 @@ class World {
     params.weight = weight;
     params.tokens = tokens.data();
     params.num_tokens = num_tokens;
-    params.num_columns = options_.columns;
     params.num_sms = kBlocks;
     return params;
   }

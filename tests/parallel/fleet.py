@@ -230,6 +230,16 @@ def torchrun(processes: int, *arguments: str, options: tuple[str, ...] = ()) -> 
     )
 
 
+def output_of(processes: subprocess.Popen[str], timeout: float) -> str:
+    """What `torchrun` printed until its end, which must be a good one."""
+    try:
+        output, _ = processes.communicate(timeout=timeout)
+    finally:
+        processes.kill()
+    assert processes.returncode == 0, output
+    return output
+
+
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())

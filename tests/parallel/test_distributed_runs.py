@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from fleet import BASE, ROOT, Sections, torchrun
+from fleet import BASE, ROOT, Sections, output_of, torchrun
 
 from dsv3rt import Trainer
 from dsv3rt.train import checkpoint, config_file, manifest
@@ -59,13 +59,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def run(processes: int, *arguments: str, options: tuple[str, ...] = ()) -> str:
-    process = torchrun(processes, *arguments, options=options)
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    return output
+    return output_of(torchrun(processes, *arguments, options=options), timeout=240)
 
 
 def go_on_from(folder: Path, step: int, target: Path) -> None:

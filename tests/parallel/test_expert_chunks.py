@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chunks_worker import KINDS
-from fleet import configuration, torchrun
+from fleet import configuration, output_of, torchrun
 
 from dsv3rt.parallel.pipeline.lanes import Lanes, OfChunk, Phase, Walk
 
@@ -20,9 +20,7 @@ from dsv3rt.parallel.pipeline.lanes import Lanes, OfChunk, Phase, Walk
 def test_chunks_change_no_result(tmp_path: Path, size: int) -> None:
     """Of a token, to the bit where products of other heights are the same; weight gradients but for the sums' order."""
     out = tmp_path / "out.json"
-    workers = torchrun(size, "-m", "tests.parallel.chunks_worker", str(out))
-    output, _ = workers.communicate(timeout=300)
-    assert workers.returncode == 0, output
+    output_of(torchrun(size, "-m", "tests.parallel.chunks_worker", str(out)), timeout=300)
     for rank, cases in enumerate(json.loads(out.read_text())):
         assert len(cases) == 4 * 2 * (len(KINDS) + 2)
         wrong = [(case, name) for case, found in cases.items() for name, same in found.items() if not same]

@@ -13,15 +13,13 @@ from dsv3rt import ops
 from dsv3rt.parallel.eplb import Placement
 from dsv3rt.parallel.expert import ExpertExchange
 from tests.gpu.ep_cases import ROUTERS
-from tests.parallel.fleet import torchrun
+from tests.parallel.fleet import output_of, torchrun
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_exchange_matches_one_process(tmp_path: Path, size: int) -> None:
     out = tmp_path / "out.json"
-    workers = torchrun(size, "-m", "tests.parallel.ep_worker", str(out))
-    output, _ = workers.communicate(timeout=300)
-    assert workers.returncode == 0, output
+    output_of(torchrun(size, "-m", "tests.parallel.ep_worker", str(out)), timeout=300)
     for rank, found in enumerate(json.loads(out.read_text())):
         needed = size * 24 * 4  # tokens of each rank, their choices
         assert found.pop("overflow") == f"expert exchange: rank 0 found {needed} rows for 95: raise capacity"

@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import torchrun
+from fleet import output_of, torchrun
 from fp8_worker import LAYOUTS, STEPS
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("fp8") / "out.json"
-    workers = torchrun(2, str(Path(__file__).with_name("fp8_worker.py")), str(out))
-    try:
-        output, _ = workers.communicate(timeout=300)
-    finally:
-        workers.kill()
-    assert workers.returncode == 0, output
+    output_of(torchrun(2, str(Path(__file__).with_name("fp8_worker.py")), str(out)), timeout=300)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
