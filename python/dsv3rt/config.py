@@ -74,16 +74,16 @@ class ModelConfig:
     def _check_relations(self) -> None:
         groups, kept = self.num_expert_groups, self.num_groups_kept
         require(self.num_dense_layers <= self.num_layers, "model", "num_dense_layers",
-                 f"be at most num_layers ({self.num_layers})", self.num_dense_layers)  # fmt: skip
+                f"be at most num_layers ({self.num_layers})", self.num_dense_layers)  # fmt: skip
         require(self.qk_rope_head_dim % 2 == 0, "model", "qk_rope_head_dim", "be even", self.qk_rope_head_dim)
         require(self.num_experts % groups == 0, "model", "num_expert_groups",
-                 f"divide num_experts ({self.num_experts})", groups)  # fmt: skip
+                f"divide num_experts ({self.num_experts})", groups)  # fmt: skip
         require(kept <= groups, "model", "num_groups_kept", f"be at most num_expert_groups ({groups})", kept)
         require(groups == 1 or self.num_experts // groups >= 2, "model", "num_expert_groups",
-                 "leave at least 2 experts a group", groups)  # fmt: skip
+                "leave at least 2 experts a group", groups)  # fmt: skip
         available = kept * (self.num_experts // groups)
         require(self.top_k <= available, "model", "top_k", f"be at most the {available} experts of the groups kept",
-                 self.top_k)  # fmt: skip
+                self.top_k)  # fmt: skip
 
     @property
     def qk_head_dim(self) -> int:
@@ -159,14 +159,14 @@ class Segment:
 
     def __post_init__(self) -> None:
         require(self.until_tokens is None or self.until_steps is None, "segment", "until_steps",
-                 "not be given beside until_tokens", self.until_steps)  # fmt: skip
+                "not be given beside until_tokens", self.until_steps)  # fmt: skip
         for name in ("until_tokens", "until_steps"):
             until = getattr(self, name)
             require(until is None or until > 0, "segment", name, "be positive", until)
         for name in ("value", "start"):
             value = getattr(self, name)
             require(value is None or (value >= 0 and math.isfinite(value)), "segment", name,
-                     "be a finite number, not negative", value)  # fmt: skip
+                    "be a finite number, not negative", value)  # fmt: skip
 
     @property
     def unit(self) -> str:
@@ -219,7 +219,7 @@ class RunConfig:
         for segment in self.batch_size:
             for size in (segment.value, segment.value if segment.start is None else segment.start):
                 require(size > 0 and size % self.micro_batch_size == 0, "train", "batch_size",
-                         f"be a positive multiple of micro_batch_size ({self.micro_batch_size})", size)  # fmt: skip
+                        f"be a positive multiple of micro_batch_size ({self.micro_batch_size})", size)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,9 @@ class MixturePhase:
     def __post_init__(self) -> None:
         fits = all(weight >= 0 and math.isfinite(weight) for weight in self.weights)
         require(fits and sum(self.weights) > 0, "phase", "weights",
-                 "be finite numbers, not negative, not all zero", self.weights)  # fmt: skip
+                "be finite numbers, not negative, not all zero", self.weights)  # fmt: skip
         require(self.until_tokens is None or self.until_tokens > 0, "phase", "until_tokens", "be positive",
-                 self.until_tokens)  # fmt: skip
+                self.until_tokens)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class DataConfig:
             require(0 <= rate <= 1, "data", f"{name}_rate", "be in [0, 1]", rate)
             require(0 <= seed < 2**63, "data", f"{name}_seed", "be in [0, 2**63)", seed)
         require(0 < self.validation_fraction < 1, "data", "validation_fraction", "be between 0 and 1",
-                 self.validation_fraction)  # fmt: skip
+                self.validation_fraction)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -339,30 +339,30 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.train.seq_len <= self.model.max_position, "train", "seq_len",
-                 f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
+                f"be at most model.max_position ({self.model.max_position})", self.train.seq_len)  # fmt: skip
         require(self.model.num_experts % self.parallel.ep == 0, "parallel", "ep",
-                 f"divide model.num_experts ({self.model.num_experts})", self.parallel.ep)  # fmt: skip
+                f"divide model.num_experts ({self.model.num_experts})", self.parallel.ep)  # fmt: skip
         tokens, chunks = self.train.micro_batch_size * self.train.seq_len, self.parallel.expert_chunks
         require(chunks <= tokens, "parallel", "expert_chunks", f"be at most a micro-batch's {tokens} tokens", chunks)
         unit = self.train.micro_batch_size * self.parallel.dp
         for segment in self.train.batch_size:
             for size in (segment.value, segment.value if segment.start is None else segment.start):
                 require(size % unit == 0, "train", "batch_size",
-                         f"be a multiple of micro_batch_size times parallel.dp ({unit})", size)  # fmt: skip
+                        f"be a multiple of micro_batch_size times parallel.dp ({unit})", size)  # fmt: skip
 
 
 def _require_mixture(phases: tuple[MixturePhase, ...], num_paths: int) -> None:
     for index, phase in enumerate(phases):
         where = f"mixture[{index}]"
         require(len(phase.weights) == num_paths, "data", f"{where}.weights",
-                 f"have one for each of the {num_paths} paths", phase.weights)  # fmt: skip
+                f"have one for each of the {num_paths} paths", phase.weights)  # fmt: skip
         last = index == len(phases) - 1
         require((phase.until_tokens is None) == last, "data", f"{where}.until_tokens",
-                 "be left out, as it is the last phase" if last else "be given, as it is not the last phase",
-                 phase.until_tokens)  # fmt: skip
+                "be left out, as it is the last phase" if last else "be given, as it is not the last phase",
+                phase.until_tokens)  # fmt: skip
         before = phases[index - 1].until_tokens if index else None
         require(last or before is None or (phase.until_tokens or 0) > before, "data", f"{where}.until_tokens",
-                 "be after that of the phase before it", phase.until_tokens)  # fmt: skip
+                "be after that of the phase before it", phase.until_tokens)  # fmt: skip
     for path in range(num_paths if phases else 0):
         used = any(phase.weights[path] > 0 for phase in phases)
         require(used, "data", "mixture", f"give paths[{path}] a weight in some phase", 0)
@@ -374,15 +374,15 @@ def _require_schedule(owner: str, name: str, segments: tuple[Segment, ...]) -> N
         before = segments[index - 1] if index else None
         where = f"{name}[{index}]"
         require(segment.unit != "" or index == len(segments) - 1, owner, where,
-                 "end somewhere (until_steps or until_tokens), as it is not the last segment", segment)  # fmt: skip
+                "end somewhere (until_steps or until_tokens), as it is not the last segment", segment)  # fmt: skip
         if segment.shape != "constant":
             require(segment.unit != "", owner, where, f"have an end for its {segment.shape} shape", segment)
             require(before is not None or segment.start is not None, owner, where,
-                     f"have a start for its {segment.shape} shape", segment)  # fmt: skip
+                    f"have a start for its {segment.shape} shape", segment)  # fmt: skip
             require(before is None or before.unit == segment.unit, owner, where,
-                     f"end in the unit of the segment before it for its {segment.shape} shape", segment)  # fmt: skip
+                    f"end in the unit of the segment before it for its {segment.shape} shape", segment)  # fmt: skip
         if before is not None and segment.unit:
             require((before.unit, segment.unit) != ("tokens", "steps"), owner, where,
-                     "end at until_tokens, as the segment before it does", segment)  # fmt: skip
+                    "end at until_tokens, as the segment before it does", segment)  # fmt: skip
             require(before.unit != segment.unit or segment.end > before.end, owner, where,
-                     "end after the segment before it", segment)  # fmt: skip
+                    "end after the segment before it", segment)  # fmt: skip
