@@ -107,10 +107,55 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// bar.sync on one of the 16 named barriers (0 is __syncthreads)
+constexpr int kNamedBarriers = 16;  // 0 is __syncthreads
+
+// bar.sync on one of the named barriers
 __device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
+
+// Where a group of a block's threads meets again and again: the named barrier `number`, which nothing else uses.
+// racecheck loses track where groups meet unequally often, so a build for it has mbarriers.
+class GroupBarrier {
+ public:
+  __device__ __forceinline__ GroupBarrier(int number, int num_threads) : number_(number), num_threads_(num_threads) {}
+
+#ifdef DSV3RT_FOR_RACECHECK
+  // All threads of the block call it, once for each of its families of barriers.
+  __device__ __forceinline__ static void init(int first, int count, int num_threads) {
+    if (threadIdx.x == 0) {
+      for (int number = first; number < first + count; ++number) mbarrier(number).init(num_threads);
+    }
+    __syncthreads();
+  }
+
+  // mbarrier.arrive + mbarrier.try_wait of the phase that the arrival was in
+  __device__ __forceinline__ void sync() const {
+    asm volatile(
+        "{\n.reg .pred done;\n.reg .b64 phase;\n"
+        "mbarrier.arrive.shared::cta.b64 phase, [%0];\n"
+        "MEET_%=:\n"
+        "mbarrier.try_wait.shared::cta.b64 done, [%0], phase;\n"
+        "@done bra MET_%=;\n"
+        "bra MEET_%=;\n"
+        "MET_%=:\n}" ::"r"(smem_address(&mbarrier(number_)))
+        : "memory");
+  }
+#else
+  __device__ __forceinline__ static void init(int, int, int) {}
+  __device__ __forceinline__ void sync() const { named_barrier_sync(number_, num_threads_); }
+#endif
+
+ private:
+#ifdef DSV3RT_FOR_RACECHECK
+  __device__ __forceinline__ static Barrier& mbarrier(int number) {
+    __shared__ Barrier barriers[kNamedBarriers];
+    return barriers[number];
+  }
+#endif
+
+  int number_, num_threads_;
+};
 
 // bar.arrive: does not wait
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int num_threads) {

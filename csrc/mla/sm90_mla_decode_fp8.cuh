@@ -19,7 +19,8 @@
 
 namespace dsv3rt {
 
-constexpr int kFp8GroupBarrier = 1, kFp8PairBarrier = 3;  // the first of those of the groups, of warps with one tile
+constexpr int kFp8GroupBarrier = 1, kFp8GroupThreads = 32 * kFp8Warps;  // the first; there is one for each group
+constexpr int kFp8PairBarrier = kFp8GroupBarrier + kFp8Groups, kFp8PairThreads = 32 * kFp8Groups;  // of warps with one tile
 constexpr int kFp8Tile = 128;  // columns with one scale
 constexpr int kFp8Steps = kFp8Tile / 16;
 constexpr int kFp8RopeColumns = 64 / kFp8Warps;  // of a warp
@@ -52,8 +53,8 @@ struct Fp8Consumer {
   __device__ __forceinline__ uint8_t* token(int index) const { return storage.page[stage()] + index * kFp8TokenBytes; }
   __device__ __forceinline__ int num_rows() const { return params.num_queries * params.num_heads; }
   __device__ __forceinline__ int request_row(int block_row) const { return blockIdx.x * kFp8Rows + block_row; }
-  __device__ __forceinline__ void sync_group() const { named_barrier_sync(kFp8GroupBarrier + group, 32 * kFp8Warps); }
-  __device__ __forceinline__ void sync_pair() const { named_barrier_sync(kFp8PairBarrier + warp, 32 * kFp8Groups); }
+  __device__ __forceinline__ void sync_group() const { GroupBarrier(kFp8GroupBarrier + group, kFp8GroupThreads).sync(); }
+  __device__ __forceinline__ void sync_pair() const { GroupBarrier(kFp8PairBarrier + warp, kFp8PairThreads).sync(); }
 };
 
 struct Fp8Queries {
@@ -452,6 +453,8 @@ __global__ void __launch_bounds__(kFp8Threads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& storage = *reinterpret_cast<DecodeFp8Storage*>(shared_bytes);
   let_next_grid_start();
+  GroupBarrier::init(kFp8GroupBarrier, kFp8Groups, kFp8GroupThreads);
+  GroupBarrier::init(kFp8PairBarrier, kFp8Warps, kFp8PairThreads);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kFp8Stages; ++stage) {

@@ -58,7 +58,7 @@ const char* launch_norm(const NormParams& params, cudaStream_t stream) {
 NormGroups groups_for(int columns) {
   NormGroups groups{};
   groups.threads = round_up(ceil_div(columns / 8, kNormOctets), 32);
-  const int most = groups.threads == 32 ? kMaxNormGroups : 15;  // as many named barriers as there are for groups
+  const int most = groups.threads == 32 ? kMaxNormGroups : kNamedBarriers - kNormGroupBarrier;
   groups.count = std::min(1024 / groups.threads, most);
   return groups;
 }

@@ -2,6 +2,7 @@
 // shared memory while it computes. Sums for the weight stay in registers until the end.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "hopper/memory.cuh"
 #include "quant/norm.cuh"
 
@@ -10,6 +11,7 @@ namespace dsv3rt {
 constexpr int kMaxNormGroups = 32;
 constexpr int kNormOctets = 2;  // of a row, a thread
 constexpr int kNormStages = 2;
+constexpr int kNormGroupBarrier = 1;  // the first; groups of more than a warp have one each
 
 // How a block is cut into groups of whole warps, one row each at a time.
 struct NormGroups {
@@ -87,7 +89,7 @@ __device__ __forceinline__ float sum_over_group(float part, const NormGroups& gr
   for (int distance = 16; distance > 0; distance /= 2) part += __shfl_xor_sync(~0u, part, distance);
   if (groups.threads == 32) return part;
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = part;
-  named_barrier_sync(1 + group, groups.threads);
+  GroupBarrier(kNormGroupBarrier + group, groups.threads).sync();
   const int warps = groups.threads / 32;
   float sum = 0.0f;
   for (int warp = 0; warp < warps; ++warp) sum += warp_sums[group * warps + warp];
@@ -151,6 +153,7 @@ __global__ void __launch_bounds__(kPartGroups* kPartColumnThreads)
 template <typename Weight>
 __global__ void __launch_bounds__(1024) norm_backward_kernel(const NormBackwardParams params, const NormGroups groups) {
   let_next_grid_start();
+  if (groups.threads > 32) GroupBarrier::init(kNormGroupBarrier, groups.count, groups.threads);
   extern __shared__ uint4 norm_slots[];
   __shared__ float warp_sums[2][kMaxNormGroups];
   const NormCursor cursor(params, groups, norm_slots);
