@@ -85,7 +85,7 @@ def test_bench_mla_decode(
 ) -> None:
     bound_by_bytes = shape.heads * shape.queries <= 64
     peer = copy_peer if bound_by_bytes else square_matmul
-    versus(case_of(shape, bound_by_bytes), draw(shape).decode(bf16_pages), peer, kernel="sm90_mla_decode_kernel")
+    versus(case_of(shape, bound_by_bytes), draw(shape).decode(bf16_pages), peer, kernel="sm90_mla_decode")
 
 
 @pytest.mark.parametrize("shape", DECODES, ids=str)
@@ -97,5 +97,5 @@ def test_bench_mla_decode_fp8(versus: Versus, bf16_pages: Tensor, fp8_pages: Ten
         Case("mla_decode, FP8 cache", str(shape), "us"),
         requests.decode(fp8_pages),
         peer,
-        kernel="sm90_mla_decode_fp8_kernel",
+        kernel="sm90_mla_decode",
     )

@@ -13,12 +13,13 @@ file(GLOB_RECURSE DSV3RT_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/cs
      ${CMAKE_SOURCE_DIR}/csrc/*heuristics.cpp)
 add_library(dsv3rt_kernels SHARED ${DSV3RT_KERNEL_SOURCES})
 target_include_directories(dsv3rt_kernels PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
-if(DSV3RT_FOR_RACECHECK)
+if(DSV3RT_FOR_RACECHECK)  # whose arrivals take registers
   target_compile_definitions(dsv3rt_kernels PRIVATE DSV3RT_FOR_RACECHECK)
+else()
+  set(DSV3RT_NO_SPILLS -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage)
 endif()
 target_compile_options(dsv3rt_kernels PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage -Xptxas=-Werror
-    -Werror=all-warnings -lineinfo>)
+  $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 ${DSV3RT_NO_SPILLS} -Xptxas=-Werror -Werror=all-warnings -lineinfo>)
 
 # The comm room needs the headers of NCCL 2.30 or newer; the library itself is found when it is used.
 find_path(DSV3RT_NCCL_INCLUDE nccl_device.h

@@ -8,6 +8,15 @@
 
 namespace dsv3rt {
 
+// ld.global.nc.L1::no_allocate: 16 bytes that no one writes while the kernel runs, nor reads again
+__device__ __forceinline__ uint4 load_once(const void* source) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(source));
+  return words;
+}
+
 // cp.async: global -> shared without passing through registers; zeros where not `valid`. kBytes: 4, 8 or 16.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool valid) {

@@ -4,6 +4,8 @@
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instructions-ldmatrix
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace dsv3rt {
@@ -75,6 +77,12 @@ __device__ __forceinline__ void store_cluster_quad(uint32_t shared_address, uint
 
 __device__ __forceinline__ void store_shared_pair(uint32_t shared_address, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared_address), "r"(x), "r"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_quad(uint32_t shared_address, const uint4& words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
 }
 
 }  // namespace dsv3rt

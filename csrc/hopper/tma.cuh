@@ -55,6 +55,11 @@ __device__ __forceinline__ void bulk_load(void* target, const void* source, uint
       : "memory");
 }
 
+// cp.async.bulk.prefetch: consecutive bytes into the L2, a multiple of 16, from an address that is one
+__device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // As tma_load_2d, into every CTA of the cluster named in `cta_mask`, at the same offset, counted on each one's barrier.
 __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtensorMap& map, Barrier& barrier, int x,
                                                       int y, uint16_t cta_mask, L2Hint hint = L2Hint::kNormal) {

@@ -153,7 +153,10 @@ void bound_mla_decode(const TensorView& q, const TensorView& cache, const Tensor
   const int64_t requests = q.shape[0], queries = q.shape[1], heads = q.shape[2], rows = queries * heads;
   ArgCheck(kOp, "q", q).strides({rows * kCachedDim, heads * kCachedDim, kCachedDim, 1});
   const bool fp8 = cache.dtype == DataType::kUInt8;
-  const int64_t width = fp8 ? kFp8TokenBytes : kCachedDim, block_rows = fp8 ? kFp8Rows : kDecodeRows;
+  const int64_t width = fp8 ? kFp8TokenBytes : kCachedDim;
+  // The caller says how many rows a block has by the scratch that it gives.
+  const bool few_rows = fp8 && partial_lse.rank == 4 && partial_lse.shape[3] == kFp8Rows;
+  const int64_t block_rows = few_rows ? kFp8Rows : kDecodeRows;
   ArgCheck(kOp, "cache", cache)
       .dtype({DataType::kBFloat16, DataType::kUInt8})
       .on_device_of(q, "q")
@@ -185,10 +188,11 @@ void bound_mla_decode(const TensorView& q, const TensorView& cache, const Tensor
   params.num_heads = static_cast<int>(heads);
   params.num_pages = static_cast<int>(cache.shape[0]);
   params.max_pages = static_cast<int>(block_table.shape[1]);
+  params.fp8_cache = fp8;
   params.grid = {static_cast<int>(row_blocks), static_cast<int>(parts), static_cast<int>(block_rows)};
   params.scale_log2 = static_cast<float>(scale * kLog2E);
   params.device = q.device.index;
-  throw_on_error(kOp, (fp8 ? mla_decode_fp8 : mla_decode)(params, stream_for(kOp, q, stream)));
+  throw_on_error(kOp, mla_decode(params, stream_for(kOp, q, stream)));
 }
 
 void bound_append_latents(const TensorView& cache, const TensorView& rows, const TensorView& weight,

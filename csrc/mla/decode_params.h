@@ -8,7 +8,7 @@ namespace dsv3rt {
 constexpr int kLatentDim = 512, kCachedDim = kLatentDim + 64;  // C; C + R
 constexpr int kPageTokens = 64;
 constexpr int kDecodeRows = 64;  // queries x heads of one block
-constexpr int kFp8Rows = 16;     // of one block over the FP8 cache
+constexpr int kFp8Rows = 16;     // the same over the FP8 cache where they are few
 
 // A token of the FP8 cache: 512 E4M3 numbers, an FP32 scale for each 128 of them, 64 rope keys in BF16.
 constexpr int kFp8RopeOffset = kLatentDim + 4 * 4;
@@ -18,7 +18,7 @@ constexpr int kFp8TokenBytes = kFp8RopeOffset + 64 * 2;
 // a captured launch stays right when lengths change.
 struct DecodeGrid {
   int row_blocks, parts;
-  int block_rows;  // kDecodeRows, or kFp8Rows for the FP8 cache
+  int block_rows;  // kDecodeRows, or, over the FP8 cache alone, kFp8Rows
 };
 
 // Partial results of `parts` parts: each starts inside one request and ends inside another at most.
@@ -37,6 +37,7 @@ struct MlaDecodeParams {
   int64_t block_table_stride;
   int num_requests, num_queries, num_heads;  // B, L, H
   int num_pages, max_pages;  // in the cache, of one request
+  bool fp8_cache;
   DecodeGrid grid;
   float scale_log2;  // positive; of the scores, times log2(e)
   int device;
@@ -44,6 +45,5 @@ struct MlaDecodeParams {
 
 // Returns null, or what went wrong.
 const char* mla_decode(const MlaDecodeParams& params, void* stream);
-const char* mla_decode_fp8(const MlaDecodeParams& params, void* stream);
 
 }  // namespace dsv3rt

@@ -30,6 +30,34 @@ const char* combine_nothing(const MlaDecodeParams& params, cudaStream_t stream) 
   return nullptr;
 }
 
+template <class Cache>
+const char* launch_rows(const MlaDecodeParams& params, cudaStream_t stream) {
+  const int rows = params.num_queries * params.num_heads;
+  DecodeMaps maps{};
+  if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
+  if constexpr (Cache::kByCopyEngine) {
+    const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens);
+    if (error != nullptr) return error;
+  }
+  constexpr int kSharedBytes = sizeof(typename Cache::Storage);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  const auto kernel = sm90_mla_decode_kernel<Cache>;
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kDecodeThreads, kSharedBytes, stream>>>(maps, params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return nullptr;
+}
+
+const char* launch_few_rows(const MlaDecodeParams& params, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(DecodeFp8Storage);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  const auto kernel = sm90_mla_decode_fp8_kernel;
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kFp8Threads, kSharedBytes, stream>>>(params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  return nullptr;
+}
+
 bool writes_nothing(const MlaDecodeParams& params) {
   return params.num_requests == 0 || params.num_queries == 0 || params.num_heads == 0;
 }
@@ -42,34 +70,10 @@ const char* mla_decode(const MlaDecodeParams& params, void* stream) {
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (!has_pages(params)) return combine_nothing(params, cuda_stream);
-  const int rows = params.num_queries * params.num_heads;
-  DecodeMaps maps{};
-  if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
-  if (const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens)) {
-    return error;
-  }
-  constexpr int kSharedBytes = sizeof(DecodeStorage);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
-  const auto kernel = sm90_mla_decode_kernel;
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const dim3 grid(params.grid.row_blocks, params.grid.parts);
-  kernel<<<grid, kDecodeThreads, kSharedBytes, cuda_stream>>>(maps, params);
-  DSV3RT_CUDA_CHECK(cudaGetLastError());
-  return combine_behind(params, cuda_stream);
-}
-
-const char* mla_decode_fp8(const MlaDecodeParams& params, void* stream) {
-  if (writes_nothing(params)) return nullptr;
-  const DeviceGuard guard(params.device);
-  DSV3RT_CUDA_CHECK(guard.status());
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (!has_pages(params)) return combine_nothing(params, cuda_stream);
-  constexpr int kSharedBytes = sizeof(DecodeFp8Storage);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
-  const auto kernel = sm90_mla_decode_fp8_kernel;
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kFp8Threads, kSharedBytes, cuda_stream>>>(params);
-  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  const auto launch = !params.fp8_cache                     ? launch_rows<Bf16Cache>
+                      : params.grid.block_rows == kFp8Rows ? launch_few_rows
+                                                            : launch_rows<Fp8Cache>;
+  if (const char* error = launch(params, cuda_stream)) return error;
   return combine_behind(params, cuda_stream);
 }
 

@@ -74,7 +74,7 @@ def mla_cases() -> dict[str, Case]:
     }
     for fp8 in (False, True):
         kind = "fp8" if fp8 else "bf16"
-        found[f"decode-{kind}"] = Case(partial(decode, [200, 0, 1, 70], 20, fp8), ROUNDED)
+        found[f"decode-{kind}"] = Case(partial(decode, [200, 0, 1, 70], 15, fp8), ROUNDED)
         found[f"decode-{kind}_wide"] = Case(partial(decode, [300, 65], 66, fp8), ROUNDED)
         found[f"decode-{kind}_nothing"] = Case(partial(decode, [0, 0], 3, fp8))
         found[f"decode-{kind}_append"] = Case(partial(append, fp8), CODES if fp8 else ROUNDED)

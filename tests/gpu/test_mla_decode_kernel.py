@@ -22,11 +22,10 @@ def decode(requests: Requests, scale: float = SCALE) -> tuple[Tensor, Tensor]:
     return ops.mla_decode(r.q, r.cache, r.block_table, r.lengths, scale=scale, latent_dim=C)
 
 
-def decode_poisoned(requests: Requests, parts: int) -> tuple[Tensor, Tensor]:
-    """In any number of parts, straight into outputs that hold NaN, with guard requests behind them."""
+def decode_poisoned(requests: Requests, parts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """In any number of parts and rows a block, into outputs that hold NaN, with guard requests behind them."""
     r = requests
     B, L, H, _ = r.q.shape
-    rows = 16 if r.cache.dtype == torch.uint8 else 64
     out = torch.full((B + 1, L, H, C), math.nan, device="cuda", dtype=torch.bfloat16)
     lse = torch.full((B + 1, L, H), math.nan, device="cuda")
     partial_out = torch.full((-(-L * H // rows), parts, 2, rows, C), math.nan, device="cuda")
@@ -51,6 +50,7 @@ def form(requests: Requests, cache: str) -> Requests:
 
 
 both_caches = pytest.mark.parametrize("cache", ["bf16", "fp8"])
+few_and_many_heads = pytest.mark.parametrize("num_heads", [16, 80])  # an FP8 cache has a kernel for either
 
 
 @both_caches
@@ -66,21 +66,22 @@ def test_mla_decode_matches_fp64(seed: int, cache: str) -> None:
         assert_close(requests, *decode(requests))
 
 
-@both_caches
+@pytest.mark.parametrize(("cache", "rows"), [("bf16", 64), ("fp8", 16), ("fp8", 64)])
 @pytest.mark.parametrize("parts", [1, 2, 5, 66, 132, 264])
-def test_mla_decode_writes_everything(parts: int, cache: str) -> None:
+def test_mla_decode_writes_everything(parts: int, cache: str, rows: int) -> None:
     """In as many parts as one likes, nothing is left unwritten, and nothing else is written."""
     torch.manual_seed(parts)
     for lengths in ([2000, 0, 64, 1, 700], [3], [0, 0], [64] * 70, [8000]):
         requests = form(draw(lengths, 2, 48), cache)
-        assert_close(requests, *decode_poisoned(requests, parts))
+        assert_close(requests, *decode_poisoned(requests, parts, rows))
 
 
 @both_caches
-def test_mla_decode_handles_many_requests_and_long_ones(cache: str) -> None:
+@few_and_many_heads
+def test_mla_decode_handles_many_requests_and_long_ones(num_heads: int, cache: str) -> None:
     torch.manual_seed(0)
     for lengths in ([5] * 700 + [4000], [100_000], [0] * 100 + [129] * 33 + [0] * 40):
-        requests = form(draw(lengths, 1, 16), cache)
+        requests = form(draw(lengths, 1, num_heads), cache)
         assert_close(requests, *decode(requests))
 
 
@@ -120,11 +121,12 @@ def test_mla_decode_takes_scales_and_strided_tables() -> None:
 
 
 @both_caches
-def test_mla_decode_follows_rising_scores(cache: str) -> None:
+@few_and_many_heads
+def test_mla_decode_follows_rising_scores(num_heads: int, cache: str) -> None:
     """Every page's scores exceed those before it, by a little or by a lot, and in the end fall again."""
     torch.manual_seed(0)
     for step in (0.001, 0.02, 0.5):
-        requests = draw([3000, 700], 1, 16)
+        requests = draw([3000, 700], 1, num_heads)
         for row, length in enumerate(requests.lengths.tolist()):
             token = torch.arange(length, device="cuda")
             height = step * torch.minimum(token, 2 * (length - 1 - token)) / 10
@@ -137,10 +139,16 @@ def test_mla_decode_follows_rising_scores(cache: str) -> None:
         assert_close(requests, *decode(requests, scale=0.05), scale=0.05)
 
 
-def test_mla_decode_carries_nan_of_its_own_tokens() -> None:
+@both_caches
+@few_and_many_heads
+def test_mla_decode_carries_nan_of_its_own_tokens(num_heads: int, cache: str) -> None:
     torch.manual_seed(0)
-    requests = draw([200, 70], 1, 16)
-    requests.cache[requests.block_table[0, 1], 5, 7] = math.nan
+    requests = form(draw([200, 70], 1, num_heads), cache)
+    page = requests.block_table[0, 1]
+    if cache == "fp8":
+        requests.cache[page, 5, 7] = 0x7F
+    else:
+        requests.cache[page, 5, 7] = math.nan
     out, _ = decode(requests)
     assert out[0].isnan().all()
     assert not out[1].isnan().any()
@@ -158,10 +166,11 @@ def test_mla_decode_is_deterministic(num_heads: int, cache: str) -> None:
 
 
 @both_caches
-def test_mla_decode_replays_with_changed_lengths(cache: str) -> None:
+@few_and_many_heads
+def test_mla_decode_replays_with_changed_lengths(num_heads: int, cache: str) -> None:
     """A captured launch takes new lengths, tables, queries and caches from the same memory."""
     torch.manual_seed(0)
-    cases = [form(draw(lengths, 1, 16), cache) for lengths in ([3000, 17, 0, 800], [1, 3010, 64, 0], [0, 0, 0, 0])]
+    cases = [form(draw(lengths, 1, num_heads), cache) for lengths in ([3000, 17, 0, 800], [1, 3010, 64, 0], [0, 0, 0, 0])]
     pages = max(case.cache.shape[0] for case in cases)
     columns = max(case.block_table.shape[1] for case in cases)
     static = Requests(

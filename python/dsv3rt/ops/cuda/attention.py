@@ -8,9 +8,7 @@ from torch import Tensor
 from dsv3rt.ops.cuda.extension import load
 
 QUERY_TILE = 64  # queries whose statistics lie together
-# Of mla_decode, by the cache's dtype: queries x heads of one block, and how many blocks share an SM.
-DECODE_ROWS = {torch.bfloat16: 64, torch.uint8: 16}
-DECODE_BLOCKS = {torch.bfloat16: 1, torch.uint8: 1}
+FEW_ROWS = 32  # up to so many queries x heads, an FP8 cache is read by blocks of few rows
 
 
 def mla_prefill(inputs: list[Tensor], cu_seqlens: list[Tensor], *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -56,6 +54,11 @@ def mla_prefill_backward(
     return [dq, dk_nope, dk_rope, dv]
 
 
+def decode_block_rows(cache_dtype: torch.dtype, rows: int) -> int:
+    """Queries x heads of a request that one block of `mla_decode` takes."""
+    return 16 if cache_dtype == torch.uint8 and rows <= FEW_ROWS else 64
+
+
 def mla_decode(
     q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float, latent_dim: int
 ) -> tuple[Tensor, Tensor]:
@@ -64,9 +67,9 @@ def mla_decode(
     B, L, H, _ = q.shape
     out = torch.empty((B, L, H, latent_dim), dtype=torch.bfloat16, device=q.device)
     lse = torch.empty((B, L, H), dtype=torch.float32, device=q.device)
-    block_rows = DECODE_ROWS[cache.dtype]
+    block_rows = decode_block_rows(cache.dtype, L * H)
     row_blocks = -(-L * H // block_rows)
-    blocks = DECODE_BLOCKS[cache.dtype] * torch.cuda.get_device_properties(q.device).multi_processor_count
+    blocks = torch.cuda.get_device_properties(q.device).multi_processor_count  # one an SM
     parts = max(blocks // max(row_blocks, 1), 1)
     # A part holds two results at most that other parts hold more of: its first and its last.
     partial_out = torch.empty((row_blocks, parts, 2, block_rows, latent_dim), dtype=torch.float32, device=q.device)
