@@ -184,6 +184,16 @@ __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Either, from what the kernel was launched with.
+template <int kLaunched, int kRegisters>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (kRegisters < kLaunched) {
+    release_registers<kRegisters>();
+  } else {
+    claim_registers<kRegisters>();
+  }
+}
+
 // griddepcontrol: programmatic dependent launch. A kernel that may start early (launch_early) waits in each block that
 // needs what the one before it writes, and in one at least, so that it does not end first.
 __device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;"); }

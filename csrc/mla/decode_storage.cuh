@@ -1,7 +1,7 @@
 // Shared memory of the decoding kernels of 64 rows a block: a ring of pages. A page is nine 64-column slabs of 128-byte
-// rows in 128-byte swizzle: eight of the latent, in two chunks, and one of rope keys, which has two places. Queries of a
-// piece pass through the ring as if they were a page, on their way to registers; what of them finds no room there stays
-// in shared memory. Rope keys give way to the weights once the scores are known.
+// rows in 128-byte swizzle: eight of the latent, in two chunks, and one of rope keys, which has two places. Queries of
+// a piece pass through the ring as if they were a page, on their way to registers; what of them finds no room there
+// stays in shared memory. Rope keys give way to the weights once the scores are known.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,6 +21,7 @@ constexpr int kLatentChunks = 2;  // parts of a page's latent, each with a barri
 constexpr int kChunkSlabs = kLatentSlabs / kLatentChunks;
 constexpr int kQuerySteps = kCachedDim / 16;
 constexpr int kDecodeThreads = 512;  // warpgroups: loading, scores, two halves of the output
+constexpr int kDecodeRegisters = 65536 / kDecodeThreads;  // of a thread, at first
 constexpr int kOutWarps = 8;
 
 using PageSlab = __nv_bfloat16[kPageTokens * 64];
@@ -71,9 +72,10 @@ struct DecodeStorage {
   alignas(1024) Latents latent;
   alignas(1024) PageSlab rope[kRopeStages];
   alignas(1024) PageSlab queries[kQuerySlabs];  // the last columns
-  __nv_bfloat16 query_step[kDecodeRows * 16 * kQueryRestSteps + 8 * (kQueryRestSteps == 0)];  // rows of 32 bytes in 32-byte swizzle
+  __nv_bfloat16 query_step[kDecodeRows * 16 * kQueryRestSteps +
+                           8 * (kQueryRestSteps == 0)];  // rows of 32 bytes in 32-byte swizzle
   float rescale[kRopeStages][kDecodeRows];  // what sums over earlier pages must be multiplied by
-  float inverse[kDecodeRows];               // of the sum of weights
+  float inverse[kDecodeRows];  // of the sum of weights
   Barrier latent_full[kPageStages][kLatentChunks], rope_full[kRopeStages];
   Barrier page_empty[kPageStages];
   Barrier weights_full[kPageStages];

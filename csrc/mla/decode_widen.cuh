@@ -84,8 +84,8 @@ class PageWidener {
 #pragma unroll
     for (int chunk = 0; chunk < kLatentChunks; ++chunk) {
       if (chunk == 1) wait_for_next_stage();
-      const uint32_t target = smem_address(storage_.latent.chunk(chunk, ring_, rope_)[warp_]) + row() * 128 +
-                              (quarter() * 2 ^ row()) * 16;
+      const uint32_t target =
+          smem_address(storage_.latent.chunk(chunk, ring_, rope_)[warp_]) + row() * 128 + (quarter() * 2 ^ row()) * 16;
 #pragma unroll
       for (int i = 0; i < kChunkUnits; ++i) {
         const int unit = chunk * kChunkUnits + i;
@@ -152,7 +152,8 @@ class PageWidener {
     full.arrive_for_warp();
   }
 
-  // When the page before the last is done with, this one's rope keys and second chunk can come, and the next one's first.
+  // When the page before the last is done with, this one's rope keys and second chunk can come, and the next one's
+  // first.
   __device__ __forceinline__ void wait_for_next_stage() const {
     const bool wraps = ring_.stage == kPageStages - 1;  // two pages back is one place ahead
     storage_.page_empty[wraps ? 0 : ring_.stage + 1].wait(ring_.parity ^ !wraps);

@@ -70,9 +70,9 @@ const char* mla_decode(const MlaDecodeParams& params, void* stream) {
   DSV3RT_CUDA_CHECK(guard.status());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (!has_pages(params)) return combine_nothing(params, cuda_stream);
-  const auto launch = !params.fp8_cache                     ? launch_rows<Bf16Cache>
+  const auto launch = !params.fp8_cache                    ? launch_rows<Bf16Cache>
                       : params.grid.block_rows == kFp8Rows ? launch_few_rows
-                                                            : launch_rows<Fp8Cache>;
+                                                           : launch_rows<Fp8Cache>;
   if (const char* error = launch(params, cuda_stream)) return error;
   return combine_behind(params, cuda_stream);
 }

@@ -1,7 +1,7 @@
 // Latent attention over a paged cache. A block has 64 rows, queries x heads of one request at a time. One warpgroup
-// loads pages, of BF16 through the copy engine, of FP8 through registers. One turns scores into weights; two others keep
-// 256 columns of the output each. The tensor cores multiply weights of one page with its values while the scores of the
-// next are computed.
+// loads pages, of BF16 through the copy engine, of FP8 through registers. One turns scores into weights; two others
+// keep 256 columns of the output each. The tensor cores multiply weights of one page with its values while the scores
+// of the next are computed.
 #pragma once
 
 #include "mla/decode_load.cuh"
@@ -20,8 +20,8 @@ struct Bf16Cache {
   static constexpr int kLatentArrivals = 1, kRopeArrivals = 1, kPieceReaders = 1;
   static constexpr int kLoadRegisters = 24, kScoreRegisters = 168, kOutRegisters = 160;
 
-  __device__ __forceinline__ static void load(Storage& storage, const DecodeMaps& maps,
-                                              const MlaDecodeParams& params, int warp) {
+  __device__ __forceinline__ static void load(Storage& storage, const DecodeMaps& maps, const MlaDecodeParams& params,
+                                              int warp) {
     if (threadIdx.x == 0) producer_load_pieces(storage, maps, params);
     if (warp == 1) producer_find_pieces(storage, params);
   }
@@ -34,8 +34,8 @@ struct Fp8Cache {
   static constexpr int kRopeArrivals = kWidenWarps * kArrivalsOfAWarp, kPieceReaders = 0;
   static constexpr int kLoadRegisters = 80, kScoreRegisters = 112, kOutRegisters = 160;
 
-  __device__ __forceinline__ static void load(Storage& storage, const DecodeMaps& maps,
-                                              const MlaDecodeParams& params, int warp) {
+  __device__ __forceinline__ static void load(Storage& storage, const DecodeMaps& maps, const MlaDecodeParams& params,
+                                              int warp) {
     producer_widen_pieces(storage, maps.q, params, warp);
   }
 };
@@ -64,13 +64,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   __syncthreads();
   if (warp < 4) {
-    release_registers<Cache::kLoadRegisters>();
+    set_registers<kDecodeRegisters, Cache::kLoadRegisters>();
     Cache::load(storage, maps, params, warp);
   } else if (warp < 8) {
-    claim_registers<Cache::kScoreRegisters>();
+    set_registers<kDecodeRegisters, Cache::kScoreRegisters>();
     consumer_score_pieces(storage, params);
   } else {
-    claim_registers<Cache::kOutRegisters>();
+    set_registers<kDecodeRegisters, Cache::kOutRegisters>();
     consumer_add_pieces(storage, params, warp / 12);
   }
 }

@@ -20,7 +20,8 @@
 namespace dsv3rt {
 
 constexpr int kFp8GroupBarrier = 1, kFp8GroupThreads = 32 * kFp8Warps;  // the first; there is one for each group
-constexpr int kFp8PairBarrier = kFp8GroupBarrier + kFp8Groups, kFp8PairThreads = 32 * kFp8Groups;  // of warps with one tile
+constexpr int kFp8PairBarrier = kFp8GroupBarrier + kFp8Groups,
+              kFp8PairThreads = 32 * kFp8Groups;  // of warps with one tile
 constexpr int kFp8Tile = 128;  // columns with one scale
 constexpr int kFp8Steps = kFp8Tile / 16;
 constexpr int kFp8RopeColumns = 64 / kFp8Warps;  // of a warp
@@ -53,7 +54,9 @@ struct Fp8Consumer {
   __device__ __forceinline__ uint8_t* token(int index) const { return storage.page[stage()] + index * kFp8TokenBytes; }
   __device__ __forceinline__ int num_rows() const { return params.num_queries * params.num_heads; }
   __device__ __forceinline__ int request_row(int block_row) const { return blockIdx.x * kFp8Rows + block_row; }
-  __device__ __forceinline__ void sync_group() const { GroupBarrier(kFp8GroupBarrier + group, kFp8GroupThreads).sync(); }
+  __device__ __forceinline__ void sync_group() const {
+    GroupBarrier(kFp8GroupBarrier + group, kFp8GroupThreads).sync();
+  }
   __device__ __forceinline__ void sync_pair() const { GroupBarrier(kFp8PairBarrier + warp, kFp8PairThreads).sync(); }
 };
 

@@ -128,7 +128,7 @@ class ParallelConfig:
     expert_capacity: float = 0.0  # rows that experts have room for, over an even load; more stop the run; 0: any load
     expert_chunks: int = 1  # of a micro-batch's tokens, dispatched beside the experts of other chunks; with ep > 1
     expert_sms: int = 16  # multiprocessors that carry rows between experts; ranks that share a GPU share these out too
-    product_sms: int = 0  # that products in FP8 may take, so that others carry rows beside them; 0: all
+    product_sms: int = 0  # that products in FP8 may take; 0: all, in a pipeline all but those of messages and rows
 
     def __post_init__(self) -> None:
         require_positive("parallel", self, "pp", "dp", "ep", "bucket_mb", "buckets_in_flight")

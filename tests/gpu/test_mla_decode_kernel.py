@@ -170,7 +170,8 @@ def test_mla_decode_is_deterministic(num_heads: int, cache: str) -> None:
 def test_mla_decode_replays_with_changed_lengths(num_heads: int, cache: str) -> None:
     """A captured launch takes new lengths, tables, queries and caches from the same memory."""
     torch.manual_seed(0)
-    cases = [form(draw(lengths, 1, num_heads), cache) for lengths in ([3000, 17, 0, 800], [1, 3010, 64, 0], [0, 0, 0, 0])]
+    lengths = ([3000, 17, 0, 800], [1, 3010, 64, 0], [0, 0, 0, 0])
+    cases = [form(draw(of_case, 1, num_heads), cache) for of_case in lengths]
     pages = max(case.cache.shape[0] for case in cases)
     columns = max(case.block_table.shape[1] for case in cases)
     static = Requests(

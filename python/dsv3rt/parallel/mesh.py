@@ -97,14 +97,17 @@ class Mesh:
         """The rank of another pipeline rank in this process's column."""
         return self.at(pp_rank, self.dp_rank)
 
-    def groups(self, purpose: str, members: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], Any]:
+    def groups(self, purpose: str, members: Iterable[tuple[int, ...]], most_sms: int = 0) -> dict[tuple[int, ...], Any]:
         """Make process groups, one for each tuple of ranks; returns those of this process, None for one alone.
 
         All processes call this together and with the same list: torch names groups by counting them.
+        most_sms: multiprocessors of a GPU that what a group does may take; 0: as many as NCCL likes.
         """
         mine: dict[tuple[int, ...], Any] = {}
         for ranks in members:
-            group = dist.new_group(list(ranks), group_desc=purpose) if len(ranks) > 1 else None
+            group = None
+            if len(ranks) > 1:
+                group = dist.new_group(list(ranks), group_desc=purpose, pg_options=_nccl_options(most_sms))
             if self.rank in ranks:
                 mine[ranks] = group
                 _connect(group, len(ranks))
@@ -139,6 +142,15 @@ def join(config: ParallelConfig, started: Launch, device: torch.device) -> Mesh:
         timeout = datetime.timedelta(minutes=30)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
     return Mesh(config, started.rank)
+
+
+def _nccl_options(most_sms: int) -> Any:
+    world = dist.group.WORLD
+    if most_sms == 0 or world is None or world.bound_device_id is None:
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = most_sms
+    return options
 
 
 def _connect(group: Any, size: int) -> None:

@@ -14,7 +14,15 @@ from dsv3rt.model.transformer import Transformer
 from dsv3rt.parallel.mesh import Mesh
 from dsv3rt.parallel.pipeline.action import Action, Op, Overlap, Step
 from dsv3rt.parallel.pipeline.chunk import Chunk, MicroBatch, Rule, Stage
-from dsv3rt.parallel.pipeline.lanes import Lanes, OfChunk, Phase, Walk, run_into_each_other
+from dsv3rt.parallel.pipeline.lanes import (
+    MESSAGE_SMS,
+    Lanes,
+    OfChunk,
+    Phase,
+    Walk,
+    product_sms,
+    run_into_each_other,
+)
 from dsv3rt.parallel.pipeline.p2p import AHEAD, Inbox, Message, Outbox, connect
 from dsv3rt.parallel.pipeline.schedule import Schedule
 from dsv3rt.parallel.placement import EXPERT_MARK, Layout
@@ -49,7 +57,6 @@ class Executor:
         self.gradients = gradients
         self.dim = layout.model.dim
         self._like = like
-        self._lanes = Lanes(like.device, layout.parallel.product_sms)
         last = len(layout.stages) - 1
         self._stages = {
             stage: Stage(model, layout.stages[stage], stage == 0, stage == last)
@@ -58,6 +65,7 @@ class Executor:
         self._tables: dict[int, Schedule] = {}
         self._rehearsed = mesh.config.pp == 1
         self._groups = _channels(layout, mesh)
+        self._lanes = Lanes(like.device, product_sms(layout.parallel, len(self._groups), like.device))
         if like.is_cuda:
             for wire, group in self._groups.items():
                 sends = self.is_here(wire[1])
@@ -160,7 +168,8 @@ def _channels(layout: Layout, mesh: Mesh) -> dict[Wire, Any]:
             columns = [tuple(mesh.at(pp_rank, dp_rank) for pp_rank in ends) for dp_rank in range(mesh.config.dp)]
             wires: tuple[Wire, Wire] = ("activation", stage, stage + 1), ("gradient", stage + 1, stage)
             for wire in wires:
-                for group in mesh.groups(f"{wire}", columns).values():  # one, where this rank is an end
+                # One, where this rank is an end.
+                for group in mesh.groups(f"{wire}", columns, most_sms=MESSAGE_SMS).values():
                     mine[wire] = group
     return mine
 

@@ -10,6 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv3rt.config import ParallelConfig
+
+MESSAGE_SMS = 1  # multiprocessors of a message under way; a phase takes far longer than its message does by one
+
 Phase = Literal["attention", "dispatch", "experts", "combine", "head"]
 
 
@@ -20,6 +24,20 @@ class OfChunk:
 
     phase: Phase
     chunk: int
+
+
+def product_sms(config: ParallelConfig, num_channels: int, device: torch.device) -> int:
+    """How many multiprocessors products may take beside the messages of so many channels and rows of experts; 0: all.
+
+    A product's blocks share its tiles out beforehand, so one that has to wait for its multiprocessor doubles the time;
+    and a message that is awaited holds its own all the while.
+    """
+    if config.product_sms > 0 or num_channels == 0 or device.type != "cuda":
+        return config.product_sms
+    all_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    # Blocks come in clusters of two, so where one multiprocessor is taken, its neighbour may stay idle.
+    taken = 2 * MESSAGE_SMS * num_channels + (config.expert_sms if config.ep > 1 else 0)
+    return max(all_sms - taken, all_sms // 2)
 
 
 class Lanes:
