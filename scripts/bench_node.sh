@@ -6,8 +6,8 @@
 #
 #   scripts/bench_node.sh [LIBNCCL]      LIBNCCL: NCCL 2.30 or newer, where torch brings an older one
 #
-# SYSTEM=1 uses the Python at hand, as `make SYSTEM=1` does. ROUNDS=1000 random rounds of exchange are checked. COMMIT:
-# of these sources, where they came without git.
+# SYSTEM=1 uses the Python at hand, as `make SYSTEM=1` does. ROUNDS=1000 random rounds of exchange are checked, and
+# STEPS=20 of training in FP32. COMMIT: of these sources, where they came without git.
 # Stops at the first failure; what was measured before is lost with it, so that no figure stands without its check.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,7 +38,7 @@ for tokens in 4096 8192; do
 done
 case $gpus in
   2 | 4 | 8)
-    nccl='' ranks tests/gpu/check_trainer.py
+    nccl='' ranks tests/gpu/check_trainer.py --steps "${STEPS:-20}"
     ranks tests/gpu/check_fp8_trainer.py
     on 1 benchmarks/trainer_ranks.py "${commit[@]}" --out "$scratch/one.json"
     ranks benchmarks/trainer_ranks.py "${commit[@]}" --one "$scratch/one.json" --out "$parts/trainer.json"

@@ -76,6 +76,7 @@ __device__ __forceinline__ void start_latent_scores(Storage& storage, PageRing r
 #pragma unroll
   for (int chunk = 0; chunk < kLatentChunks; ++chunk) {
     storage.wait_for_chunk(chunk, ring, rope);
+    if constexpr (Storage::kPagesByThreads) fence_async_proxy();
     wgmma_fence();
 #pragma unroll
     for (int step = chunk * kChunkSteps; step < (chunk + 1) * kChunkSteps; ++step) {
@@ -99,6 +100,7 @@ __device__ __forceinline__ void start_rope_scores(Storage& storage, TwoStage rop
   const uint64_t keys = k_major_swizzle128_descriptor(storage.rope[rope.stage()]);
   const uint64_t shared_queries = k_major_swizzle128_descriptor(storage.queries[Storage::kQuerySlabs - 1]);
   storage.rope_full[rope.stage()].wait(rope.full_parity());
+  if constexpr (Storage::kPagesByThreads) fence_async_proxy();
   pin_registers(scores);
   wgmma_fence();
 #pragma unroll
@@ -183,7 +185,8 @@ __device__ __forceinline__ void finish_scores(Storage& storage, const MlaDecodeP
 
 template <class Storage>
 __device__ __forceinline__ void consumer_score_pieces(Storage& storage, const MlaDecodeParams& params) {
-  const bool leads_quad = threadIdx.x % 4 == 0;  // such threads write for others, and speak for what they wrote
+  // Leaders of quads write for others, and speak for what they wrote.
+  const bool arrives = kAllLanesArrive || threadIdx.x % 4 == 0;
   TwoStage slot, rope;
   PageRing ring;
   Queries<Storage> queries;
@@ -193,7 +196,7 @@ __device__ __forceinline__ void consumer_score_pieces(Storage& storage, const Ml
     const Piece& piece = storage.piece[slot.stage()];
     if (piece.first_page == piece.end_page) return;
     load_queries(storage, ring, rope, queries);
-    if (leads_quad) storage.weights_full[ring.stage].arrive();
+    if (arrives) storage.weights_full[ring.stage].arrive();
     ring.advance();
     ++rope.count;
     SoftmaxState state;
@@ -203,7 +206,7 @@ __device__ __forceinline__ void consumer_score_pieces(Storage& storage, const Ml
       wgmma_wait<1>();
       // Weights of the page before are held back until here, so that their product fills the time in which the next
       // scores become weights.
-      if (page != piece.first_page && leads_quad) storage.weights_full[ring.stage_before()].arrive();
+      if (page != piece.first_page && arrives) storage.weights_full[ring.stage_before()].arrive();
       start_rope_scores(storage, rope, scores);
       wgmma_wait<0>();
       pin_registers(scores);
@@ -214,10 +217,10 @@ __device__ __forceinline__ void consumer_score_pieces(Storage& storage, const Ml
       ring.advance();
       ++rope.count;
     }
-    if (leads_quad) storage.weights_full[ring.stage_before()].arrive();
+    if (arrives) storage.weights_full[ring.stage_before()].arrive();
     storage.inverse_empty.wait(slot.count & 1 ^ 1);
     finish_scores(storage, params, piece, state);
-    if (leads_quad) storage.inverse_full.arrive();
+    if (arrives) storage.inverse_full.arrive();
     storage.piece_empty[slot.stage()].arrive();
     ++slot.count;
   }

@@ -23,6 +23,7 @@ constexpr int kQuerySteps = kCachedDim / 16;
 constexpr int kDecodeThreads = 512;  // warpgroups: loading, scores, two halves of the output
 constexpr int kDecodeRegisters = 65536 / kDecodeThreads;  // of a thread, at first
 constexpr int kOutWarps = 8;
+constexpr int kScoreArrivals = kAllLanesArrive ? 128 : 32;  // of the warpgroup of scores, at barriers that it fills
 
 using PageSlab = __nv_bfloat16[kPageTokens * 64];
 using PageRing = RingPosition<kPageStages>;
@@ -30,6 +31,7 @@ static_assert(kLatentSlabs % kLatentChunks == 0 && kRopeStages == 2 && kTileSlot
 
 // Latents with three places. `chunk` gives the slabs of one, `keys` the descriptor of a slab as an operand.
 struct WholeLatents {
+  static constexpr bool kByThreads = false;  // they are written by threads, not by the copy engine
   PageSlab slab[kPageStages][kLatentSlabs];
 
   __device__ __forceinline__ static uint32_t place(int, PageRing ring, TwoStage) { return ring.stage; }
@@ -44,6 +46,7 @@ struct WholeLatents {
 
 // The second chunk has two, as rope keys have.
 struct SplitLatents {
+  static constexpr bool kByThreads = true;
   PageSlab first[kPageStages][kChunkSlabs], second[kRopeStages][kChunkSlabs];
 
   __device__ __forceinline__ static uint32_t place(int chunk, PageRing ring, TwoStage rope) {
@@ -64,6 +67,7 @@ struct SplitLatents {
 // kRegisterSteps: steps of 16 columns of the queries that are kept in registers.
 template <class Latents, int kRegisterSteps>
 struct DecodeStorage {
+  static constexpr bool kPagesByThreads = Latents::kByThreads;
   static constexpr int kQueryRegisterSteps = kRegisterSteps;
   static constexpr int kQueryRestSteps = (4 - kRegisterSteps % 4) % 4;  // of a slab that is partly in registers
   static constexpr int kQuerySlabs = (kQuerySteps - kRegisterSteps) / 4;

@@ -51,10 +51,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     for (int stage = 0; stage < kPageStages; ++stage) {
       for (Barrier& full : storage.latent_full[stage]) full.init(Cache::kLatentArrivals);
       storage.page_empty[stage].init(kOutWarps * kArrivalsOfAWarp);
-      storage.weights_full[stage].init(32);
+      storage.weights_full[stage].init(kScoreArrivals);
     }
     for (Barrier& full : storage.rope_full) full.init(Cache::kRopeArrivals);
-    storage.inverse_full.init(32);
+    storage.inverse_full.init(kScoreArrivals);
     storage.inverse_empty.init(32 * kOutWarps);
     for (int slot = 0; slot < kTileSlots; ++slot) {
       storage.piece_full[slot].init(1);
