@@ -43,8 +43,17 @@ const char* launch_rows(const MlaDecodeParams& params, cudaStream_t stream) {
   static_assert(kSharedBytes <= kMaxSharedBytes);
   const auto kernel = sm90_mla_decode_kernel<Cache>;
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kDecodeThreads, kSharedBytes, stream>>>(maps, params);
-  DSV3RT_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Cache::kSharers, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(params.grid.row_blocks, params.grid.parts);
+  config.blockDim = dim3(kDecodeThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = Cache::kSharers > 1 ? 1 : 0;
+  DSV3RT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps, params));
   return nullptr;
 }
 
@@ -72,7 +81,8 @@ const char* mla_decode(const MlaDecodeParams& params, void* stream) {
   if (!has_pages(params)) return combine_nothing(params, cuda_stream);
   const auto launch = !params.fp8_cache                    ? launch_rows<Bf16Cache>
                       : params.grid.block_rows == kFp8Rows ? launch_few_rows
-                                                           : launch_rows<Fp8Cache>;
+                      : params.grid.row_blocks % 2 == 0    ? launch_rows<Fp8Cache<2>>
+                                                           : launch_rows<Fp8Cache<1>>;
   if (const char* error = launch(params, cuda_stream)) return error;
   return combine_behind(params, cuda_stream);
 }

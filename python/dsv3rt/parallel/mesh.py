@@ -21,6 +21,8 @@ from dsv3rt.errors import PeerError
 
 Result = TypeVar("Result")
 
+TIMEOUT = datetime.timedelta(minutes=30)  # of what processes do together
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -107,7 +109,8 @@ class Mesh:
         for ranks in members:
             group = None
             if len(ranks) > 1:
-                group = dist.new_group(list(ranks), group_desc=purpose, pg_options=_nccl_options(most_sms))
+                options = _nccl_options(most_sms)
+                group = dist.new_group(list(ranks), timeout=TIMEOUT, group_desc=purpose, pg_options=options)
             if self.rank in ranks:
                 mine[ranks] = group
                 _connect(group, len(ranks))
@@ -139,8 +142,7 @@ def join(config: ParallelConfig, started: Launch, device: torch.device) -> Mesh:
         store = dist.PrefixStore(f"start-{started.restarts}", store)
         # With a device NCCL makes every group's communicator at once, in one order on all ranks.
         bound = device if device.type == "cuda" else None
-        timeout = datetime.timedelta(minutes=30)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound)
     return Mesh(config, started.rank)
 
 
@@ -150,6 +152,7 @@ def _nccl_options(most_sms: int) -> Any:
         return None
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = most_sms
+    options._timeout = TIMEOUT  # as new_group is told, or it warns
     return options
 
 
