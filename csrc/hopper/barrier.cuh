@@ -41,19 +41,6 @@ class BarrierAddress {
         : "memory");
   }
 
-  // As wait; what other CTAs of the cluster wrote before they arrived is seen then.
-  __device__ __forceinline__ void wait_for_cluster(uint32_t parity) const {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "WAIT_%=:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra DONE_%=;\n"
-        "bra WAIT_%=;\n"
-        "DONE_%=:\n}" ::"r"(address_),
-        "r"(parity)
-        : "memory");
-  }
-
   // mbarrier.arrive
   __device__ __forceinline__ void arrive() const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_) : "memory");
@@ -75,16 +62,6 @@ class BarrierAddress {
         : "r"(address_)
         : "memory");
     return pending == 1;
-  }
-
-  // mapa + mbarrier.arrive.release.cluster on the same barrier of a CTA of the cluster, for wait_for_cluster there
-  __device__ __forceinline__ void hand_over_to(uint32_t cta_rank) const {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(address_),
-        "r"(cta_rank)
-        : "memory");
   }
 
   // mapa + mbarrier.arrive on the same barrier of another CTA of the cluster
@@ -120,8 +97,6 @@ class Barrier {
   __device__ __forceinline__ void arrive_for_warp() { address().arrive_for_warp(); }
   __device__ __forceinline__ bool arrive_as_last() { return address().arrive_as_last(); }
   __device__ __forceinline__ void wait(uint32_t parity) { address().wait(parity); }
-  __device__ __forceinline__ void wait_for_cluster(uint32_t parity) { address().wait_for_cluster(parity); }
-  __device__ __forceinline__ void hand_over_to(uint32_t cta_rank) { address().hand_over_to(cta_rank); }
 
  private:
   uint64_t state_;

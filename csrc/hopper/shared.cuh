@@ -75,20 +75,6 @@ __device__ __forceinline__ void store_cluster_quad(uint32_t shared_address, uint
       : "memory");
 }
 
-// mapa: where the other CTA of a cluster has what this one has at an address
-__device__ __forceinline__ uint32_t address_at(uint32_t shared_address, uint32_t cta_rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address), "r"(cta_rank));
-  return remote;
-}
-
-// st.shared::cluster at such an address
-__device__ __forceinline__ void store_cluster_quad(uint32_t cluster_address, const uint4& words) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_address), "r"(words.x), "r"(words.y),
-               "r"(words.z), "r"(words.w)
-               : "memory");
-}
-
 __device__ __forceinline__ void store_shared_pair(uint32_t shared_address, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared_address), "r"(x), "r"(y) : "memory");
 }

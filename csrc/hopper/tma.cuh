@@ -117,9 +117,4 @@ __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bu
 // fence.proxy.async: ordinary shared-memory writes become visible to wgmma and the copy engine
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same of writes from anywhere in the cluster.
-__device__ __forceinline__ void fence_async_proxy_of_cluster() {
-  asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
-}
-
 }  // namespace dsv3rt

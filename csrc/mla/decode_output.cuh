@@ -86,7 +86,7 @@ __device__ __forceinline__ void consumer_add_pieces(Storage& storage, const MlaD
     int pages = storage.piece[slot.stage()].end_page - storage.piece[slot.stage()].first_page;
     if (pages == 0) return;
     storage.weights_full[ring.stage].wait(ring.parity);  // the queries are in registers
-    storage.release(ring);
+    storage.page_empty[ring.stage].arrive_for_warp();
     ring.advance();
     ++rope.count;
     Out out = {};
@@ -94,7 +94,7 @@ __device__ __forceinline__ void consumer_add_pieces(Storage& storage, const MlaD
     for (; pages > 0; --pages) {
       add_page(storage, ring, rope, half, out);
       __syncwarp();  // the first lane's arrival speaks for all lanes' reads
-      storage.release(ring);
+      storage.page_empty[ring.stage].arrive_for_warp();
       ring.advance();
       ++rope.count;
     }

@@ -37,16 +37,6 @@ __device__ __forceinline__ void copy_slab(PageSlab& target, const PageSlab& sour
   }
 }
 
-// Before what threads have written of a page is multiplied.
-template <class Storage>
-__device__ __forceinline__ void fence_pages() {
-  if constexpr (Storage::kBlocks > 1) {
-    fence_async_proxy_of_cluster();
-  } else if constexpr (Storage::kPagesByThreads) {
-    fence_async_proxy();
-  }
-}
-
 template <class Storage>
 __device__ __forceinline__ void load_queries(Storage& storage, PageRing ring, TwoStage rope,
                                              Queries<Storage>& queries) {
@@ -58,7 +48,7 @@ __device__ __forceinline__ void load_queries(Storage& storage, PageRing ring, Tw
   for (int chunk = 0; chunk < kLatentChunks; ++chunk) storage.wait_for_chunk(chunk, ring, rope);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) load_matrices(queries[step], fragment_address(slab_at(step / 4), step % 4));
-  storage.wait_for_rope(rope);
+  storage.rope_full[rope.stage()].wait(rope.full_parity());
   named_barrier_sync(kScoresBarrier, 128);  // no warp multiplies by the queries before any more
   if constexpr (Storage::kQueryRestSteps > 0) {
     uint32_t words[4];
@@ -86,7 +76,7 @@ __device__ __forceinline__ void start_latent_scores(Storage& storage, PageRing r
 #pragma unroll
   for (int chunk = 0; chunk < kLatentChunks; ++chunk) {
     storage.wait_for_chunk(chunk, ring, rope);
-    fence_pages<Storage>();
+    if constexpr (Storage::kPagesByThreads) fence_async_proxy();
     wgmma_fence();
 #pragma unroll
     for (int step = chunk * kChunkSteps; step < (chunk + 1) * kChunkSteps; ++step) {
@@ -109,8 +99,8 @@ template <class Storage>
 __device__ __forceinline__ void start_rope_scores(Storage& storage, TwoStage rope, Scores& scores) {
   const uint64_t keys = k_major_swizzle128_descriptor(storage.rope[rope.stage()]);
   const uint64_t shared_queries = k_major_swizzle128_descriptor(storage.queries[Storage::kQuerySlabs - 1]);
-  storage.wait_for_rope(rope);
-  fence_pages<Storage>();
+  storage.rope_full[rope.stage()].wait(rope.full_parity());
+  if constexpr (Storage::kPagesByThreads) fence_async_proxy();
   pin_registers(scores);
   wgmma_fence();
 #pragma unroll

@@ -64,11 +64,9 @@ struct SplitLatents {
   }
 };
 
-// kRegisterSteps: steps of 16 columns of the queries that are kept in registers. kSharers: blocks of a cluster that
-// fill each other's pages.
-template <class Latents, int kRegisterSteps, int kSharers = 1>
+// kRegisterSteps: steps of 16 columns of the queries that are kept in registers.
+template <class Latents, int kRegisterSteps>
 struct DecodeStorage {
-  static constexpr int kBlocks = kSharers;
   static constexpr bool kPagesByThreads = Latents::kByThreads;
   static constexpr int kQueryRegisterSteps = kRegisterSteps;
   static constexpr int kQueryRestSteps = (4 - kRegisterSteps % 4) % 4;  // of a slab that is partly in registers
@@ -93,24 +91,7 @@ struct DecodeStorage {
     return latent_full[Latents::place(chunk, ring, rope)][chunk];
   }
   __device__ __forceinline__ void wait_for_chunk(int chunk, PageRing ring, TwoStage rope) {
-    wait_for_page(chunk_full(chunk, ring, rope), Latents::parity(chunk, ring, rope));
-  }
-  __device__ __forceinline__ void wait_for_rope(TwoStage rope) {
-    wait_for_page(rope_full[rope.stage()], rope.full_parity());
-  }
-
-  // A warp is done with a page: whoever fills its place may go on.
-  __device__ __forceinline__ void release(PageRing ring) {
-    if constexpr (kSharers == 1) {
-      page_empty[ring.stage].arrive_for_warp();
-    } else if (kAllLanesArrive || threadIdx.x % 32 == 0) {
-      for (int block = 0; block < kSharers; ++block) page_empty[ring.stage].hand_over_to(block);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void wait_for_page(Barrier& full, uint32_t parity) {
-    kSharers == 1 ? full.wait(parity) : full.wait_for_cluster(parity);
+    chunk_full(chunk, ring, rope).wait(Latents::parity(chunk, ring, rope));
   }
 };
 

@@ -1,6 +1,5 @@
 // Pages of an FP8 cache for the kernel that reads BF16 ones: four warps read a page from global memory, make BF16 of
-// its latents in registers and write it where the copy engine would have put it. Two blocks of a request's rows that
-// form a cluster share a page out, and each writes its half to both.
+// its latents in registers and write it where the copy engine would have put it. Each warp has a quarter of the tokens.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,11 +16,19 @@
 namespace dsv3rt {
 
 // Queries: 12 of 36 steps stay in registers.
-template <int kSharers>
-using WidenedStorage = DecodeStorage<SplitLatents, 12, kSharers>;
+using WidenedStorage = DecodeStorage<SplitLatents, 12>;
 
 constexpr int kWidenWarps = kChunkSlabs;
 constexpr int kPageBytes = kPageTokens * kFp8TokenBytes;
+
+// A unit is what a warp loads at once, 16 bytes a lane: a chunk of two tokens' latents, or four tokens' rope keys.
+constexpr int kWidenTokens = kPageTokens / kWidenWarps;  // of a warp
+constexpr int kChunkUnits = kWidenTokens / 2;
+constexpr int kLatentUnits = kChunkUnits * kLatentChunks;
+constexpr int kRopeUnits = kWidenTokens / 4;
+constexpr int kPageUnits = kLatentUnits + kRopeUnits;
+constexpr int kUnitsAhead = 4;  // under way, across pages too; as many as registers allow
+static_assert(kPageUnits % kUnitsAhead == 0);
 
 // Eight E4M3 numbers times a scale.
 __device__ __forceinline__ uint4 scaled_bf16(uint2 codes, float scale) {
@@ -37,21 +44,14 @@ __device__ __forceinline__ uint4 scaled_bf16(uint2 codes, float scale) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <int kSharers>
 class PageWidener {
  public:
-  __device__ __forceinline__ PageWidener(WidenedStorage<kSharers>& storage, const void* cache, int warp)
-      : storage_(storage), cache_(static_cast<const uint8_t*>(cache)), warp_(warp) {
-    if constexpr (kSharers > 1) {
-      const uint32_t here = smem_address(&storage);
-      to_peer_ = address_at(here, cluster_cta_rank() ^ 1) - here;
-    }
-  }
+  __device__ __forceinline__ PageWidener(WidenedStorage& storage, const void* cache, int warp)
+      : storage_(storage), cache_(static_cast<const uint8_t*>(cache)), warp_(warp) {}
 
   // Into the L2.
   __device__ __forceinline__ void fetch(int page) const {
-    constexpr int kShare = kPageBytes / kSharers;
-    if (threadIdx.x == 0) bulk_prefetch(page_at(page) + block() * kShare, kShare);
+    if (threadIdx.x == 0) bulk_prefetch(page_at(page), kPageBytes);
   }
 
   __device__ __forceinline__ void begin(int page) {
@@ -66,7 +66,6 @@ class PageWidener {
     for (int chunk = 0; chunk < kLatentChunks; ++chunk) {
       Barrier& full = storage_.chunk_full(chunk, ring_, rope_);
       expect(full);
-      if constexpr (kSharers > 1) full.arrive_for_warp();  // as the peer does for a page
       copy(storage_.latent.chunk(chunk, ring_, rope_)[warp_], map, full, chunk * kChunkSlabs + warp_, row);
       if (chunk == 0) wait_for_next_stage();
     }
@@ -77,7 +76,6 @@ class PageWidener {
     } else {
       full.arrive_for_warp();
     }
-    if constexpr (kSharers > 1) full.arrive_for_warp();  // as the peer does for a page
     advance();
   }
 
@@ -99,8 +97,8 @@ class PageWidener {
         const float scale = scales_[unit % kUnitsAhead];
         const uint2 low = make_uint2(codes.x, codes.y), high = make_uint2(codes.z, codes.w);
         const uint32_t row = (target ^ i * 2 % 8 * 16) + i * 2 * 128;
-        store(row, scaled_bf16(second_first ? high : low, scale));
-        store(row ^ 16, scaled_bf16(second_first ? low : high, scale));
+        store_shared_quad(row, scaled_bf16(second_first ? high : low, scale));
+        store_shared_quad(row ^ 16, scaled_bf16(second_first ? low : high, scale));
         load_ahead(unit, next);
       }
       hand_over(storage_.chunk_full(chunk, ring_, rope_));
@@ -109,7 +107,7 @@ class PageWidener {
 #pragma unroll
     for (int i = 0; i < kRopeUnits; ++i) {
       const int unit = kLatentUnits + i;
-      store(rope + i * 4 * 128 + (lane() % 8 ^ rope_token(i) % 8) * 16, units_[unit % kUnitsAhead]);
+      store_shared_quad(rope + i * 4 * 128 + (lane() % 8 ^ rope_token(i) % 8) * 16, units_[unit % kUnitsAhead]);
       load_ahead(unit, next);
     }
     hand_over(storage_.rope_full[rope_.stage()]);
@@ -117,22 +115,12 @@ class PageWidener {
   }
 
  private:
-  // A unit is what a warp loads at once, 16 bytes a lane: a chunk of two tokens' latents, or four tokens' rope keys.
-  static constexpr int kTokens = kPageTokens / kSharers / kWidenWarps;  // of a warp
-  static constexpr int kChunkUnits = kTokens / 2, kRopeUnits = kTokens / 4;
-  static constexpr int kLatentUnits = kChunkUnits * kLatentChunks;
-  static constexpr int kPageUnits = kLatentUnits + kRopeUnits;
-  static constexpr int kUnitsAhead = kSharers == 1 ? 4 : 5;  // under way, across pages too: what registers allow
-  static_assert(kPageUnits % kUnitsAhead == 0);
-
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static uint32_t block() { return kSharers == 1 ? 0 : cluster_cta_rank(); }
-  __device__ __forceinline__ int first_token() const { return (block() * kWidenWarps + warp_) * kTokens; }
   __device__ __forceinline__ const uint8_t* page_at(int page) const { return cache_ + int64_t(page) * kPageBytes; }
 
   // This lane's of the i-th unit of a chunk, or of rope keys.
-  __device__ __forceinline__ int latent_token(int i) const { return first_token() + i * 2 + lane() / 16; }
-  __device__ __forceinline__ int rope_token(int i) const { return first_token() + i * 4 + lane() / 8; }
+  __device__ __forceinline__ int latent_token(int i) const { return warp_ * kWidenTokens + i * 2 + lane() / 16; }
+  __device__ __forceinline__ int rope_token(int i) const { return warp_ * kWidenTokens + i * 4 + lane() / 8; }
 
   __device__ __forceinline__ void aim(int page) {
     source_ = page_at(page) + latent_token(0) * kFp8TokenBytes + lane() % 16 * 16;
@@ -158,11 +146,6 @@ class PageWidener {
     load((unit + kUnitsAhead) % kPageUnits);
   }
 
-  __device__ __forceinline__ void store(uint32_t target, const uint4& words) const {
-    store_shared_quad(target, words);
-    if constexpr (kSharers > 1) store_cluster_quad(target + to_peer_, words);
-  }
-
   __device__ __forceinline__ void expect(Barrier& full) const {
     if (threadIdx.x % 32 == 0) {
       full.arrive_and_expect(sizeof(PageSlab));
@@ -177,30 +160,23 @@ class PageWidener {
   // Who multiplies fences the proxies. Here the fence would wait for the loads that are under way.
   __device__ __forceinline__ void hand_over(Barrier& full) const {
     __syncwarp();
-    if constexpr (kSharers == 1) {
-      full.arrive_for_warp();
-    } else if (kAllLanesArrive || lane() == 0) {
-      for (int block = 0; block < kSharers; ++block) full.hand_over_to(block);
-    }
+    full.arrive_for_warp();
   }
 
   // When the page before the last is done with, this one's rope keys and second chunk can come, and the next one's
   // first.
   __device__ __forceinline__ void wait_for_next_stage() const {
     const bool wraps = ring_.stage == kPageStages - 1;  // two pages back is one place ahead
-    Barrier& empty = storage_.page_empty[wraps ? 0 : ring_.stage + 1];
-    const uint32_t parity = ring_.parity ^ !wraps;
-    kSharers == 1 ? empty.wait(parity) : empty.wait_for_cluster(parity);
+    storage_.page_empty[wraps ? 0 : ring_.stage + 1].wait(ring_.parity ^ !wraps);
   }
   __device__ __forceinline__ void advance() {
     ring_.advance();
     ++rope_.count;
   }
 
-  WidenedStorage<kSharers>& storage_;
+  WidenedStorage& storage_;
   const uint8_t* cache_;
   int warp_;
-  uint32_t to_peer_ = 0;  // from an address in shared memory here to the same one there
   const uint8_t* source_;  // this lane's of the first latents of the page that is loaded
   PageRing ring_;
   TwoStage rope_;
@@ -208,12 +184,11 @@ class PageWidener {
   float scales_[kUnitsAhead];
 };
 
-template <int kSharers>
-__device__ __forceinline__ void producer_widen_pieces(WidenedStorage<kSharers>& storage, const CUtensorMap& query_map,
+__device__ __forceinline__ void producer_widen_pieces(WidenedStorage& storage, const CUtensorMap& query_map,
                                                       const MlaDecodeParams& params, int warp) {
   PieceCursor cursor(params, blockIdx.y);
   TwoStage slot;
-  PageWidener<kSharers> widener(storage, params.cache, warp);
+  PageWidener widener(storage, params.cache, warp);
   const auto first_entry = [&](const Piece& piece) {
     return params.block_table + piece.request * params.block_table_stride + piece.first_page;
   };

@@ -43,17 +43,8 @@ const char* launch_rows(const MlaDecodeParams& params, cudaStream_t stream) {
   static_assert(kSharedBytes <= kMaxSharedBytes);
   const auto kernel = sm90_mla_decode_kernel<Cache>;
   DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Cache::kSharers, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(params.grid.row_blocks, params.grid.parts);
-  config.blockDim = dim3(kDecodeThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = Cache::kSharers > 1 ? 1 : 0;
-  DSV3RT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps, params));
+  kernel<<<dim3(params.grid.row_blocks, params.grid.parts), kDecodeThreads, kSharedBytes, stream>>>(maps, params);
+  DSV3RT_CUDA_CHECK(cudaGetLastError());
   return nullptr;
 }
 
@@ -81,8 +72,7 @@ const char* mla_decode(const MlaDecodeParams& params, void* stream) {
   if (!has_pages(params)) return combine_nothing(params, cuda_stream);
   const auto launch = !params.fp8_cache                    ? launch_rows<Bf16Cache>
                       : params.grid.block_rows == kFp8Rows ? launch_few_rows
-                      : params.grid.row_blocks % 2 == 0    ? launch_rows<Fp8Cache<2>>
-                                                           : launch_rows<Fp8Cache<1>>;
+                                                           : launch_rows<Fp8Cache>;
   if (const char* error = launch(params, cuda_stream)) return error;
   return combine_behind(params, cuda_stream);
 }

@@ -16,7 +16,6 @@ namespace dsv3rt {
 // warps, and registers a thread of loading, scores and output.
 struct Bf16Cache {
   using Storage = Bf16Storage;
-  static constexpr int kSharers = 1;
   static constexpr bool kByCopyEngine = true;
   static constexpr int kLatentArrivals = 1, kRopeArrivals = 1, kPieceReaders = 1;
   static constexpr int kLoadRegisters = 24, kScoreRegisters = 168, kOutRegisters = 160;
@@ -28,13 +27,11 @@ struct Bf16Cache {
   }
 };
 
-template <int kBlocks>
 struct Fp8Cache {
-  using Storage = WidenedStorage<kBlocks>;
-  static constexpr int kSharers = kBlocks;
+  using Storage = WidenedStorage;
   static constexpr bool kByCopyEngine = false;
-  static constexpr int kLatentArrivals = kSharers * kWidenWarps * kArrivalsOfAWarp;
-  static constexpr int kRopeArrivals = kLatentArrivals, kPieceReaders = 0;
+  static constexpr int kLatentArrivals = kWidenWarps * kArrivalsOfAWarp;
+  static constexpr int kRopeArrivals = kWidenWarps * kArrivalsOfAWarp, kPieceReaders = 0;
   static constexpr int kLoadRegisters = 80, kScoreRegisters = 112, kOutRegisters = 160;
 
   __device__ __forceinline__ static void load(Storage& storage, const DecodeMaps& maps, const MlaDecodeParams& params,
@@ -53,7 +50,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kPageStages; ++stage) {
       for (Barrier& full : storage.latent_full[stage]) full.init(Cache::kLatentArrivals);
-      storage.page_empty[stage].init(Cache::kSharers * kOutWarps * kArrivalsOfAWarp);
+      storage.page_empty[stage].init(kOutWarps * kArrivalsOfAWarp);
       storage.weights_full[stage].init(kScoreArrivals);
     }
     for (Barrier& full : storage.rope_full) full.init(Cache::kRopeArrivals);
@@ -65,7 +62,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     }
     fence_barrier_init();
   }
-  Cache::kSharers == 1 ? __syncthreads() : cluster_sync();
+  __syncthreads();
   if (warp < 4) {
     set_registers<kDecodeRegisters, Cache::kLoadRegisters>();
     Cache::load(storage, maps, params, warp);
@@ -76,7 +73,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     set_registers<kDecodeRegisters, Cache::kOutRegisters>();
     consumer_add_pieces(storage, params, warp / 12);
   }
-  if constexpr (Cache::kSharers > 1) cluster_sync();  // the peer may still write here
 }
 
 }  // namespace dsv3rt
