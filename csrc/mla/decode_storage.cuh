@@ -31,7 +31,7 @@ static_assert(kLatentSlabs % kLatentChunks == 0 && kRopeStages == 2 && kTileSlot
 
 // Latents with three places. `chunk` gives the slabs of one, `keys` the descriptor of a slab as an operand.
 struct WholeLatents {
-  static constexpr bool kByThreads = false;  // they are written by threads, not by the copy engine
+  static constexpr bool kByThreads = false;  // whether threads write them or the copy engine does
   PageSlab slab[kPageStages][kLatentSlabs];
 
   __device__ __forceinline__ static uint32_t place(int, PageRing ring, TwoStage) { return ring.stage; }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt import ops
+from dsv3rt.ops.cuda.attention import decode_block_rows
 
 H, N, R, U = 3, 6, 4, 5
 SCALE = 0.4
@@ -298,3 +299,9 @@ def test_mla_decode_rejects_bad_arguments() -> None:
         ops.mla_decode(q, cache, table, length + 62, scale=SCALE, latent_dim=C)
     with pytest.raises(ValueError, match=r"^mla_decode: lengths must not be negative, got -1$"):
         ops.mla_decode(q, cache, table, length - 4, scale=SCALE, latent_dim=C)
+
+
+def test_rows_of_a_decoding_block() -> None:
+    """Many rows over an FP8 cache share what one block makes of a page; few leave the cache's bytes the limit."""
+    assert [decode_block_rows(torch.uint8, rows) for rows in (1, 16, 32, 33, 128)] == [16, 16, 16, 64, 64]
+    assert {decode_block_rows(torch.bfloat16, rows) for rows in (1, 32, 128)} == {64}
