@@ -17,10 +17,8 @@ __device__ __forceinline__ void producer_load_fp8_pieces(DecodeFp8Storage& stora
     const Piece piece = cursor.next();
     const int num_pages = piece.end_page - piece.first_page;
     if (threadIdx.x % 32 == 0) {
-      storage.piece_empty[slot.stage()].wait(slot.empty_parity());
-      storage.piece[slot.stage()] = piece;
-      storage.piece_full[slot.stage()].arrive();
-      const int32_t* pages = params.block_table + piece.request * params.block_table_stride + piece.first_page;
+      publish_piece(storage, slot, piece);
+      const int32_t* pages = first_entry(params, piece);
       int upcoming = num_pages > 0 ? *pages : 0;
 #pragma unroll 1
       for (int left = num_pages; left > 0; --left) {

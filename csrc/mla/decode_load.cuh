@@ -29,8 +29,7 @@ struct PageLoader {
       if (slab % kChunkSlabs == 0) full.arrive_and_expect(kChunkSlabs * sizeof(PageSlab));
       tma_load_2d(storage.latent.slab[ring.stage][slab], map, full, slab * 64, row, L2Hint::kEvictFirst);
     }
-    const bool wraps = ring.stage == kPageStages - 1;  // two pages back is one place ahead
-    storage.page_empty[wraps ? 0 : ring.stage + 1].wait(ring.parity ^ !wraps);
+    storage.wait_for_page_before_last(ring);
     Barrier& full = storage.rope_full[rope_stage];
     full.arrive_and_expect(sizeof(PageSlab));
     tma_load_2d(storage.rope[rope_stage], map, full, kLatentDim, row, L2Hint::kEvictFirst);
@@ -47,11 +46,7 @@ __device__ __forceinline__ void producer_find_pieces(Bf16Storage& storage, const
   while (any) {
     const Piece piece = cursor.next();
     any = piece.first_page < piece.end_page;
-    if (threadIdx.x % 32 == 0) {
-      storage.piece_empty[slot.stage()].wait(slot.empty_parity());
-      storage.piece[slot.stage()] = piece;
-      storage.piece_full[slot.stage()].arrive();
-    }
+    if (threadIdx.x % 32 == 0) publish_piece(storage, slot, piece);
     __syncwarp();
     ++slot.count;
   }
@@ -67,7 +62,7 @@ __device__ __forceinline__ void producer_load_pieces(Bf16Storage& storage, const
     int num_pages = piece.end_page - piece.first_page;
     if (num_pages == 0) return;
     const int rows = params.num_queries * params.num_heads;
-    const int32_t* pages = params.block_table + piece.request * params.block_table_stride + piece.first_page;
+    const int32_t* pages = first_entry(params, piece);
     int upcoming = *pages;
     loader.load(maps.q, piece.request * rows + blockIdx.x * kDecodeRows);
 #pragma unroll 1

@@ -7,6 +7,7 @@
 
 #include "common/math.h"
 #include "mla/decode_params.h"
+#include "mla/rings.cuh"
 
 namespace dsv3rt {
 
@@ -20,6 +21,19 @@ struct Piece {
   int length;                // of the request, in tokens
   int partial;               // where the result goes among the part's partial results; -1: it is the whole result
 };
+
+// Where the table of the piece's request names its first page.
+__device__ __forceinline__ const int32_t* first_entry(const MlaDecodeParams& params, const Piece& piece) {
+  return params.block_table + piece.request * params.block_table_stride + piece.first_page;
+}
+
+// By one thread, to whoever awaits pieces.
+template <class Storage>
+__device__ __forceinline__ void publish_piece(Storage& storage, TwoStage slot, const Piece& piece) {
+  storage.piece_empty[slot.stage()].wait(slot.empty_parity());
+  storage.piece[slot.stage()] = piece;
+  storage.piece_full[slot.stage()].arrive();
+}
 
 __device__ __forceinline__ int request_length(const MlaDecodeParams& params, int request) {
   return min(max(params.lengths[request], 0), params.max_pages * kPageTokens);

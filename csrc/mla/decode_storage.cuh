@@ -76,8 +76,7 @@ struct DecodeStorage {
   alignas(1024) Latents latent;
   alignas(1024) PageSlab rope[kRopeStages];
   alignas(1024) PageSlab queries[kQuerySlabs];  // the last columns
-  __nv_bfloat16 query_step[kDecodeRows * 16 * kQueryRestSteps +
-                           8 * (kQueryRestSteps == 0)];  // rows of 32 bytes in 32-byte swizzle
+  __nv_bfloat16 query_step[kQueryRestSteps > 0 ? kDecodeRows * 16 : 8];  // rows of 32 bytes in 32-byte swizzle
   float rescale[kRopeStages][kDecodeRows];  // what sums over earlier pages must be multiplied by
   float inverse[kDecodeRows];  // of the sum of weights
   Barrier latent_full[kPageStages][kLatentChunks], rope_full[kRopeStages];
@@ -92,6 +91,12 @@ struct DecodeStorage {
   }
   __device__ __forceinline__ void wait_for_chunk(int chunk, PageRing ring, TwoStage rope) {
     chunk_full(chunk, ring, rope).wait(Latents::parity(chunk, ring, rope));
+  }
+
+  // Until it is done with: what has two places can come then, and the next page's first latents.
+  __device__ __forceinline__ void wait_for_page_before_last(PageRing ring) {
+    const bool wraps = ring.stage == kPageStages - 1;  // two pages back is one place ahead
+    page_empty[wraps ? 0 : ring.stage + 1].wait(ring.parity ^ !wraps);
   }
 };
 

@@ -67,7 +67,7 @@ class PageWidener {
       Barrier& full = storage_.chunk_full(chunk, ring_, rope_);
       expect(full);
       copy(storage_.latent.chunk(chunk, ring_, rope_)[warp_], map, full, chunk * kChunkSlabs + warp_, row);
-      if (chunk == 0) wait_for_next_stage();
+      if (chunk == 0) storage_.wait_for_page_before_last(ring_);
     }
     Barrier& full = storage_.rope_full[rope_.stage()];
     if (warp_ == 0) {
@@ -87,7 +87,7 @@ class PageWidener {
     const int slab = lane() % 16 / 4, part = lane() % 4 * 2 + second_first;
 #pragma unroll
     for (int chunk = 0; chunk < kLatentChunks; ++chunk) {
-      if (chunk == 1) wait_for_next_stage();
+      if (chunk == 1) storage_.wait_for_page_before_last(ring_);
       const uint32_t target = smem_address(storage_.latent.chunk(chunk, ring_, rope_)[slab]) + latent_token(0) * 128 +
                               (part ^ latent_token(0) % 8) * 16;
 #pragma unroll
@@ -163,12 +163,6 @@ class PageWidener {
     full.arrive_for_warp();
   }
 
-  // When the page before the last is done with, this one's rope keys and second chunk can come, and the next one's
-  // first.
-  __device__ __forceinline__ void wait_for_next_stage() const {
-    const bool wraps = ring_.stage == kPageStages - 1;  // two pages back is one place ahead
-    storage_.page_empty[wraps ? 0 : ring_.stage + 1].wait(ring_.parity ^ !wraps);
-  }
   __device__ __forceinline__ void advance() {
     ring_.advance();
     ++rope_.count;
@@ -189,29 +183,22 @@ __device__ __forceinline__ void producer_widen_pieces(WidenedStorage& storage, c
   PieceCursor cursor(params, blockIdx.y);
   TwoStage slot;
   PageWidener widener(storage, params.cache, warp);
-  const auto first_entry = [&](const Piece& piece) {
-    return params.block_table + piece.request * params.block_table_stride + piece.first_page;
-  };
   const int rows = params.num_queries * params.num_heads;
   bool begun = false;
   while (true) {
     const Piece piece = cursor.next();
-    if (warp == 0 && threadIdx.x == 0) {
-      storage.piece_empty[slot.stage()].wait(slot.empty_parity());
-      storage.piece[slot.stage()] = piece;
-      storage.piece_full[slot.stage()].arrive();
-    }
+    if (warp == 0 && threadIdx.x == 0) publish_piece(storage, slot, piece);
     __syncwarp();
     int left = piece.end_page - piece.first_page;
     if (left == 0) return;
     ++slot.count;
     widener.load_queries(query_map, piece.request * rows + blockIdx.x * kDecodeRows);
-    const int32_t* pages = first_entry(piece);
+    const int32_t* pages = first_entry(params, piece);
     if (!begun) widener.begin(*pages);
     begun = true;
-    PieceCursor ahead = cursor;
+    PieceCursor ahead = cursor;  // the piece is found again when its turn comes: to keep it takes registers
     const Piece coming = ahead.next();
-    const int following = coming.first_page < coming.end_page ? *first_entry(coming) : *pages;
+    const int following = coming.first_page < coming.end_page ? *first_entry(params, coming) : *pages;
     const auto entry = [&](int further) { return further < left ? pages[further] : following; };
     int next = entry(1);
     widener.fetch(next);

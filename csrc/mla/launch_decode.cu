@@ -35,7 +35,7 @@ const char* launch_rows(const MlaDecodeParams& params, cudaStream_t stream) {
   const int rows = params.num_queries * params.num_heads;
   DecodeMaps maps{};
   if (const char* error = encode_rows(maps.q, params.q, int64_t(params.num_requests) * rows)) return error;
-  if constexpr (Cache::kByCopyEngine) {
+  if constexpr (!Cache::Storage::kPagesByThreads) {
     const char* error = encode_rows(maps.cache, params.cache, int64_t(params.num_pages) * kPageTokens);
     if (error != nullptr) return error;
   }

@@ -16,7 +16,6 @@ namespace dsv3rt {
 // warps, and registers a thread of loading, scores and output.
 struct Bf16Cache {
   using Storage = Bf16Storage;
-  static constexpr bool kByCopyEngine = true;
   static constexpr int kLatentArrivals = 1, kRopeArrivals = 1, kPieceReaders = 1;
   static constexpr int kLoadRegisters = 24, kScoreRegisters = 168, kOutRegisters = 160;
 
@@ -29,7 +28,6 @@ struct Bf16Cache {
 
 struct Fp8Cache {
   using Storage = WidenedStorage;
-  static constexpr bool kByCopyEngine = false;
   static constexpr int kLatentArrivals = kWidenWarps * kArrivalsOfAWarp;
   static constexpr int kRopeArrivals = kWidenWarps * kArrivalsOfAWarp, kPieceReaders = 0;
   static constexpr int kLoadRegisters = 80, kScoreRegisters = 112, kOutRegisters = 160;
