@@ -26,6 +26,9 @@ __device__ __forceinline__ float refine_reciprocal(float x, float estimate) {
   return __fmaf_rn(estimate, -__fmaf_rn(x, estimate, -1.0f), estimate);
 }
 
+// 1 / x, correctly rounded in that range.
+__device__ __forceinline__ float reciprocal(float x) { return refine_reciprocal(x, reciprocal_approx(x)); }
+
 // x / 448, correctly rounded for normal results: the remainder is exact and corrects a quotient that is an ulp off at
 // most.
 __device__ __forceinline__ float divide_by_max(float x) {
@@ -45,10 +48,12 @@ __device__ __forceinline__ TileScale tile_scale(uint32_t amax_bits, uint32_t sca
   return {scale, finite ? refined : estimate};
 }
 
+__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(x0, x1), __NV_SATFINITE, __NV_E4M3);
+}
+
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x0, x1), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(x2, x3), __NV_SATFINITE, __NV_E4M3);
-  return low | (high << 16);
+  return pack_e4m3(x0, x1) | pack_e4m3(x2, x3) << 16;
 }
 
 // Eight neighbouring elements of a row, as loaded from memory.

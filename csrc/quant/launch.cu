@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common/launch.h"
 #include "quant/quantize_128x128.cuh"
 #include "quant/swiglu_fp8.cuh"
@@ -11,12 +13,21 @@ unsigned num_blocks(int64_t rows, int columns, int block_rows, int block_columns
   return ceil_div(rows, int64_t(block_rows)) * ceil_div(columns, block_columns);
 }
 
+// Blocks a tile each: those of a band of row tiles come one below the other, bands from left to right. So the pieces of
+// 128 bytes that lie beside each other in the transposed output are written at the same time, and leave the L2
+// together.
+dim3 tile_grid(int64_t rows, int columns) {
+  constexpr int kBandTiles = 2;
+  const int64_t row_tiles = ceil_div(rows, int64_t(kTile)), band = std::min(row_tiles, int64_t(kBandTiles));
+  return dim3(band, ceil_div(columns, kTile), ceil_div(row_tiles, band));
+}
+
 template <class Source>
 const char* launch_1x128(const typename Source::Params& in, const RowGroups& groups, const QuantOutput& out,
                          cudaStream_t stream) {
   if (out.data_t != nullptr) {
-    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);
-    quantize_both_kernel<Source><<<blocks, kTileThreads, 0, stream>>>(in, groups, out);
+    const dim3 grid = tile_grid(out.num_rows, out.num_columns);
+    quantize_both_kernel<Source><<<grid, kTileThreads, 0, stream>>>(in, groups, out);
   } else {
     const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kRowBlockRows, kRowBlockColumns);
     quantize_rows_kernel<Source><<<blocks, kRowThreads, 0, stream>>>(in, groups, out);
@@ -35,6 +46,20 @@ const char* launch_128x128(const Quantize128x128Params& params, cudaStream_t str
   return nullptr;
 }
 
+// Of the 228 KB of an SM, 1 KB of each block is taken.
+constexpr bool blocks_fit(int blocks, int shared_bytes) { return blocks * (shared_bytes + 1024) <= 233472; }
+
+// A block a tile, in as much shared memory as there is.
+template <class... Parameters>
+const char* launch_tiles(void (*kernel)(Parameters...), dim3 grid, unsigned threads, int shared_bytes,
+                         cudaStream_t stream, const Parameters&... parameters) {
+  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  DSV3RT_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  kernel<<<grid, threads, shared_bytes, stream>>>(parameters...);
+  return nullptr;
+}
+
 template <bool kWeighted>
 const char* launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
   const QuantOutput& out = params.out;
@@ -45,8 +70,9 @@ const char* launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
     return launch_1x128<SwigluSource<__nv_fp8_e4m3>>(params.in, params.groups, out, stream);
   }
   if (out.data_t != nullptr) {
-    const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kTile, kTile);
-    swiglu_both_kernel<kWeighted><<<blocks, kWideThreads, 0, stream>>>(params.in, params.groups, out);
+    static_assert(blocks_fit(kWideBlocks, sizeof(WideBothStorage)));
+    return launch_tiles(swiglu_both_kernel<kWeighted>, tile_grid(out.num_rows, out.num_columns), kWideThreads,
+                        sizeof(WideBothStorage), stream, params.in, params.groups, out);
   } else {
     const unsigned blocks = num_blocks(out.num_rows, out.num_columns, kWideBlockRows, kWideBlockColumns);
     swiglu_rows_kernel<kWeighted><<<blocks, kWideThreads, 0, stream>>>(params.in, params.groups, out);
@@ -54,28 +80,17 @@ const char* launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
   return nullptr;
 }
 
-// Of a tile a block, in as much shared memory as there is.
-const char* launch_backward(void (*kernel)(SwigluBackwardParams), unsigned threads, int shared_bytes,
-                            const SwigluBackwardParams& params, cudaStream_t stream) {
-  DSV3RT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  DSV3RT_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  const unsigned blocks = num_blocks(params.out.num_rows, params.in.hidden, kTile, kTile);
-  kernel<<<blocks, threads, shared_bytes, stream>>>(params);
-  return nullptr;
-}
-
-// Of the 228 KB of an SM, 1 KB of each block is taken.
-constexpr bool blocks_fit(int blocks, int shared_bytes) { return blocks * (shared_bytes + 1024) <= 233472; }
-
 template <bool kWithProduct, bool kWeighted>
 const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
+  const bool from_fp8 = params.in.type == QuantInput::kFloat8;
   constexpr int kBytes = sizeof(BackwardStorage), kBytesFp8 = sizeof(WideBackwardStorage<kWithProduct>);
   static_assert(blocks_fit(2, kBytes) && blocks_fit(kWithProduct ? 2 : 3, kBytesFp8));
-  if (params.in.type == QuantInput::kBFloat16) {
-    return launch_backward(swiglu_backward_kernel<kWithProduct, kWeighted>, kTileThreads, kBytes, params, stream);
+  const dim3 grid = tile_grid(params.out.num_rows, params.in.hidden);
+  if (!from_fp8) {
+    return launch_tiles(swiglu_backward_kernel<kWithProduct, kWeighted>, grid, kTileThreads, kBytes, stream, params);
   }
-  return launch_backward(swiglu_fp8_backward_kernel<kWithProduct, kWeighted>, kWideThreads, kBytesFp8, params, stream);
+  return launch_tiles(swiglu_fp8_backward_kernel<kWithProduct, kWeighted>, grid, kWideThreads, kBytesFp8, stream,
+                      params);
 }
 
 }  // namespace

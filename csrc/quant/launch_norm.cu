@@ -14,13 +14,14 @@ const char* launch_rows(const NormParams& params, cudaStream_t stream) {
   return nullptr;
 }
 
-template <class Shape, typename Weight>
+template <class Shape, typename Weight, bool kOfSum>
 const char* launch_both(const NormParams& params, cudaStream_t stream) {
   constexpr int kBlocksAtOnce = 2 * 132;  // of an H100
   constexpr int kMostStages = 65535;      // rows of a grid
-  static_assert(kTile % RootShape<Shape>::kRows == 0);
+  using Roots = RootShape<Shape, kOfSum>;
+  static_assert(kTile % Roots::kRows == 0);
   NormStages stages{};
-  stages.row_blocks = kTile / RootShape<Shape>::kRows;
+  stages.row_blocks = kTile / Roots::kRows;
   const unsigned blocks = stages.row_blocks + ceil_div(params.out.num_columns, kTile);
   stages.lag = ceil_div(kBlocksAtOnce, static_cast<int>(blocks)) + 1;  // what is waited for is done, as a rule
   const int64_t num_strips = ceil_div(params.out.num_rows, int64_t(kTile));
@@ -29,7 +30,8 @@ const char* launch_both(const NormParams& params, cudaStream_t stream) {
   const unsigned forgetting = ceil_div(params.out.num_rows, int64_t(kForgetThreads));
   forget_roots_kernel<<<forgetting, kForgetThreads, 0, stream>>>(params);
   const dim3 grid(blocks, stages.num_strips + stages.lag);
-  DSV3RT_CUDA_CHECK(launch_early(norm_both_kernel<Shape, Weight>, grid, kTileThreads, 0, stream, params, stages));
+  DSV3RT_CUDA_CHECK(
+      launch_early(norm_both_kernel<Shape, Weight, kOfSum>, grid, kTileThreads, 0, stream, params, stages));
   return nullptr;
 }
 
@@ -37,10 +39,11 @@ const char* launch_both(const NormParams& params, cudaStream_t stream) {
 template <typename Weight>
 const char* launch_norm(const NormParams& params, cudaStream_t stream) {
   const int columns = params.out.num_columns;
-  const bool both = params.out.data_t != nullptr;
   const auto launch = [&]<class Shape>(Shape) {
-    return both ? launch_both<RowShape<Shape::kThreads>, Weight>(params, stream)
-                : launch_rows<Shape, Weight>(params, stream);
+    using AnyWidth = RowShape<Shape::kThreads>;
+    return params.out.data_t == nullptr ? launch_rows<Shape, Weight>(params, stream)
+           : params.residual == nullptr ? launch_both<AnyWidth, Weight, false>(params, stream)
+                                        : launch_both<AnyWidth, Weight, true>(params, stream);
   };
   using Narrow = RowShape<32>;
   using Latent = RowShape<64>;

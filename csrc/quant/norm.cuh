@@ -26,6 +26,7 @@ struct RowPart {
   int64_t row;
   int num_octets;  // of a row; 0: the row does not exist
 
+  RowPart() = default;
   __device__ __forceinline__ RowPart(const NormParams& params, int64_t row, bool exists = true)
       : row(row), num_octets(exists && row < params.out.num_rows ? params.out.num_columns / 8 : 0) {}
 

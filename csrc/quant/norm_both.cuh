@@ -37,50 +37,52 @@ __global__ void __launch_bounds__(kForgetThreads) forget_roots_kernel(const __gr
   if (row < params.out.num_rows) params.rstd[row] = __uint_as_float(kUnknownRoot);
 }
 
-// How many rows the threads of a block share at a time, and in two goes. Threads past the last row may be left over.
-template <class Shape>
+// How many rows the threads of a block share at a time, and in how many goes: two, but one of a sum, whose rows are
+// twice the loads. So all of them are under way at once. Threads past the last row may be left over.
+template <class Shape, bool kOfSum>
 struct RootShape {
-  static constexpr int kRowsAtOnce = kTileThreads / Shape::kThreads;
-  static constexpr int kRows = 2 * kRowsAtOnce;
-  using WarpSums = float[2][(kRowsAtOnce + 1) * (Shape::kThreads / 32)];
+  static constexpr int kRowsAtOnce = kTileThreads / Shape::kThreads, kGoes = kOfSum ? 1 : 2;
+  static constexpr int kRows = kGoes * kRowsAtOnce;
+  using WarpSums = float[kGoes][(kRowsAtOnce + 1) * (Shape::kThreads / 32)];
 };
 
 // Roots of the rows from first_row, and their sums with the residual, if there is one.
-template <class Shape>
+template <class Shape, bool kOfSum>
 __device__ __forceinline__ void find_roots(const NormParams& params, int64_t first_row,
-                                           typename RootShape<Shape>::WarpSums& warp_sums) {
-  using Roots = RootShape<Shape>;
+                                           typename RootShape<Shape, kOfSum>::WarpSums& warp_sums) {
+  using Part = RowPart<Shape>;
+  using Roots = RootShape<Shape, kOfSum>;
   const int row = threadIdx.x / Shape::kThreads;
-  RowPart<Shape> parts[] = {
-      {params, first_row + row, row < Roots::kRowsAtOnce},
-      {params, first_row + Roots::kRowsAtOnce + row, row < Roots::kRowsAtOnce},
-  };
+  Part parts[Roots::kGoes];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) load_row(params, parts[i]);
+  for (int go = 0; go < Roots::kGoes; ++go) {
+    parts[go] = Part(params, first_row + go * Roots::kRowsAtOnce + row, row < Roots::kRowsAtOnce);
+  }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float sum = sum_over_warp(sum_of_squares(parts[i]));
-    if (threadIdx.x % 32 == 0) warp_sums[i][threadIdx.x / 32] = sum;
+  for (int go = 0; go < Roots::kGoes; ++go) load_row(params, parts[go]);
+#pragma unroll
+  for (int go = 0; go < Roots::kGoes; ++go) {
+    const float sum = sum_over_warp(sum_of_squares(parts[go]));
+    if (threadIdx.x % 32 == 0) warp_sums[go][threadIdx.x / 32] = sum;
   }
   wait_for_prior_grid();
   __syncthreads();
-  if (parts[0].thread() > 0) return;
+  if (Part::thread() > 0) return;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (!parts[i].exists()) continue;
-    const uint32_t bits = __float_as_uint(rstd_of(params, add_warps<Shape::kThreads>(warp_sums[i])));
-    root_bits(params, parts[i].row).store(min(bits, kUnknownRoot - 1), cuda::memory_order_release);
+  for (int go = 0; go < Roots::kGoes; ++go) {
+    if (!parts[go].exists()) continue;
+    const uint32_t bits = __float_as_uint(rstd_of(params, add_warps<Shape::kThreads>(warp_sums[go])));
+    root_bits(params, parts[go].row).store(min(bits, kUnknownRoot - 1), cuda::memory_order_release);
   }
 }
 
 struct NormTileStorage {
   TransposedTile tile;
   ColumnScales<__nv_bfloat16> columns;
-  alignas(16) float rstd[kTile];
 };
 
 // A tile of a strip. kWhole: all of its rows and columns exist.
-template <typename Weight>
+template <typename Weight, bool kOfSum>
 class NormTile {
  public:
   __device__ __forceinline__ NormTile(const NormParams& params, int strip, int column_tile)
@@ -97,9 +99,8 @@ class NormTile {
 
   template <bool kWhole>
   __device__ __forceinline__ void load() {
-    const bool summed = params_.residual != nullptr;
-    const int64_t stride = summed ? params_.out.num_columns : params_.x_stride;
-    const auto* x = static_cast<const __nv_bfloat16*>(summed ? params_.sum : params_.x) + row() * stride + column_;
+    const int64_t stride = kOfSum ? params_.out.num_columns : params_.x_stride;
+    const auto* x = static_cast<const __nv_bfloat16*>(kOfSum ? params_.sum : params_.x) + row() * stride + column_;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       octets_[r].clear();
@@ -113,31 +114,33 @@ class NormTile {
     if (kWhole || rows() > 0) weight_.load(static_cast<const Weight*>(params_.weight) + column_);
   }
 
-  // Every thread of the block calls it. Rows that do not exist are zeros, and stay so with a root of zero.
+  // Whole warps call it: eight lanes ask for the roots of the warp's eight rows. Rows that do not exist are zeros, and
+  // stay so with a root of zero.
   template <bool kWhole>
-  __device__ __forceinline__ void wait_for_roots(NormTileStorage& storage) const {
+  __device__ __forceinline__ void wait_for_roots() {
     wait_for_prior_grid();
-    if (threadIdx.x < place_.rows.read) {
-      const RootBits root = root_bits(params_, place_.first_row + threadIdx.x);
-      uint32_t bits = root.load(cuda::memory_order_acquire);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kWarpRows + lane;
+    root_ = 0.0f;
+    if (lane < kWarpRows && (kWhole || row < place_.rows.read)) {
+      constexpr auto order = kOfSum ? cuda::memory_order_acquire : cuda::memory_order_relaxed;
+      const RootBits known = root_bits(params_, place_.first_row + row);
+      uint32_t bits = known.load(order);
       while (bits == kUnknownRoot) {
         __nanosleep(64);
-        bits = root.load(cuda::memory_order_acquire);
+        bits = known.load(order);
       }
-      storage.rstd[threadIdx.x] = __uint_as_float(bits);
-    } else if (!kWhole && threadIdx.x < kTile) {
-      storage.rstd[threadIdx.x] = 0.0f;
+      root_ = __uint_as_float(bits);
     }
-    __syncthreads();
+    __syncwarp();
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void norm(const NormTileStorage& storage) {
-    const float4 rstd = *reinterpret_cast<const float4*>(storage.rstd + row_in_tile());
-    octets_[0] = norm_octet(octets_[0], rstd.x, weight_);
-    octets_[1] = norm_octet(octets_[1], rstd.y, weight_);
-    octets_[2] = norm_octet(octets_[2], rstd.z, weight_);
-    octets_[3] = norm_octet(octets_[3], rstd.w, weight_);
+  __device__ __forceinline__ void norm() {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const float rstd = __shfl_sync(~0u, root_, row_in_tile() % kWarpRows + r);
+      octets_[r] = norm_octet(octets_[r], rstd, weight_);
+    }
     if (params_.y == nullptr) return;
     auto* y = static_cast<__nv_bfloat16*>(params_.y) + row() * params_.out.num_columns + column_;
 #pragma unroll
@@ -155,6 +158,7 @@ class NormTile {
 
  private:
   __device__ __forceinline__ int64_t row() const { return place_.first_row + row_in_tile(); }
+  static constexpr int kWarpRows = 2 * kRowsPerThread;
   // Of this thread's rows, how many exist.
   __device__ __forceinline__ int rows() const { return column_ < params_.out.num_columns ? place_.rows_to_read() : 0; }
 
@@ -163,35 +167,37 @@ class NormTile {
   int column_;
   TileOctets<__nv_bfloat16> octets_;
   Octet<Weight> weight_;
+  float root_;  // of row `lane` of the warp's
 };
 
-template <bool kWhole, typename Weight>
-__device__ __forceinline__ void cast_tile(const NormParams& params, NormTile<Weight>& tile, NormTileStorage& storage) {
+template <bool kWhole, bool kOfSum, typename Weight>
+__device__ __forceinline__ void cast_tile(NormTile<Weight, kOfSum>& tile, NormTileStorage& storage) {
   tile.template load_weight<kWhole>();
-  if (params.residual == nullptr) tile.template load<kWhole>();  // x is there, roots perhaps not yet
-  tile.template wait_for_roots<kWhole>(storage);
-  if (params.residual != nullptr) tile.template load<kWhole>();
-  tile.template norm<kWhole>(storage);
+  if (!kOfSum) tile.template load<kWhole>();  // x is there, roots perhaps not yet
+  tile.template wait_for_roots<kWhole>();
+  if (kOfSum) tile.template load<kWhole>();
+  tile.template norm<kWhole>();
   tile.template write<kWhole>(storage);
 }
 
-template <class Shape, typename Weight>
+template <class Shape, typename Weight, bool kOfSum>
 __global__ void __launch_bounds__(kTileThreads, 2)
     norm_both_kernel(const __grid_constant__ NormParams params, const __grid_constant__ NormStages stages) {
-  __shared__ typename RootShape<Shape>::WarpSums warp_sums;
+  using Roots = RootShape<Shape, kOfSum>;
+  __shared__ typename Roots::WarpSums warp_sums;
   alignas(16) __shared__ NormTileStorage storage;
   const int stage = blockIdx.y, slot = blockIdx.x;
   if (slot < stages.row_blocks) {
     if (stage >= stages.num_strips) return;
-    return find_roots<Shape>(params, stage * int64_t(kTile) + slot * RootShape<Shape>::kRows, warp_sums);
+    return find_roots<Shape, kOfSum>(params, stage * int64_t(kTile) + slot * Roots::kRows, warp_sums);
   }
   const int strip = stage - stages.lag;
   if (strip < 0) return;
-  NormTile<Weight> tile(params, strip, slot - stages.row_blocks);
+  NormTile<Weight, kOfSum> tile(params, strip, slot - stages.row_blocks);
   if (tile.is_whole()) {
-    cast_tile<true>(params, tile, storage);
+    cast_tile<true>(tile, storage);
   } else {
-    cast_tile<false>(params, tile, storage);
+    cast_tile<false>(tile, storage);
   }
 }
 

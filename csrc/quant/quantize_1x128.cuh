@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   using Element = typename Source::Element;
   alignas(16) __shared__ TransposedTile tile;
   __shared__ ColumnScales<Element> columns;
-  const TilePlace place = tile_of_block(groups, out.num_rows, out.num_columns);
+  const TilePlace place = tile_of_block(groups, out.num_rows);
   if (place.rows.written == 0) return;  // past the last group
   const int64_t row = place.first_row + row_in_tile();
   const int column = place.first_column + column_in_tile();

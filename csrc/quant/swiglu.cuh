@@ -72,20 +72,29 @@ struct GateUp<__nv_fp8_e4m3> {
     gate_scale = up_scale = 0.0f;
   }
   __device__ __forceinline__ void unpack(float (&gates)[8], float (&ups)[8]) const {
-    dequantize(gate, gate_scale, gates);
-    dequantize(up, up_scale, ups);
+    widen(gates, ups);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      gates[i] = __fmul_rn(gates[i], gate_scale);
+      ups[i] = __fmul_rn(ups[i], up_scale);
+    }
+  }
+  // The codes themselves.
+  __device__ __forceinline__ void widen(float (&gates)[8], float (&ups)[8]) const {
+    widen_octet(gate, gates);
+    widen_octet(up, ups);
   }
 
  private:
-  static __device__ __forceinline__ void dequantize(uint2 codes, float scale, float (&values)[8]) {
+  static __device__ __forceinline__ void widen_octet(uint2 codes, float (&values)[8]) {
 #pragma unroll
     for (int quad = 0; quad < 2; ++quad) {
       const HalfPairs pairs = widen_e4m3(quad == 0 ? codes.x : codes.y);
       const float2 lower = widen_halves(pairs.lower), upper = widen_halves(pairs.upper);
-      values[4 * quad] = __fmul_rn(lower.x, scale);
-      values[4 * quad + 1] = __fmul_rn(lower.y, scale);
-      values[4 * quad + 2] = __fmul_rn(upper.x, scale);
-      values[4 * quad + 3] = __fmul_rn(upper.y, scale);
+      values[4 * quad] = lower.x;
+      values[4 * quad + 1] = lower.y;
+      values[4 * quad + 2] = upper.x;
+      values[4 * quad + 3] = upper.y;
     }
   }
   static __device__ __forceinline__ float2 widen_halves(uint32_t pair) {

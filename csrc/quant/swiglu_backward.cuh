@@ -11,6 +11,14 @@ namespace dsv3rt {
 struct SwigluGradients {
   Octet<__nv_bfloat16> gate, up, product;
   float weight;
+
+  static __device__ __forceinline__ SwigluGradients of(const uint32_t (&gate)[4], const uint32_t (&up)[4],
+                                                       const uint32_t (&product)[4], float weight) {
+    return {{make_uint4(gate[0], gate[1], gate[2], gate[3])},
+            {make_uint4(up[0], up[1], up[2], up[3])},
+            {make_uint4(product[0], product[1], product[2], product[3])},
+            weight};
+  }
 };
 
 template <bool kBounded, bool kWeighted, typename Type>
@@ -39,10 +47,7 @@ __device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in,
     up_words[pair] = pack_bf16(d_up[0], d_up[1]);
     product_words[pair] = pack_bf16(product[0], product[1]);
   }
-  return {{make_uint4(gate_words[0], gate_words[1], gate_words[2], gate_words[3])},
-          {make_uint4(up_words[0], up_words[1], up_words[2], up_words[3])},
-          {make_uint4(product_words[0], product_words[1], product_words[2], product_words[3])},
-          weight_grad};
+  return SwigluGradients::of(gate_words, up_words, product_words, weight_grad);
 }
 
 // What a block keeps in shared memory. Each thread copies the elements that it will read itself, eight to a slot, and
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) swiglu_backward_kernel(const 
   using BFloat16 = __nv_bfloat16;
   extern __shared__ uint4 dynamic_storage[];
   auto& storage = *reinterpret_cast<BackwardStorage*>(dynamic_storage);
-  TilePlace place = tile_of_block(params.groups, params.out.num_rows, params.in.hidden);
+  TilePlace place = tile_of_block(params.groups, params.out.num_rows);
   if (place.rows.written == 0) return;  // past the last group
   storage.copy_inputs(params, place);
   copy_async_wait<0>();

@@ -1,103 +1,89 @@
-// SwiGLU of FP8 with its cast: sixteen columns of four rows a thread; F a multiple of 128.
+// SwiGLU of FP8 with its cast: sixteen columns of four rows a thread; F a multiple of 128. Everything arrives by one
+// wait, which loads into registers do not promise: the compiler may put some of them behind another wait.
 #pragma once
 
-#include "hopper/memory.cuh"
-#include "quant/swiglu.cuh"
+#include "quant/fused_factors.cuh"
 #include "quant/wide_tile.cuh"
 
 namespace dsv3rt {
 
-// Scales and row weights of 16 rows, where their warp left them. Eight lanes share the factors of their four rows.
-struct WarpFactors {
-  float gate_scale[16], up_scale[16], weight[16];
-};
+// Eight of the sixteen columns of a thread, of row `row` of the factors.
+__device__ __forceinline__ GateUp<__nv_fp8_e4m3> octet_of_codes(const uint4& gates, const uint4& ups, int half,
+                                                                const WarpFactors& factors, int row) {
+  GateUp<__nv_fp8_e4m3> octet;
+  octet.set(half == 0 ? make_uint2(gates.x, gates.y) : make_uint2(gates.z, gates.w),
+            half == 0 ? make_uint2(ups.x, ups.y) : make_uint2(ups.z, ups.w), factors.gate_scale[row],
+            factors.up_scale[row]);
+  return octet;
+}
 
-__device__ __forceinline__ int row_in_warp(unsigned thread) { return thread % 32 / 8 * kRowsPerThread; }
+using WideSlots = uint4[kRowsPerThread][kWideThreads];  // sixteen bytes a row, for each thread
 
-// Four rows of sixteen gates and ups, as loaded, and their factors.
-template <bool kWeighted>
-class WideGateUp {
- public:
-  __device__ __forceinline__ explicit WideGateUp(WarpFactors& factors) : factors_(factors) {}
-
-  // All loads are in flight before the first use. Zeros past `rows_left`.
-  __device__ __forceinline__ void load(const GateUpInput& in, int64_t row, int column, int rows_left) {
-    copy_factors(in, row, column / kTile, rows_left);
-    const auto* gate = static_cast<const uint8_t*>(in.data) + row * in.stride + column;
-    if (rows_left >= kRowsPerThread) {  // without a condition each, loads follow one another
+// Each thread copies the codes that it will read itself. `row`: the first of the sixteen of this warp, `rows_left` of
+// which exist.
+__device__ __forceinline__ void copy_wide_codes(const GateUpInput& in, int64_t row, int column, int rows_left,
+                                                WideSlots& gate, WideSlots& up, WarpFactors& factors) {
+  const int first = wide_row(threadIdx.x) % kFactorRows;
+  const auto* source = static_cast<const uint8_t*>(in.data) + (row + first) * in.stride + column;
 #pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r, gate += in.stride) load_row(r, gate, in.hidden);
-      return;
-    }
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r, gate += in.stride) {
-      gates_[r] = ups_[r] = make_uint4(0, 0, 0, 0);
-      if (r < rows_left) load_row(r, gate, in.hidden);
-    }
+  for (int r = 0; r < kRowsPerThread; ++r, source += in.stride) {
+    copy_async<16>(&gate[r][threadIdx.x], source, first + r < rows_left);
+    copy_async<16>(&up[r][threadIdx.x], source + in.hidden, first + r < rows_left);
   }
+  factors.copy(in, row, column / kTile, rows_left);
+}
 
-  // Whole warps call it.
-  __device__ __forceinline__ void multiply_all(WideOctets& products) const {
-    copy_async_wait<0>();
-    __syncwarp();
-    const float scale = factors_.gate_scale[row_in_warp(threadIdx.x) + threadIdx.x % kRowsPerThread];
-    if (__all_sync(~0u, scale_bounds_gates(scale))) {
-      multiply_as<true>(products);
-    } else {
-      multiply_as<false>(products);
-    }
-  }
+struct WideCodes {
+  WideSlots gate, up;
+  WarpFactors factors[kWideWarps];
 
- private:
-  // Lanes 0 to 3 of eight copy the scales of the gates and the row weights, the others the scales of the ups.
-  __device__ __forceinline__ void copy_factors(const GateUpInput& in, int64_t row, int tile, int rows_left) {
-    const int lane_row = threadIdx.x % kRowsPerThread, target = row_in_warp(threadIdx.x) + lane_row;
-    const bool valid = lane_row < rows_left, of_gate = threadIdx.x % 8 < kRowsPerThread;
-    const float* scale = in.scale + (of_gate ? tile : in.hidden / kTile + tile) * in.scale_stride + row + lane_row;
-    copy_async<4>(of_gate ? &factors_.gate_scale[target] : &factors_.up_scale[target], scale, valid);
-    if (kWeighted && of_gate) copy_async<4>(&factors_.weight[target], in.weight + row + lane_row, valid);
+  __device__ __forceinline__ void copy(const GateUpInput& in, int64_t row, int column, int rows_left) {
+    copy_wide_codes(in, row, column, rows_left, gate, up, factors[threadIdx.x / 32]);
     copy_async_commit();
   }
 
-  __device__ __forceinline__ void load_row(int r, const uint8_t* gate, int hidden) {
-    gates_[r] = *reinterpret_cast<const uint4*>(gate);
-    ups_[r] = *reinterpret_cast<const uint4*>(gate + hidden);
-  }
-
-  template <bool kBounded>
-  __device__ __forceinline__ void multiply_as(WideOctets& products) const {
+  // Waits for the copies. Whole warps call it.
+  template <bool kWeighted>
+  __device__ __forceinline__ void multiply_all(int rows_left, WideOctets& products) {
+    copy_async_wait<0>();
+    WarpFactors& own = factors[threadIdx.x / 32];
+    const bool fused = own.fuse<kWeighted>(rows_left);
+    const auto multiply_rows = [&](auto multiply_octet) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      const int row = row_in_warp(threadIdx.x) + r;
-      const uint4 &gate = gates_[r], &up = ups_[r];
-      const float gate_scale = factors_.gate_scale[row], up_scale = factors_.up_scale[row];
-      const float weight = kWeighted ? factors_.weight[row] : 1.0f;
-      GateUp<__nv_fp8_e4m3> in;
-      in.set(make_uint2(gate.x, gate.y), make_uint2(up.x, up.y), gate_scale, up_scale);
-      products[r][0] = multiply<kBounded, kWeighted>(in, weight);
-      in.set(make_uint2(gate.z, gate.w), make_uint2(up.z, up.w), gate_scale, up_scale);
-      products[r][1] = multiply<kBounded, kWeighted>(in, weight);
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        const int row = wide_row(threadIdx.x) % kFactorRows + r;
+        const uint4 gates = gate[r][threadIdx.x], ups = up[r][threadIdx.x];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          products[r][half] = multiply_octet(octet_of_codes(gates, ups, half, own, row), row);
+        }
+      }
+    };
+    if (fused) {
+      multiply_rows([&](const auto& in, int row) { return multiply_codes(in, own.fused[row]); });
+    } else {
+      multiply_rows(
+          [&](const auto& in, int row) { return multiply<false, kWeighted>(in, kWeighted ? own.weight[row] : 1.0f); });
     }
   }
-
-  uint4 gates_[kRowsPerThread], ups_[kRowsPerThread];
-  WarpFactors& factors_;
 };
 
 // Row form: a warp takes 16 rows of a tile, a block 32 rows of four tiles.
 constexpr int kWideBlockRows = 32, kWideBlockColumns = 4 * kTile;
 
 __device__ __forceinline__ int row_in_wide_block(unsigned thread) {
-  return thread / 128 * 16 + thread % 32 / 8 * kRowsPerThread;
+  return thread / 128 * kFactorRows + wide_row(thread) % kFactorRows;
 }
 __device__ __forceinline__ int column_in_wide_block(unsigned thread) {
   return thread / 32 % 4 * kTile + wide_column(thread);
 }
 
+constexpr int kWideBlocks = 4;  // of an SM
+
 template <bool kWeighted>
-__global__ void __launch_bounds__(kWideThreads, 3)
+__global__ void __launch_bounds__(kWideThreads, kWideBlocks)
     swiglu_rows_kernel(const GateUpInput in, const RowGroups groups, const QuantOutput out) {
-  __shared__ WarpFactors factors[kWideWarps];
+  alignas(16) __shared__ WideCodes codes;
   const BlockPosition block(blockIdx.x, out.num_columns, kWideBlockColumns);
   const int64_t first_row = block.row * kWideBlockRows;
   const int first_column = block.column * kWideBlockColumns;
@@ -105,16 +91,15 @@ __global__ void __launch_bounds__(kWideThreads, 3)
   if (first_column + column_in_wide_block(threadIdx.x) >= out.num_columns) return;  // whole warps
   WideOctets products;
   {
-    const int row = row_in_wide_block(threadIdx.x), column = first_column + column_in_wide_block(threadIdx.x);
-    WideGateUp<kWeighted> gate_up(factors[threadIdx.x / 32]);
-    gate_up.load(in, first_row + row, column, counts.read - row);
-    gate_up.multiply_all(products);
+    const int row = threadIdx.x / 128 * kFactorRows;
+    codes.copy(in, first_row + row, first_column + column_in_wide_block(threadIdx.x), counts.read - row);
+    codes.multiply_all<kWeighted>(counts.read - row, products);
   }
   const unsigned thread = thread_idx_read_here();
   const int row = row_in_wide_block(thread);
-  const WideRows<false> rows{out, first_row + row, first_column + column_in_wide_block(thread), counts.written - row};
+  const WideRows rows{out, first_row + row, first_column + column_in_wide_block(thread), counts.written - row};
   float inverse[kRowsPerThread];
-  rows.scale(products, inverse);
+  share_inverse(rows.scale(WideMagnitudes(products)), inverse);
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const uint2 low = quantize_octet(products[r][0], inverse[r]), high = quantize_octet(products[r][1], inverse[r]);
@@ -123,35 +108,26 @@ __global__ void __launch_bounds__(kWideThreads, 3)
 }
 
 struct WideBothStorage {
-  TransposedTile tile;
+  WideCodes codes;
   WideColumnScales columns;
-  WarpFactors factors[kWideWarps];
-};
 
-template <bool kWeighted, bool kWhole>
-__device__ __forceinline__ void cast_wide_tile(const GateUpInput& in, const QuantOutput& out, const TilePlace& place,
-                                               WideBothStorage& storage) {
-  const int column = place.first_column + wide_column(threadIdx.x);
-  const int rows_left = kWhole ? kRowsPerThread : place.rows.read - wide_row(threadIdx.x);
-  WideGateUp<kWeighted> gate_up(storage.factors[threadIdx.x / 32]);
-  gate_up.load(in, place.first_row + wide_row(threadIdx.x), column, rows_left);
-  WideOctets products;
-  gate_up.multiply_all(products);
-  write_wide_tile<true, kWhole>(out, place, products, storage.tile, storage.columns);
-}
+  // Once the products are in registers.
+  __device__ __forceinline__ TransposedTile& tile() { return reinterpret_cast<TransposedTile&>(codes.gate); }
+};
 
 // Both forms: a block takes a tile.
 template <bool kWeighted>
-__global__ void __launch_bounds__(kWideThreads, 3)
+__global__ void __launch_bounds__(kWideThreads, kWideBlocks)
     swiglu_both_kernel(const GateUpInput in, const RowGroups groups, const QuantOutput out) {
-  alignas(16) __shared__ WideBothStorage storage;
-  const TilePlace place = tile_of_block(groups, out.num_rows, out.num_columns);
+  extern __shared__ uint4 dynamic_storage[];
+  auto& storage = *reinterpret_cast<WideBothStorage*>(dynamic_storage);
+  const TilePlace place = tile_of_block(groups, out.num_rows);
   if (place.rows.written == 0) return;  // past the last group
-  if (place.is_whole(out.num_columns)) {
-    cast_wide_tile<kWeighted, true>(in, out, place, storage);
-  } else {
-    cast_wide_tile<kWeighted, false>(in, out, place, storage);
-  }
+  const int row = threadIdx.x / 32 * kFactorRows, rows_left = place.rows.read - row;
+  storage.codes.copy(in, place.first_row + row, place.first_column + wide_column(threadIdx.x), rows_left);
+  WideOctets products;
+  storage.codes.multiply_all<kWeighted>(rows_left, products);
+  write_wide_tile<true>(out, place, products, storage.tile(), storage.columns);
 }
 
 }  // namespace dsv3rt

@@ -2,103 +2,121 @@
 #pragma once
 
 #include "quant/swiglu_backward.cuh"
-#include "quant/wide_tile.cuh"
+#include "quant/swiglu_fp8.cuh"
 
 namespace dsv3rt {
 
-// What a block keeps in shared memory. Each thread copies the elements that it will read itself, and eight lanes share
-// the factors of their four rows, so that no barrier is needed before the results are there. Those take the place of
-// the inputs: the gradient of gate that of `gate` and `up`, the gradient of up that of `grad`. Once the gradient of
-// gate is in registers, the transposed tile takes its place.
-struct WideBackwardInputs {
-  using Slots = uint4[kRowsPerThread][kWideThreads];
-  Slots grad[2], gate, up;
-  float gate_scale[kTile], up_scale[kTile], weight[kTile];
+// With o = S sigmoid, which fused_sigmoid yields: the product is g u o, and for the gradient y of the product
+//   gradient of up    y w silu(g s)              = y o (g / t)
+//   gradient of gate  y w u t sigmoid (1 + g (s - s sigmoid)) = y o (u / s) (1 + g (s - o / (t w)))
+// and the part in the gradient of the weight, here still times w, y o g u.
+template <bool kWeighted>
+__device__ __forceinline__ SwigluGradients differentiate_codes(const GateUp<__nv_fp8_e4m3>& codes,
+                                                               const Octet<__nv_bfloat16>& grad, const RowFactors& row,
+                                                               const GradientFactors& factors) {
+  float gates[8], ups[8], weight_grad = 0.0f;
+  codes.widen(gates, ups);
+  uint32_t gate_words[4], up_words[4], product_words[4];
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    float d_gate[2], d_up[2], product[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float gate = gates[2 * pair + i], up = ups[2 * pair + i], dy = grad.get(2 * pair + i);
+      const float scaled = fused_sigmoid(gate, row), common = __fmul_rn(dy, scaled);
+      const float rest = __fmaf_rn(-scaled, factors.weighted_up_inverse, factors.gate_scale);
+      product[i] = __fmul_rn(__fmul_rn(gate, up), scaled);
+      d_up[i] = __fmul_rn(common, __fmul_rn(gate, factors.up_inverse));
+      d_gate[i] = __fmul_rn(__fmul_rn(common, __fmul_rn(up, factors.gate_inverse)), __fmaf_rn(gate, rest, 1.0f));
+      if (kWeighted) weight_grad += dy * product[i];
+    }
+    gate_words[pair] = pack_bf16(d_gate[0], d_gate[1]);
+    up_words[pair] = pack_bf16(d_up[0], d_up[1]);
+    product_words[pair] = pack_bf16(product[0], product[1]);
+  }
+  return SwigluGradients::of(gate_words, up_words, product_words, weight_grad);
+}
+
+// What a block keeps in shared memory. Each thread copies the elements that it will read itself, so that no barrier is
+// needed before the results are there, which take the place of the inputs, two slots each. Once the gradient of gate is
+// in registers, the transposed tile takes its place.
+template <bool kWithProduct>
+struct WideBackwardStorage {
+  WideSlots gradients[2][2];  // of gate, where gates and ups were, and of up, where that of the product was
+  WideSlots product[kWithProduct ? 2 : 0];
+  WarpFactors factors[kWideWarps];
+  GradientFactors gradient_factors[kWideWarps][kFactorRows];
   WideColumnScales columns;
 
+  __device__ __forceinline__ TransposedTile& tile() { return reinterpret_cast<TransposedTile&>(gradients[0]); }
+
   __device__ __forceinline__ void copy_inputs(const SwigluBackwardParams& params, const TilePlace& place) {
-    const int row_in_tile = wide_row(threadIdx.x), rows_to_read = place.rows.read - row_in_tile;
-    const int64_t row = place.first_row + row_in_tile;
-    const int column = place.first_column + wide_column(threadIdx.x);
-    const auto* in = static_cast<const uint8_t*>(params.in.data) + row * params.in.stride + column;
-    const auto* dy = static_cast<const __nv_bfloat16*>(params.grad) + row * params.grad_stride + column;
+    const unsigned thread = thread_idx_read_here();  // registers are short
+    const int row_in_tile = wide_row(thread), column = place.first_column + wide_column(thread);
+    const auto* dy =
+        static_cast<const __nv_bfloat16*>(params.grad) + (place.first_row + row_in_tile) * params.grad_stride + column;
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      copy_async<16>(&gate[r][threadIdx.x], in, r < rows_to_read);
-      copy_async<16>(&up[r][threadIdx.x], in + params.in.hidden, r < rows_to_read);
-      copy_async<16>(&grad[0][r][threadIdx.x], dy, r < rows_to_read);
-      copy_async<16>(&grad[1][r][threadIdx.x], dy + 8, r < rows_to_read);
-      in += params.in.stride;
-      dy += params.grad_stride;
+    for (int r = 0; r < kRowsPerThread; ++r, dy += params.grad_stride) {
+      const bool valid = row_in_tile + r < place.rows.read;
+      copy_async<16>(&gradients[1][0][r][thread], dy, valid);
+      copy_async<16>(&gradients[1][1][r][thread], dy + 8, valid);
     }
-    copy_factors(params.in, place);
+    const int warp_row = row_in_tile / kFactorRows * kFactorRows;
+    copy_wide_codes(params.in, place.first_row + warp_row, column, place.rows.read - warp_row, gradients[0][0],
+                    gradients[0][1], factors[thread / 32]);
     copy_async_commit();
   }
 
-  // Lanes 0 to 3 of eight copy the scales of the gates and the row weights, the others the scales of the ups.
-  __device__ __forceinline__ void copy_factors(const GateUpInput& in, const TilePlace& place) {
-    const int row = wide_row(threadIdx.x) + threadIdx.x % kRowsPerThread, tile = place.first_column / kTile;
-    const bool valid = row < place.rows.read, of_gate = threadIdx.x % 8 < kRowsPerThread;
-    const float* scale = in.scale + place.first_row + row;
-    if (of_gate) {
-      copy_async<4>(&gate_scale[row], scale + tile * in.scale_stride, valid);
-      if (in.weight != nullptr) copy_async<4>(&weight[row], in.weight + place.first_row + row, valid);
-    } else {
-      copy_async<4>(&up_scale[row], scale + (in.hidden / kTile + tile) * in.scale_stride, valid);
-    }
+  // Waits for the copies. Whole warps call it.
+  template <bool kWeighted>
+  __device__ __forceinline__ bool fuse_factors(const TilePlace& place) {
+    copy_async_wait<0>();
+    const int warp = threadIdx.x / 32;
+    return factors[warp].template fuse<kWeighted, true>(place.rows.read - warp * kFactorRows, gradient_factors[warp]);
   }
 
-  __device__ __forceinline__ GateUp<__nv_fp8_e4m3> gate_up(int r, int half) const {
-    GateUp<__nv_fp8_e4m3> result;
-    const int row = wide_row(threadIdx.x) + r;
-    result.set(reinterpret_cast<const uint2*>(&gate[r][threadIdx.x])[half],
-               reinterpret_cast<const uint2*>(&up[r][threadIdx.x])[half], gate_scale[row], up_scale[row]);
+  template <bool kFused, bool kWeighted>
+  __device__ __forceinline__ SwigluGradients differentiate_octet(int r, int half, const uint4& gates,
+                                                                 const uint4& ups) const {
+    const WarpFactors& own = factors[threadIdx.x / 32];
+    const int row = wide_row(threadIdx.x) % kFactorRows + r;
+    const GateUp<__nv_fp8_e4m3> in = octet_of_codes(gates, ups, half, own, row);
+    const Octet<__nv_bfloat16> dy{gradients[1][half][r][threadIdx.x]};
+    if constexpr (!kFused) return differentiate<false, kWeighted>(in, dy, kWeighted ? own.weight[row] : 1.0f);
+    const GradientFactors& gradient = gradient_factors[threadIdx.x / 32][row];
+    SwigluGradients result = differentiate_codes<kWeighted>(in, dy, own.fused[row], gradient);
+    if (kWeighted) result.weight *= __fmul_rn(own.up_scale[row], gradient.weighted_up_inverse);
     return result;
   }
-
-  __device__ __forceinline__ TransposedTile& tile() { return reinterpret_cast<TransposedTile&>(gate); }
-};
-
-template <bool kWithProduct>
-struct WideBackwardStorage : WideBackwardInputs {
-  Slots product[kWithProduct ? 2 : 0];
 };
 
 // Row by row, as in differentiate_tile.
-template <bool kWithProduct, bool kWeighted>
+template <bool kFused, bool kWithProduct, bool kWeighted>
 __device__ __forceinline__ void differentiate_wide(const SwigluBackwardParams& params, const TilePlace& place,
                                                    WideBackwardStorage<kWithProduct>& storage) {
 #pragma unroll 1
   for (int r = 0; r < kRowsPerThread; ++r) {
-    const int row = wide_row(threadIdx.x) + r;
-    const float weight = kWeighted ? storage.weight[row] : 1.0f;
-    const bool bounded = __all_sync(~0u, scale_bounds_gates(storage.gate_scale[row]));
+    auto& gradients = storage.gradients;
+    const uint4 gates = gradients[0][0][r][threadIdx.x], ups = gradients[0][1][r][threadIdx.x];
     float weight_grad = 0.0f;
-    uint4 gate_gradients[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint4& slot = storage.grad[half][r][threadIdx.x];
-      const GateUp<__nv_fp8_e4m3> in = storage.gate_up(r, half);
-      const SwigluGradients result = bounded ? differentiate<true, kWeighted>(in, {slot}, weight)
-                                             : differentiate<false, kWeighted>(in, {slot}, weight);
-      gate_gradients[half] = result.gate.words;
-      slot = result.up.words;
+      const SwigluGradients result = storage.template differentiate_octet<kFused, kWeighted>(r, half, gates, ups);
+      gradients[0][half][r][threadIdx.x] = result.gate.words;
+      gradients[1][half][r][threadIdx.x] = result.up.words;
       if constexpr (kWithProduct) storage.product[half][r][threadIdx.x] = result.product.words;
       weight_grad += result.weight;
       __syncwarp();  // keeps the halves apart, which need too many registers together
     }
-    storage.gate[r][threadIdx.x] = gate_gradients[0];
-    storage.up[r][threadIdx.x] = gate_gradients[1];
-    if (kWeighted) write_weight_grad<8>(params, place, row, weight_grad);
+    if (kWeighted) write_weight_grad<8>(params, place, wide_row(threadIdx.x) + r, weight_grad);
   }
 }
 
-__device__ __forceinline__ void load_wide(WideOctets& octets, const WideBackwardInputs::Slots& first,
-                                          const WideBackwardInputs::Slots& second) {
+__device__ __forceinline__ void load_wide(WideOctets& octets, const WideSlots (&halves)[2]) {
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    octets[r][0].words = first[r][threadIdx.x];
-    octets[r][1].words = second[r][threadIdx.x];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) octets[r][half].words = halves[half][r][threadIdx.x];
   }
 }
 
@@ -108,15 +126,14 @@ __device__ __forceinline__ void write_wide_gradients(const SwigluBackwardParams&
   WideOctets octets;
 #pragma unroll 1  // one code for both gradients
   for (int part = 0; part < 2; ++part) {
-    load_wide(octets, part == 0 ? storage.gate : storage.grad[0], part == 0 ? storage.up : storage.grad[1]);
-    write_wide_tile<true, false>(params.out, place, octets, storage.tile(), storage.columns);
+    load_wide(octets, storage.gradients[part]);
+    place = write_wide_tile<true>(params.out, place, octets, storage.tile(), storage.columns);
     place.first_column += params.in.hidden;
   }
   if constexpr (kWithProduct) {
-    const QuantOutput out = product_output(params);
     place.first_column -= 2 * params.in.hidden;
-    load_wide(octets, storage.product[0], storage.product[1]);
-    write_wide_tile<false, false>(out, place, octets, storage.tile(), storage.columns);
+    load_wide(octets, storage.product);
+    write_wide_tile<false>(product_output(params), place, octets, storage.tile(), storage.columns);
   }
 }
 
@@ -125,13 +142,14 @@ __global__ void __launch_bounds__(kWideThreads, kWithProduct ? 2 : 3)
     swiglu_fp8_backward_kernel(const SwigluBackwardParams params) {
   extern __shared__ uint4 dynamic_storage[];
   auto& storage = *reinterpret_cast<WideBackwardStorage<kWithProduct>*>(dynamic_storage);
-  const TilePlace place = tile_of_block(params.groups, params.out.num_rows, params.in.hidden);
+  const TilePlace place = tile_of_block(params.groups, params.out.num_rows);
   if (place.rows.written == 0) return;  // past the last group
   storage.copy_inputs(params, place);
-  copy_async_wait<0>();
-  __syncwarp();
-
-  differentiate_wide<kWithProduct, kWeighted>(params, place, storage);
+  if (storage.template fuse_factors<kWeighted>(place)) {
+    differentiate_wide<true, kWithProduct, kWeighted>(params, place, storage);
+  } else {
+    differentiate_wide<false, kWithProduct, kWeighted>(params, place, storage);
+  }
   write_wide_gradients<kWithProduct>(params, place, storage);
 }
 

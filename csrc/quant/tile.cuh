@@ -94,13 +94,15 @@ struct TilePlace {
   __device__ __forceinline__ int rows_to_write() const { return rows.written - row_in_tile(); }
 };
 
-// Where the threads of a block find the scales of its 128 columns.
-// That of a block, of 128 columns of num_columns and 128 rows.
-__device__ __forceinline__ TilePlace tile_of_block(const RowGroups& groups, int64_t num_rows, int num_columns) {
-  const BlockPosition block(blockIdx.x, num_columns, kTile);
-  return {block.row * kTile, block.column * kTile, count_rows(groups, block.row * kTile, num_rows, kTile)};
+// That of a block in a grid of tile_grid: row tiles of a band, column tiles, bands. Without rows past the last.
+__device__ __forceinline__ TilePlace tile_of_block(const RowGroups& groups, int64_t num_rows) {
+  const int64_t first_row = (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * kTile;
+  const int first_column = static_cast<int>(blockIdx.y) * kTile;
+  if (first_row >= num_rows) return {first_row, first_column, {0, 0}};
+  return {first_row, first_column, count_rows(groups, first_row, num_rows, kTile)};
 }
 
+// Where the threads of a block find the scales of its 128 columns.
 template <typename Element>
 struct ColumnScales {
   alignas(16) typename Octet<Element>::Pattern warp_amax[kTileWarps][kTile];

@@ -16,95 +16,110 @@ constexpr int kWideWarps = kWideThreads / 32;
 __device__ __forceinline__ int wide_row(unsigned thread) { return thread / 8 * kRowsPerThread; }
 __device__ __forceinline__ int wide_column(unsigned thread) { return thread % 8 * 16; }
 
-// Of row lane % 4 of the eight lanes that share four rows, by the exchange of shared_amax on pairs of magnitudes.
-__device__ __forceinline__ uint32_t wide_amax(const WideOctets& octets) {
-  const bool upper_half = threadIdx.x & 2, odd = threadIdx.x & 1;
-  uint32_t rows[kRowsPerThread], pair[2];
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    rows[r] = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) rows[r] = BFloat16Octet::larger(rows[r], octets[r][i / 4].patterns(i % 4));
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t received = __shfl_xor_sync(~0u, upper_half ? rows[i] : rows[i + 2], 2);
-    pair[i] = BFloat16Octet::larger(upper_half ? rows[i + 2] : rows[i], received);
-  }
-  const uint32_t received = __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1);
-  uint32_t magnitudes = BFloat16Octet::larger(odd ? pair[1] : pair[0], received);
-  magnitudes = BFloat16Octet::larger(magnitudes, __shfl_xor_sync(~0u, magnitudes, 4));
-  return max(magnitudes << 16, magnitudes & 0xffff0000u);
-}
+// Of a thread's rows and of its pairs of columns, as patterns.
+struct WideMagnitudes {
+  uint32_t rows[kRowsPerThread], columns[8];
 
-// A thread's four rows from `row`, `rows_left` of which exist, from `column`; kWhole: all of them do.
-template <bool kWhole>
+  __device__ __forceinline__ explicit WideMagnitudes(const WideOctets& octets) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t pair = octets[r][i / 4].patterns(i % 4);
+        rows[r] = i == 0 ? pair : BFloat16Octet::larger(rows[r], pair);
+        columns[i] = r == 0 ? pair : BFloat16Octet::larger(columns[i], pair);
+      }
+    }
+  }
+
+  // Of row lane % 4 of the eight lanes that share four rows, by the exchange of shared_amax.
+  __device__ __forceinline__ uint32_t row_amax() const {
+    const unsigned thread = thread_idx_read_here();  // in a loop, too, nothing of it is kept
+    const bool upper_half = thread & 2, odd = thread & 1;
+    uint32_t pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t received = __shfl_xor_sync(~0u, upper_half ? rows[i] : rows[i + 2], 2);
+      pair[i] = BFloat16Octet::larger(upper_half ? rows[i + 2] : rows[i], received);
+    }
+    const uint32_t received = __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1);
+    uint32_t largest = BFloat16Octet::larger(odd ? pair[1] : pair[0], received);
+    largest = BFloat16Octet::larger(largest, __shfl_xor_sync(~0u, largest, 4));
+    return max(largest << 16, largest & 0xffff0000u);
+  }
+
+  // Four lanes share sixteen columns: they exchange halves, so that each ends with four columns of its warp's 16 rows.
+  __device__ __forceinline__ void write_columns(uint16_t (&warp_amax)[kTile]) const {
+    const unsigned thread = thread_idx_read_here();
+    const bool upper = thread & 16, odd = thread & 8;
+    uint32_t half[4], quarter[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t received = __shfl_xor_sync(~0u, upper ? columns[i] : columns[i + 4], 16);
+      half[i] = BFloat16Octet::larger(upper ? columns[i + 4] : columns[i], received);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t received = __shfl_xor_sync(~0u, odd ? half[i] : half[i + 2], 8);
+      quarter[i] = BFloat16Octet::larger(odd ? half[i + 2] : half[i], received);
+    }
+    uint16_t* target = &warp_amax[wide_column(thread) + (upper ? 8 : 0) + (odd ? 4 : 0)];
+    *reinterpret_cast<uint2*>(target) = make_uint2(quarter[0], quarter[1]);
+  }
+};
+
+// A thread's four rows from `row`, `rows_left` of which exist, from `column`.
 struct WideRows {
   const QuantOutput& out;
   int64_t row;
   int column, rows_left;
 
-  // Writes scales and yields their inverses.
-  __device__ __forceinline__ void scale(const WideOctets& octets, float (&inverse)[kRowsPerThread]) const {
-    const TileScale scale = tile_scale(wide_amax(octets), out.scale_mask);
-    const int row_of_scale = threadIdx.x % 8, tile = column / kTile;
-    if (row_of_scale < (kWhole ? kRowsPerThread : min(rows_left, kRowsPerThread))) {
+  // Writes scales and yields the inverse of that of row lane % 4.
+  __device__ __forceinline__ float scale(const WideMagnitudes& magnitudes) const {
+    const TileScale scale = tile_scale(magnitudes.row_amax(), out.scale_mask);
+    const int row_of_scale = thread_idx_read_here() % 8, tile = column / kTile;
+    if (row_of_scale < min(rows_left, kRowsPerThread)) {
       out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
     }
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) inverse[r] = __shfl_sync(~0u, scale.inverse, r, kRowsPerThread);
+    return scale.inverse;
   }
 
   __device__ __forceinline__ void write(int r, const uint4& codes) const {
-    if (kWhole || r < rows_left) *reinterpret_cast<uint4*>(out.data + (row + r) * out.num_columns + column) = codes;
+    if (r < rows_left) *reinterpret_cast<uint4*>(out.data + (row + r) * out.num_columns + column) = codes;
   }
 };
+
+// From the lanes of the rows to all that share them.
+__device__ __forceinline__ void share_inverse(float own, float (&inverse)[kRowsPerThread]) {
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) inverse[r] = __shfl_sync(~0u, own, r, kRowsPerThread);
+}
 
 struct WideColumnScales {
   alignas(16) uint16_t warp_amax[kWideWarps][kTile];
   alignas(16) float inverse[kTile];
+  TilePlace place;  // while the columns are reduced, which needs the registers
 };
 
-// Four lanes share sixteen columns: they exchange halves, so that each ends with four columns of its warp's 16 rows.
-__device__ __forceinline__ void write_warp_amax(const WideOctets& octets, WideColumnScales& storage) {
-  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
-  uint32_t words[8], half[4], quarter[2];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    words[i] = octets[0][i / 4].patterns(i % 4);
-#pragma unroll
-    for (int r = 1; r < kRowsPerThread; ++r) {
-      words[i] = BFloat16Octet::larger(words[i], octets[r][i / 4].patterns(i % 4));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t received = __shfl_xor_sync(~0u, upper ? words[i] : words[i + 4], 16);
-    half[i] = BFloat16Octet::larger(upper ? words[i + 4] : words[i], received);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t received = __shfl_xor_sync(~0u, odd ? half[i] : half[i + 2], 8);
-    quarter[i] = BFloat16Octet::larger(odd ? half[i + 2] : half[i], received);
-  }
-  uint16_t* target = &storage.warp_amax[threadIdx.x / 32][wide_column(threadIdx.x) + (upper ? 8 : 0) + (odd ? 4 : 0)];
-  *reinterpret_cast<uint2*>(target) = make_uint2(quarter[0], quarter[1]);
-}
-
-// As reduce_columns.
-__device__ __forceinline__ void reduce_wide_columns(const QuantOutput& out, const TilePlace& place,
-                                                    const WideOctets& octets, WideColumnScales& storage) {
-  write_warp_amax(octets, storage);
+// As reduce_columns. Yields `place` again, out of shared memory: registers are short, and the number of those that
+// every block has is what lets four blocks of the forward cast fit an SM.
+__device__ __forceinline__ TilePlace reduce_wide_columns(const QuantOutput& out, const TilePlace& place,
+                                                         const WideMagnitudes& magnitudes, WideColumnScales& storage) {
+  const unsigned thread = thread_idx_read_here();
+  if (thread == 0) storage.place = place;
+  magnitudes.write_columns(storage.warp_amax[thread / 32]);
   __syncthreads();
-  if (threadIdx.x < kTile) {
+  if (thread < kTile) {
     uint32_t magnitude = 0;
 #pragma unroll
-    for (int w = 0; w < kWideWarps; ++w) magnitude = max(magnitude, uint32_t(storage.warp_amax[w][threadIdx.x]));
+    for (int w = 0; w < kWideWarps; ++w) magnitude = max(magnitude, uint32_t(storage.warp_amax[w][thread]));
     const TileScale tile = tile_scale(magnitude << 16, out.scale_mask);
-    storage.inverse[threadIdx.x] = tile.inverse;
-    out.scale_t[place.first_row / kTile * out.scale_t_stride + place.first_column + threadIdx.x] = tile.scale;
+    storage.inverse[thread] = tile.inverse;
+    out.scale_t[place.first_row / kTile * out.scale_t_stride + place.first_column + thread] = tile.scale;
   }
   __syncthreads();
+  const volatile TilePlace& kept = storage.place;
+  return {kept.first_row, kept.first_column, {kept.rows.read, kept.rows.written}};
 }
 
 // Once all threads have left their words there.
@@ -123,47 +138,57 @@ __device__ __forceinline__ void write_wide_columns(const QuantOutput& out, const
 }
 
 // Both forms, or by columns alone. Calls may follow each other with the same storage, as those of write_tile_columns.
-template <bool kWithRows, bool kWhole>
-__device__ __forceinline__ void write_wide_tile(const QuantOutput& out, const TilePlace& place,
-                                                const WideOctets& octets, TransposedTile& tile,
-                                                WideColumnScales& storage) {
-  const unsigned thread = thread_idx_read_here();
-  const WideRows<kWhole> rows{out, place.first_row + wide_row(thread), place.first_column + wide_column(thread),
-                              place.rows.written - wide_row(thread)};
-  float row_inverse[kRowsPerThread];
-  if (kWithRows) rows.scale(octets, row_inverse);
-  reduce_wide_columns(out, place, octets, storage);
+// Yields the place again.
+template <bool kWithRows>
+__device__ __forceinline__ TilePlace write_wide_tile(const QuantOutput& out, const TilePlace& first_place,
+                                                     const WideOctets& octets, TransposedTile& tile,
+                                                     WideColumnScales& storage) {
+  const auto rows_of = [&out](const TilePlace& place) {
+    const unsigned thread = thread_idx_read_here();
+    return WideRows{out, place.first_row + wide_row(thread), place.first_column + wide_column(thread),
+                    place.rows.written - wide_row(thread)};
+  };
+  const WideMagnitudes magnitudes(octets);
+  float own_inverse = 0.0f, row_inverse[kRowsPerThread];
+  if (kWithRows) own_inverse = rows_of(first_place).scale(magnitudes);
+  const TilePlace place = reduce_wide_columns(out, first_place, magnitudes, storage);
+  share_inverse(own_inverse, row_inverse);
 
-  const uint32_t mask = kWhole ? ~0u : row_mask(place.rows.read - wide_row(thread));
+  const unsigned thread = thread_idx_read_here();
+  const uint32_t mask = row_mask(place.rows.read - wide_row(thread));
   uint32_t codes[kRowsPerThread][4];
+  float4 inverses;
 #pragma unroll
-  for (int quad = 0; quad < 4; ++quad) {
-    const float4 inverses = *reinterpret_cast<const float4*>(storage.inverse + wide_column(thread) + quad * 4);
-    const float column_inverse[4] = {inverses.x, inverses.y, inverses.z, inverses.w};
-    float x[kRowsPerThread][4];
+  for (int pair = 0; pair < 8; ++pair) {
+    if (pair % 2 == 0) inverses = *reinterpret_cast<const float4*>(storage.inverse + wide_column(thread) + pair * 2);
+    const float2 column_inverse =
+        pair % 2 == 0 ? make_float2(inverses.x, inverses.y) : make_float2(inverses.z, inverses.w);
+    float2 x[kRowsPerThread];
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[r][i] = octets[r][quad / 2].get(quad % 2 * 4 + i);
+      const BFloat16Octet& octet = octets[r][pair / 4];
+      x[r] = make_float2(octet.get(pair % 4 * 2), octet.get(pair % 4 * 2 + 1));
       if (kWithRows) {
-        codes[r][quad] = pack_e4m3(x[r][0] * row_inverse[r], x[r][1] * row_inverse[r], x[r][2] * row_inverse[r],
-                                   x[r][3] * row_inverse[r]);
+        const uint32_t two = pack_e4m3(x[r].x * row_inverse[r], x[r].y * row_inverse[r]);
+        codes[r][pair / 2] = pair % 2 == 0 ? two : codes[r][pair / 2] | two << 16;
       }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      transposed_word(tile, wide_column(thread) + quad * 4 + i, thread / 8) =
-          mask & pack_e4m3(x[0][i] * column_inverse[i], x[1][i] * column_inverse[i], x[2][i] * column_inverse[i],
-                           x[3][i] * column_inverse[i]);
-    }
+    transposed_word(tile, wide_column(thread) + pair * 2, thread / 8) =
+        mask & pack_e4m3(x[0].x * column_inverse.x, x[1].x * column_inverse.x, x[2].x * column_inverse.x,
+                         x[3].x * column_inverse.x);
+    transposed_word(tile, wide_column(thread) + pair * 2 + 1, thread / 8) =
+        mask & pack_e4m3(x[0].y * column_inverse.y, x[1].y * column_inverse.y, x[2].y * column_inverse.y,
+                         x[3].y * column_inverse.y);
   }
   if (kWithRows) {
+    const WideRows rows = rows_of(place);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       rows.write(r, make_uint4(codes[r][0], codes[r][1], codes[r][2], codes[r][3]));
     }
   }
   write_wide_columns(out, place, tile);
+  return place;
 }
 
 }  // namespace dsv3rt

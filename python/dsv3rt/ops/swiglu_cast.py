@@ -111,8 +111,9 @@ def swiglu_quantize_1x128(
         TypeError: dtype outside the above.
         BackendUnavailableError: CUDA tensor, no extension.
     Numerics: silu(g) = g * (1 / (1 + 2^(-g * log2 e))), zero times g below -80; every operation is rounded to FP32,
-        the product to bf16. Kernel and reference differ where their powers of two do: by one bf16 step at most, and by
-        what follows from it.
+        the product to bf16. Kernel and reference differ where their powers of two do, and of FP8 with F % 128 == 0
+        where the kernel multiplies both scales and the row's weight once a row: by one bf16 step at most, and by what
+        follows from it. The backward pass yields the very product of this one.
     Source: DeepSeek-V3 report (arXiv 2412.19437) sec. 3.3.3.
     """
     op = "swiglu_quantize_1x128"
