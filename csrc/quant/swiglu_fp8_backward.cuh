@@ -127,7 +127,7 @@ __device__ __forceinline__ void write_wide_gradients(const SwigluBackwardParams&
 #pragma unroll 1  // one code for both gradients
   for (int part = 0; part < 2; ++part) {
     load_wide(octets, storage.gradients[part]);
-    place = write_wide_tile<true>(params.out, place, octets, storage.tile(), storage.columns);
+    write_wide_tile<true>(params.out, place, octets, storage.tile(), storage.columns);
     place.first_column += params.in.hidden;
   }
   if constexpr (kWithProduct) {

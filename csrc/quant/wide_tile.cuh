@@ -16,6 +16,11 @@ constexpr int kWideWarps = kWideThreads / 32;
 __device__ __forceinline__ int wide_row(unsigned thread) { return thread / 8 * kRowsPerThread; }
 __device__ __forceinline__ int wide_column(unsigned thread) { return thread % 8 * 16; }
 
+struct WideColumnScales {
+  alignas(16) uint16_t warp_amax[kWideWarps][kTile];
+  alignas(16) float inverse[kTile];
+};
+
 // Of a thread's rows and of its pairs of columns, as patterns.
 struct WideMagnitudes {
   uint32_t rows[kRowsPerThread], columns[8];
@@ -33,8 +38,7 @@ struct WideMagnitudes {
   }
 
   // Of row lane % 4 of the eight lanes that share four rows, by the exchange of shared_amax.
-  __device__ __forceinline__ uint32_t row_amax() const {
-    const unsigned thread = thread_idx_read_here();  // in a loop, too, nothing of it is kept
+  __device__ __forceinline__ uint32_t row_amax(unsigned thread) const {
     const bool upper_half = thread & 2, odd = thread & 1;
     uint32_t pair[2];
 #pragma unroll
@@ -49,8 +53,7 @@ struct WideMagnitudes {
   }
 
   // Four lanes share sixteen columns: they exchange halves, so that each ends with four columns of its warp's 16 rows.
-  __device__ __forceinline__ void write_columns(uint16_t (&warp_amax)[kTile]) const {
-    const unsigned thread = thread_idx_read_here();
+  __device__ __forceinline__ void write_columns(unsigned thread, WideColumnScales& storage) const {
     const bool upper = thread & 16, odd = thread & 8;
     uint32_t half[4], quarter[2];
 #pragma unroll
@@ -63,7 +66,7 @@ struct WideMagnitudes {
       const uint32_t received = __shfl_xor_sync(~0u, odd ? half[i] : half[i + 2], 8);
       quarter[i] = BFloat16Octet::larger(odd ? half[i + 2] : half[i], received);
     }
-    uint16_t* target = &warp_amax[wide_column(thread) + (upper ? 8 : 0) + (odd ? 4 : 0)];
+    uint16_t* target = &storage.warp_amax[thread / 32][wide_column(thread) + (upper ? 8 : 0) + (odd ? 4 : 0)];
     *reinterpret_cast<uint2*>(target) = make_uint2(quarter[0], quarter[1]);
   }
 };
@@ -75,9 +78,9 @@ struct WideRows {
   int column, rows_left;
 
   // Writes scales and yields the inverse of that of row lane % 4.
-  __device__ __forceinline__ float scale(const WideMagnitudes& magnitudes) const {
-    const TileScale scale = tile_scale(magnitudes.row_amax(), out.scale_mask);
-    const int row_of_scale = thread_idx_read_here() % 8, tile = column / kTile;
+  __device__ __forceinline__ float scale(const WideMagnitudes& magnitudes, unsigned thread) const {
+    const TileScale scale = tile_scale(magnitudes.row_amax(thread), out.scale_mask);
+    const int row_of_scale = thread % 8, tile = column / kTile;
     if (row_of_scale < min(rows_left, kRowsPerThread)) {
       out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
     }
@@ -95,19 +98,11 @@ __device__ __forceinline__ void share_inverse(float own, float (&inverse)[kRowsP
   for (int r = 0; r < kRowsPerThread; ++r) inverse[r] = __shfl_sync(~0u, own, r, kRowsPerThread);
 }
 
-struct WideColumnScales {
-  alignas(16) uint16_t warp_amax[kWideWarps][kTile];
-  alignas(16) float inverse[kTile];
-  TilePlace place;  // while the columns are reduced, which needs the registers
-};
-
-// As reduce_columns. Yields `place` again, out of shared memory: registers are short, and the number of those that
-// every block has is what lets four blocks of the forward cast fit an SM.
-__device__ __forceinline__ TilePlace reduce_wide_columns(const QuantOutput& out, const TilePlace& place,
-                                                         const WideMagnitudes& magnitudes, WideColumnScales& storage) {
-  const unsigned thread = thread_idx_read_here();
-  if (thread == 0) storage.place = place;
-  magnitudes.write_columns(storage.warp_amax[thread / 32]);
+// As reduce_columns.
+__device__ __forceinline__ void reduce_wide_columns(const QuantOutput& out, const TilePlace& place,
+                                                    const WideMagnitudes& magnitudes, unsigned thread,
+                                                    WideColumnScales& storage) {
+  magnitudes.write_columns(thread, storage);
   __syncthreads();
   if (thread < kTile) {
     uint32_t magnitude = 0;
@@ -118,8 +113,6 @@ __device__ __forceinline__ TilePlace reduce_wide_columns(const QuantOutput& out,
     out.scale_t[place.first_row / kTile * out.scale_t_stride + place.first_column + thread] = tile.scale;
   }
   __syncthreads();
-  const volatile TilePlace& kept = storage.place;
-  return {kept.first_row, kept.first_column, {kept.rows.read, kept.rows.written}};
 }
 
 // Once all threads have left their words there.
@@ -138,28 +131,24 @@ __device__ __forceinline__ void write_wide_columns(const QuantOutput& out, const
 }
 
 // Both forms, or by columns alone. Calls may follow each other with the same storage, as those of write_tile_columns.
-// Yields the place again.
 template <bool kWithRows>
-__device__ __forceinline__ TilePlace write_wide_tile(const QuantOutput& out, const TilePlace& first_place,
-                                                     const WideOctets& octets, TransposedTile& tile,
-                                                     WideColumnScales& storage) {
-  const auto rows_of = [&out](const TilePlace& place) {
-    const unsigned thread = thread_idx_read_here();
-    return WideRows{out, place.first_row + wide_row(thread), place.first_column + wide_column(thread),
-                    place.rows.written - wide_row(thread)};
-  };
+__device__ __forceinline__ void write_wide_tile(const QuantOutput& out, const TilePlace& place,
+                                                const WideOctets& octets, TransposedTile& tile,
+                                                WideColumnScales& storage) {
+  const unsigned thread = thread_idx_read_here();  // in a loop, too, nothing that follows from it is kept
+  const WideRows rows{out, place.first_row + wide_row(thread), place.first_column + wide_column(thread),
+                      place.rows.written - wide_row(thread)};
   const WideMagnitudes magnitudes(octets);
   float own_inverse = 0.0f, row_inverse[kRowsPerThread];
-  if (kWithRows) own_inverse = rows_of(first_place).scale(magnitudes);
-  const TilePlace place = reduce_wide_columns(out, first_place, magnitudes, storage);
+  if (kWithRows) own_inverse = rows.scale(magnitudes, thread);
+  reduce_wide_columns(out, place, magnitudes, thread, storage);
   share_inverse(own_inverse, row_inverse);
 
-  const unsigned thread = thread_idx_read_here();
   const uint32_t mask = row_mask(place.rows.read - wide_row(thread));
   uint32_t codes[kRowsPerThread][4];
   float4 inverses;
 #pragma unroll
-  for (int pair = 0; pair < 8; ++pair) {
+  for (int pair = 0; pair < 8; ++pair) {  // four columns at once need too many registers
     if (pair % 2 == 0) inverses = *reinterpret_cast<const float4*>(storage.inverse + wide_column(thread) + pair * 2);
     const float2 column_inverse =
         pair % 2 == 0 ? make_float2(inverses.x, inverses.y) : make_float2(inverses.z, inverses.w);
@@ -181,14 +170,12 @@ __device__ __forceinline__ TilePlace write_wide_tile(const QuantOutput& out, con
                          x[3].y * column_inverse.y);
   }
   if (kWithRows) {
-    const WideRows rows = rows_of(place);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       rows.write(r, make_uint4(codes[r][0], codes[r][1], codes[r][2], codes[r][3]));
     }
   }
   write_wide_columns(out, place, tile);
-  return place;
 }
 
 }  // namespace dsv3rt
