@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kWideThreads, kWideBlocks)
   const int row = row_in_wide_block(thread);
   const WideRows rows{out, first_row + row, first_column + column_in_wide_block(thread), counts.written - row};
   float inverse[kRowsPerThread];
-  share_inverse(rows.scale(WideMagnitudes(products), thread), inverse);
+  share_inverse(rows.scale(WideMagnitudes(products)), inverse);
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const uint2 low = quantize_octet(products[r][0], inverse[r]), high = quantize_octet(products[r][1], inverse[r]);

@@ -38,7 +38,8 @@ struct WideMagnitudes {
   }
 
   // Of row lane % 4 of the eight lanes that share four rows, by the exchange of shared_amax.
-  __device__ __forceinline__ uint32_t row_amax(unsigned thread) const {
+  __device__ __forceinline__ uint32_t row_amax() const {
+    const unsigned thread = thread_idx_read_here();
     const bool upper_half = thread & 2, odd = thread & 1;
     uint32_t pair[2];
 #pragma unroll
@@ -78,9 +79,9 @@ struct WideRows {
   int column, rows_left;
 
   // Writes scales and yields the inverse of that of row lane % 4.
-  __device__ __forceinline__ float scale(const WideMagnitudes& magnitudes, unsigned thread) const {
-    const TileScale scale = tile_scale(magnitudes.row_amax(thread), out.scale_mask);
-    const int row_of_scale = thread % 8, tile = column / kTile;
+  __device__ __forceinline__ float scale(const WideMagnitudes& magnitudes) const {
+    const TileScale scale = tile_scale(magnitudes.row_amax(), out.scale_mask);
+    const int row_of_scale = thread_idx_read_here() % 8, tile = column / kTile;
     if (row_of_scale < min(rows_left, kRowsPerThread)) {
       out.scale[tile * out.scale_stride + row + row_of_scale] = scale.scale;
     }
@@ -140,7 +141,7 @@ __device__ __forceinline__ void write_wide_tile(const QuantOutput& out, const Ti
                       place.rows.written - wide_row(thread)};
   const WideMagnitudes magnitudes(octets);
   float own_inverse = 0.0f, row_inverse[kRowsPerThread];
-  if (kWithRows) own_inverse = rows.scale(magnitudes, thread);
+  if (kWithRows) own_inverse = rows.scale(magnitudes);
   reduce_wide_columns(out, place, magnitudes, thread, storage);
   share_inverse(own_inverse, row_inverse);
 
