@@ -13,13 +13,11 @@ unsigned num_blocks(int64_t rows, int columns, int block_rows, int block_columns
   return ceil_div(rows, int64_t(block_rows)) * ceil_div(columns, block_columns);
 }
 
-// Blocks a tile each: those of a band of row tiles come one below the other, bands from left to right. So the pieces of
-// 128 bytes that lie beside each other in the transposed output are written at the same time, and leave the L2
-// together.
+// Of bands, see tile_of_block.
 dim3 tile_grid(int64_t rows, int columns) {
-  constexpr int kBandTiles = 2;
-  const int64_t row_tiles = ceil_div(rows, int64_t(kTile)), band = std::min(row_tiles, int64_t(kBandTiles));
-  return dim3(band, ceil_div(columns, kTile), ceil_div(row_tiles, band));
+  constexpr int64_t kMostBlocks = 65535;  // along y
+  const int64_t bands = ceil_div(rows, int64_t(kBandTiles) * kTile), y = std::min(bands, kMostBlocks);
+  return dim3(kBandTiles * ceil_div(columns, kTile), y, ceil_div(bands, y));
 }
 
 template <class Source>

@@ -94,12 +94,18 @@ struct TilePlace {
   __device__ __forceinline__ int rows_to_write() const { return rows.written - row_in_tile(); }
 };
 
-// That of a block in a grid of tile_grid: row tiles of a band, column tiles, bands. Without rows past the last.
+// Blocks that take a tile each come in bands of row tiles: those of a band one below the other, from left to right. So
+// the pieces of 128 bytes that lie beside each other in the transposed output are written at the same time, and leave
+// the L2 together.
+constexpr int kBandTiles = 2;
+
+// That of a block in a grid of tile_grid. Without rows past the last.
 __device__ __forceinline__ TilePlace tile_of_block(const RowGroups& groups, int64_t num_rows) {
-  const int64_t first_row = (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * kTile;
-  const int first_column = static_cast<int>(blockIdx.y) * kTile;
-  if (first_row >= num_rows) return {first_row, first_column, {0, 0}};
-  return {first_row, first_column, count_rows(groups, first_row, num_rows, kTile)};
+  const int64_t band = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+  TilePlace place{
+      (band * kBandTiles + blockIdx.x % kBandTiles) * kTile, static_cast<int>(blockIdx.x / kBandTiles) * kTile, {0, 0}};
+  if (place.first_row < num_rows) place.rows = count_rows(groups, place.first_row, num_rows, kTile);
+  return place;
 }
 
 // Where the threads of a block find the scales of its 128 columns.

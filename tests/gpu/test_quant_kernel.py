@@ -141,6 +141,19 @@ def test_quantize_1x128_gathers_rows(counts: list[int], columns: int) -> None:
             assert_same_bits(columns_up_to(got[1], used), columns_up_to(want[1], used))
 
 
+def test_quantize_1x128_takes_more_rows_than_a_grid_has() -> None:
+    """Two row tiles a block row, and one more of those than a grid can have along y."""
+    x = torch.randn(65536 * 256, 16, device="cuda").bfloat16()
+    q, q_t = ops.quantize_1x128(x, with_transpose=True)
+    for rows in (slice(0, 256), slice(len(x) - 384, len(x))):
+        want, want_t = ops.quantize_1x128(x[rows].contiguous(), with_transpose=True)
+        tiles = slice(rows.start // 128, rows.stop // 128)
+        assert q.data[rows].view(torch.uint8).equal(want.data.view(torch.uint8))
+        assert q.scale[rows].equal(want.scale)
+        assert q_t.data[:, rows].view(torch.uint8).equal(want_t.data.view(torch.uint8))
+        assert q_t.scale[:, tiles].equal(want_t.scale)
+
+
 def test_quantize_1x128_leaves_rows_past_the_last_group_alone() -> None:
     layout, _, total = random_layout([100, 3], spare=129)
     x = random_rows((total, 256), torch.bfloat16, seed=0)
