@@ -27,7 +27,7 @@ struct GradientFactors {
 constexpr float kLargestFusedGate = 40.0f, kLargestUpScale = 8.0f, kLeastScale = 0x1p-24f;
 constexpr float kLeastInvertible = 0x1p-100f, kLargestInvertible = 0x1p100f;
 
-constexpr int kFactorRows = 16;  // that a warp decides about, whichever of them it works on
+constexpr int kFactorRows = 16;  // of a warp
 
 // In shared memory, of each warp. Whole warps call everything.
 struct WarpFactors {
