@@ -157,8 +157,9 @@ class NormTile {
   }
 
  private:
-  __device__ __forceinline__ int64_t row() const { return place_.first_row + row_in_tile(); }
   static constexpr int kWarpRows = 2 * kRowsPerThread;
+
+  __device__ __forceinline__ int64_t row() const { return place_.first_row + row_in_tile(); }
   // Of this thread's rows, how many exist.
   __device__ __forceinline__ int rows() const { return column_ < params_.out.num_columns ? place_.rows_to_read() : 0; }
 

@@ -16,17 +16,12 @@ struct Activation {
 constexpr float kLowestGate = -80.0f;
 constexpr float kMinusLog2E = -1.4426950408889634f;
 
-// kBounded: no gate lies under kLowestGate, which saves a comparison and a selection an element.
-template <bool kBounded>
 __device__ __forceinline__ Activation activate(float gate) {
   const float x = __fadd_rn(1.0f, exp2_approx(__fmul_rn(gate, kMinusLog2E)));
   const float reciprocal = refine_reciprocal(x, reciprocal_approx(x));
-  const float sigmoid = kBounded || !(gate < kLowestGate) ? reciprocal : 0.0f;
+  const float sigmoid = gate < kLowestGate ? 0.0f : reciprocal;
   return {sigmoid, __fmul_rn(gate, sigmoid)};
 }
-
-// Whether gates of this scale are bounded, as the largest code times the scale bounds them all. Not if it is NaN.
-__device__ __forceinline__ bool scale_bounds_gates(float scale) { return fabsf(scale) * kE4M3Max <= -kLowestGate; }
 
 // Eight neighbouring gates and the eight ups that they belong to.
 template <typename Type>
@@ -103,13 +98,13 @@ struct GateUp<__nv_fp8_e4m3> {
 };
 
 // silu(gate) * up, times the row's weight where kWeighted.
-template <bool kBounded, bool kWeighted, typename Type>
+template <bool kWeighted, typename Type>
 __device__ __forceinline__ Octet<__nv_bfloat16> multiply(const GateUp<Type>& in, float weight) {
   float gates[8], ups[8], products[8];
   in.unpack(gates, ups);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    products[i] = __fmul_rn(activate<kBounded>(gates[i]).silu, ups[i]);
+    products[i] = __fmul_rn(activate(gates[i]).silu, ups[i]);
     if (kWeighted) products[i] = __fmul_rn(products[i], weight);
   }
   return round_octet(products);
@@ -149,7 +144,7 @@ class SwigluSource {
   }
 
   static __device__ __forceinline__ Octet<__nv_bfloat16> octet(const Raw& raw) {
-    return multiply<false, true>(raw.in, raw.weight);
+    return multiply<true>(raw.in, raw.weight);
   }
 
  private:

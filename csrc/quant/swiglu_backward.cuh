@@ -7,47 +7,53 @@
 
 namespace dsv3rt {
 
+struct ElementGradients {
+  float gate, up, product;
+};
+
 // Eight elements of each result, and their part in the gradient of the row's weight.
 struct SwigluGradients {
   Octet<__nv_bfloat16> gate, up, product;
   float weight;
-
-  static __device__ __forceinline__ SwigluGradients of(const uint32_t (&gate)[4], const uint32_t (&up)[4],
-                                                       const uint32_t (&product)[4], float weight) {
-    return {{make_uint4(gate[0], gate[1], gate[2], gate[3])},
-            {make_uint4(up[0], up[1], up[2], up[3])},
-            {make_uint4(product[0], product[1], product[2], product[3])},
-            weight};
-  }
 };
 
-template <bool kBounded, bool kWeighted, typename Type>
-__device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in, const Octet<__nv_bfloat16>& grad,
-                                                         float weight) {
-  float gates[8], ups[8];
-  in.unpack(gates, ups);
-  uint32_t gate_words[4], up_words[4], product_words[4];
-  float weight_grad = 0.0f;
+// element(i): the i-th of the eight.
+template <class Element>
+__device__ __forceinline__ SwigluGradients pack_gradients(Element element) {
+  uint32_t gate[4], up[4], product[4];
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
-    float d_gate[2], d_up[2], product[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float gate = gates[2 * pair + i], up = ups[2 * pair + i], dy = grad.get(2 * pair + i);
-      const Activation a = activate<kBounded>(gate);
-      const float plain = __fmul_rn(a.silu, up), weighted = kWeighted ? __fmul_rn(dy, weight) : dy;
-      // silu' = sigmoid (1 + gate (1 - sigmoid))
-      const float slope = __fmul_rn(a.sigmoid, __fadd_rn(1.0f, __fmul_rn(gate, __fsub_rn(1.0f, a.sigmoid))));
-      product[i] = kWeighted ? __fmul_rn(plain, weight) : plain;
-      d_up[i] = __fmul_rn(weighted, a.silu);
-      d_gate[i] = __fmul_rn(__fmul_rn(weighted, up), slope);
-      if (kWeighted) weight_grad += dy * plain;
-    }
-    gate_words[pair] = pack_bf16(d_gate[0], d_gate[1]);
-    up_words[pair] = pack_bf16(d_up[0], d_up[1]);
-    product_words[pair] = pack_bf16(product[0], product[1]);
+    const ElementGradients first = element(2 * pair), second = element(2 * pair + 1);
+    gate[pair] = pack_bf16(first.gate, second.gate);
+    up[pair] = pack_bf16(first.up, second.up);
+    product[pair] = pack_bf16(first.product, second.product);
   }
-  return SwigluGradients::of(gate_words, up_words, product_words, weight_grad);
+  return {{make_uint4(gate[0], gate[1], gate[2], gate[3])},
+          {make_uint4(up[0], up[1], up[2], up[3])},
+          {make_uint4(product[0], product[1], product[2], product[3])},
+          0.0f};
+}
+
+template <bool kWeighted, typename Type>
+__device__ __forceinline__ SwigluGradients differentiate(const GateUp<Type>& in, const Octet<__nv_bfloat16>& grad,
+                                                         float weight) {
+  float gates[8], ups[8], weight_grad = 0.0f;
+  in.unpack(gates, ups);
+  SwigluGradients result = pack_gradients([&](int i) {
+    const float gate = gates[i], up = ups[i], dy = grad.get(i);
+    const Activation a = activate(gate);
+    const float plain = __fmul_rn(a.silu, up), weighted = kWeighted ? __fmul_rn(dy, weight) : dy;
+    // silu' = sigmoid (1 + gate (1 - sigmoid))
+    const float slope = __fmul_rn(a.sigmoid, __fadd_rn(1.0f, __fmul_rn(gate, __fsub_rn(1.0f, a.sigmoid))));
+    ElementGradients element;
+    element.product = kWeighted ? __fmul_rn(plain, weight) : plain;
+    element.up = __fmul_rn(weighted, a.silu);
+    element.gate = __fmul_rn(__fmul_rn(weighted, up), slope);
+    if (kWeighted) weight_grad += dy * plain;
+    return element;
+  });
+  result.weight = weight_grad;
+  return result;
 }
 
 // What a block keeps in shared memory. Each thread copies the elements that it will read itself, eight to a slot, and
@@ -113,7 +119,7 @@ __device__ __forceinline__ void differentiate_tile(const SwigluBackwardParams& p
     const int row = row_in_tile() + r;
     const float weight = kWeighted ? storage.weight[row] : 1.0f;
     const SwigluGradients gradients =
-        differentiate<false, kWeighted>(storage.gate_up(r), {storage.grad[r][threadIdx.x]}, weight);
+        differentiate<kWeighted>(storage.gate_up(r), {storage.grad[r][threadIdx.x]}, weight);
     storage.up[r][threadIdx.x] = gradients.gate.words;
     storage.grad[r][threadIdx.x] = gradients.up.words;
     if (kWithProduct) storage.gate[r][threadIdx.x] = gradients.product.words;

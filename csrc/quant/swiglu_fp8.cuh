@@ -63,7 +63,7 @@ struct WideCodes {
       multiply_rows([&](const auto& in, int row) { return multiply_codes(in, own.fused[row]); });
     } else {
       multiply_rows(
-          [&](const auto& in, int row) { return multiply<false, kWeighted>(in, kWeighted ? own.weight[row] : 1.0f); });
+          [&](const auto& in, int row) { return multiply<kWeighted>(in, kWeighted ? own.weight[row] : 1.0f); });
     }
   }
 };

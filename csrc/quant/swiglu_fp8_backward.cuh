@@ -16,25 +16,19 @@ __device__ __forceinline__ SwigluGradients differentiate_codes(const GateUp<__nv
                                                                const GradientFactors& factors) {
   float gates[8], ups[8], weight_grad = 0.0f;
   codes.widen(gates, ups);
-  uint32_t gate_words[4], up_words[4], product_words[4];
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-    float d_gate[2], d_up[2], product[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float gate = gates[2 * pair + i], up = ups[2 * pair + i], dy = grad.get(2 * pair + i);
-      const float scaled = fused_sigmoid(gate, row), common = __fmul_rn(dy, scaled);
-      const float rest = __fmaf_rn(-scaled, factors.weighted_up_inverse, factors.gate_scale);
-      product[i] = __fmul_rn(__fmul_rn(gate, up), scaled);
-      d_up[i] = __fmul_rn(common, __fmul_rn(gate, factors.up_inverse));
-      d_gate[i] = __fmul_rn(__fmul_rn(common, __fmul_rn(up, factors.gate_inverse)), __fmaf_rn(gate, rest, 1.0f));
-      if (kWeighted) weight_grad += dy * product[i];
-    }
-    gate_words[pair] = pack_bf16(d_gate[0], d_gate[1]);
-    up_words[pair] = pack_bf16(d_up[0], d_up[1]);
-    product_words[pair] = pack_bf16(product[0], product[1]);
-  }
-  return SwigluGradients::of(gate_words, up_words, product_words, weight_grad);
+  SwigluGradients result = pack_gradients([&](int i) {
+    const float gate = gates[i], up = ups[i], dy = grad.get(i);
+    const float scaled = fused_sigmoid(gate, row), common = __fmul_rn(dy, scaled);
+    const float rest = __fmaf_rn(-scaled, factors.weighted_up_inverse, factors.gate_scale);
+    ElementGradients element;
+    element.product = __fmul_rn(__fmul_rn(gate, up), scaled);
+    element.up = __fmul_rn(common, __fmul_rn(gate, factors.up_inverse));
+    element.gate = __fmul_rn(__fmul_rn(common, __fmul_rn(up, factors.gate_inverse)), __fmaf_rn(gate, rest, 1.0f));
+    if (kWeighted) weight_grad += dy * element.product;
+    return element;
+  });
+  result.weight = weight_grad;
+  return result;
 }
 
 // What a block keeps in shared memory. Each thread copies the elements that it will read itself, so that no barrier is
@@ -82,7 +76,7 @@ struct WideBackwardStorage {
     const int row = wide_row(threadIdx.x) % kFactorRows + r;
     const GateUp<__nv_fp8_e4m3> in = octet_of_codes(gates, ups, half, own, row);
     const Octet<__nv_bfloat16> dy{gradients[1][half][r][threadIdx.x]};
-    if constexpr (!kFused) return differentiate<false, kWeighted>(in, dy, kWeighted ? own.weight[row] : 1.0f);
+    if constexpr (!kFused) return differentiate<kWeighted>(in, dy, kWeighted ? own.weight[row] : 1.0f);
     const GradientFactors& gradient = gradient_factors[threadIdx.x / 32][row];
     SwigluGradients result = differentiate_codes<kWeighted>(in, dy, own.fused[row], gradient);
     if (kWeighted) result.weight *= __fmul_rn(own.up_scale[row], gradient.weighted_up_inverse);

@@ -86,9 +86,6 @@ struct TilePlace {
   int first_column;
   RowCounts rows;
 
-  __device__ __forceinline__ bool is_whole(int num_columns) const {
-    return rows.read == kTile && first_column + kTile <= num_columns;
-  }
   // Of this thread's rows, counted from its first.
   __device__ __forceinline__ int rows_to_read() const { return rows.read - row_in_tile(); }
   __device__ __forceinline__ int rows_to_write() const { return rows.written - row_in_tile(); }
