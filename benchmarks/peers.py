@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import TypeVar
 
 import torch
 
+from benchmarks.shapes import Batch, Matrix
 from benchmarks.timing import Peer
 
 Shape = TypeVar("Shape")
+Sized = TypeVar("Sized", Matrix, Batch, Matrix | Batch)
 CHAINS = ["torch_eager", "torch_compile"]
 
 
@@ -31,6 +34,17 @@ def copy_of(num_bytes: float) -> Peer:
     source = torch.randint(0, 256, (int(num_bytes) // 2,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return Peer("copy_of_this_size", lambda: target.copy_(source), work=2.0 * source.numel())
+
+
+def beside_copies(shapes: Sequence[Sized]) -> list[tuple[Sized, str]]:
+    """Every shape beside a long copy, and those of some hundred megabytes or less also beside one of their size."""
+    small = [shape for shape in shapes if prod(shape.sizes) <= 2**25]
+    return [*((shape, "copy") for shape in shapes), *((shape, "copy_of_this_size") for shape in small)]
+
+
+def copy_beside(name: str, copy_peer: Peer, num_bytes: float) -> Peer:
+    """The peer that `beside_copies` names."""
+    return copy_peer if name == "copy" else copy_of(num_bytes)
 
 
 def empty_kernel() -> Peer:

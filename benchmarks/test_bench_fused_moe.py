@@ -155,22 +155,44 @@ def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int, 
     )
 
 
-SMALL = ["route", "balance_loss", "place"]
+class SmallOps:
+    """Those whose bytes would take 1 to 10 us: what each moves, and how it is run."""
+
+    NAMES = ("route", "route, backward", "balance_loss", "balance_loss, backward", "place")
+
+    def __init__(self, tokens: int) -> None:
+        logits, routing = routed(tokens)
+        bias = torch.zeros(EXPERTS, device="cuda")
+        ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
+        scores, idx = routing.scores_TE, routing.idx_TK
+        _, slope = balance._balance_loss(scores, idx, ends, ALPHA)
+        weight_grad, one = torch.rand_like(routing.weight_TK), torch.ones((), device="cuda")
+        row, choices = 4 * EXPERTS, 8 * TOP_K
+        self.runs: dict[str, tuple[int, Callable[[], object]]] = {
+            "route": (
+                2 * row + choices + 4 * TOP_K,
+                lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
+            ),
+            "route, backward": (
+                2 * row + choices + 4 * TOP_K,
+                lambda: torch.ops.dsv3rt.route_backward(weight_grad, None, scores, idx, True, 2.5, True),
+            ),
+            "balance_loss": (row + choices, lambda: balance._balance_loss(scores, idx, ends, ALPHA)),
+            "balance_loss, backward": (2 * row, lambda: balance._balance_loss_backward(one, scores, slope, ends)),
+            "place": (2 * choices, lambda: ops.place(idx, num_experts=EXPERTS)),
+        }
 
 
+@pytest.mark.parametrize("peer", ["empty_kernel", "copy_of_this_size"])
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("op", SMALL)
-def test_bench_small_kernels_beside_an_empty_one(versus: Versus, tokens: int, op: str) -> None:
-    """Their bytes would take 1 to 10 us."""
-    logits, routing = routed(tokens)
-    bias = torch.zeros(EXPERTS, device="cuda")
-    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
-    run = {
-        "route": lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
-        "balance_loss": lambda: balance._balance_loss(routing.scores_TE, routing.idx_TK, ends, ALPHA),
-        "place": lambda: ops.place(routing.idx_TK, num_experts=EXPERTS),
-    }[op]
-    versus(Case(op, f"{tokens}x{EXPERTS}", "us"), run, empty_kernel())
+@pytest.mark.parametrize("op", SmallOps.NAMES)
+def test_bench_small_ops_beside_a_copy_and_an_empty_kernel(versus: Versus, tokens: int, op: str, peer: str) -> None:
+    bytes_a_token, run = SmallOps(tokens).runs[op]
+    shape, moved = f"{tokens}x{EXPERTS}", tokens * bytes_a_token
+    if peer == "empty_kernel":
+        versus(Case(op, shape, "us"), run, empty_kernel())
+    else:
+        versus(Case(op, shape, "gbps", moved), run, copy_of(moved))
 
 
 def test_bench_permute_fp8_beside_a_copy_of_its_size(versus: Versus) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.peers import beside_copies, copy_beside
 from benchmarks.shapes import ACTIVATIONS, EXPERTS, PRODUCTS, WEIGHTS, Batch, Matrix
 from benchmarks.timing import Case, Peer
 from dsv3rt import ops
@@ -18,37 +19,41 @@ Versus = Callable[..., dict[str, Any]]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("with_transpose", [False, True], ids=["rows", "both"])
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(("shape", "peer"), beside_copies(ACTIVATIONS), ids=str)
 def test_bench_quantize_1x128(
-    versus: Versus, copy_peer: Peer, shape: Matrix, with_transpose: bool, dtype: torch.dtype
+    versus: Versus, copy_peer: Peer, shape: Matrix, peer: str, with_transpose: bool, dtype: torch.dtype
 ) -> None:
     x = torch.randn((shape.rows, shape.columns), device="cuda").to(dtype)
     name = f"quantize_1x128 {'and transpose ' if with_transpose else ''}from {str(dtype).removeprefix('torch.')}"
     work = shape.quantize_bytes(element_bytes=dtype.itemsize, with_transpose=with_transpose)
     versus(
-        Case(name, str(shape), "gbps", work), lambda: ops.quantize_1x128(x, with_transpose=with_transpose), copy_peer
+        Case(name, str(shape), "gbps", work),
+        lambda: ops.quantize_1x128(x, with_transpose=with_transpose),
+        copy_beside(peer, copy_peer, work),
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("with_transpose", [False, True], ids=["rows", "both"])
-@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize(("shape", "peer"), beside_copies(WEIGHTS), ids=str)
 def test_bench_quantize_128x128(
-    versus: Versus, copy_peer: Peer, shape: Matrix, with_transpose: bool, dtype: torch.dtype
+    versus: Versus, copy_peer: Peer, shape: Matrix, peer: str, with_transpose: bool, dtype: torch.dtype
 ) -> None:
     w = torch.randn((shape.rows, shape.columns), device="cuda").to(dtype)
     name = f"quantize_128x128 {'and transpose ' if with_transpose else ''}from {str(dtype).removeprefix('torch.')}"
     work = shape.quantize_blocks_bytes(element_bytes=dtype.itemsize, with_transpose=with_transpose)
     versus(
-        Case(name, str(shape), "gbps", work), lambda: ops.quantize_128x128(w, with_transpose=with_transpose), copy_peer
+        Case(name, str(shape), "gbps", work),
+        lambda: ops.quantize_128x128(w, with_transpose=with_transpose),
+        copy_beside(peer, copy_peer, work),
     )
 
 
-@pytest.mark.parametrize("shape", [*WEIGHTS, EXPERTS], ids=str)
-def test_bench_transpose_128x128(versus: Versus, copy_peer: Peer, shape: Matrix | Batch) -> None:
+@pytest.mark.parametrize(("shape", "peer"), beside_copies([*WEIGHTS, EXPERTS]), ids=str)
+def test_bench_transpose_128x128(versus: Versus, copy_peer: Peer, shape: Matrix | Batch, peer: str) -> None:
     q = ops.quantize_128x128(torch.randn(shape.sizes, device="cuda").bfloat16())
     case = Case("transpose_128x128", str(shape), "gbps", 2 * q.data.numel())
-    versus(case, lambda: ops.transpose_128x128(q), copy_peer)
+    versus(case, lambda: ops.transpose_128x128(q), copy_beside(peer, copy_peer, case.work))
 
 
 @pytest.mark.parametrize("shape", [*WEIGHTS, EXPERTS], ids=str)
@@ -60,9 +65,9 @@ def test_bench_transpose_128x128_beside_torch(versus: Versus, shape: Matrix | Ba
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("with_transpose", [False, True], ids=["rows", "both"])
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize(("shape", "peer"), beside_copies(PRODUCTS), ids=str)
 def test_bench_swiglu_quantize_1x128(
-    versus: Versus, copy_peer: Peer, shape: Matrix, with_transpose: bool, fp8: bool
+    versus: Versus, copy_peer: Peer, shape: Matrix, peer: str, with_transpose: bool, fp8: bool
 ) -> None:
     gate_up = torch.randn((shape.rows, 2 * shape.columns), device="cuda").bfloat16()
     x = ops.quantize_1x128(gate_up) if fp8 else gate_up
@@ -71,15 +76,15 @@ def test_bench_swiglu_quantize_1x128(
     versus(
         Case(name, str(shape), "gbps", work),
         lambda: ops.swiglu_quantize_1x128(x, with_transpose=with_transpose),
-        copy_peer,
+        copy_beside(peer, copy_peer, work),
     )
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("with_product", [False, True], ids=["gradients", "product"])
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize(("shape", "peer"), beside_copies(PRODUCTS), ids=str)
 def test_bench_swiglu_backward_quantize_1x128(
-    versus: Versus, copy_peer: Peer, shape: Matrix, with_product: bool, fp8: bool
+    versus: Versus, copy_peer: Peer, shape: Matrix, peer: str, with_product: bool, fp8: bool
 ) -> None:
     gate_up = torch.randn((shape.rows, 2 * shape.columns), device="cuda").bfloat16()
     x = ops.quantize_1x128(gate_up) if fp8 else gate_up
@@ -89,7 +94,7 @@ def test_bench_swiglu_backward_quantize_1x128(
     versus(
         Case(name, str(shape), "gbps", work),
         lambda: ops.swiglu_backward_quantize_1x128(x, grad, with_product=with_product),
-        copy_peer,
+        copy_beside(peer, copy_peer, work),
     )
 
 

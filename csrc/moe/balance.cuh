@@ -1,7 +1,8 @@
 // The sequence-wise balance loss. A block adds up a part of a sequence, the last block of a sequence its parts, the
-// last sequence all of them: every sum has its order, whoever makes it. A token's gradient needs its sequence's slopes
-// and two sums over its scores.
+// last sequence all of them: every sum has its order, whoever makes it.
 #pragma once
+
+#include <cuda/atomic>
 
 #include "hopper/barrier.cuh"
 #include "moe/params.h"
@@ -9,8 +10,9 @@
 
 namespace dsv3rt {
 
-constexpr int kBalanceThreads = 1024;
+constexpr int kBalanceThreads = 512;
 constexpr int kBalanceWarps = kBalanceThreads / 32;
+static_assert(kBalanceThreads >= kMaxExperts);
 
 struct Span {
   int begin, end;
@@ -22,15 +24,13 @@ struct Span {
   }
 };
 
-// What a block adds up: a row a warp; then, of a sequence, a row a group of threads.
 template <int kPerLane>
 struct BalanceSums {
   static constexpr int kExperts = 32 * kPerLane;
-  static constexpr int kGroups = kBalanceThreads / kExperts;
-  static constexpr int kTokensInFlight = kPerLane >= 16 ? 1 : kPerLane == 8 ? 2 : 4;  // of a warp
 
-  float shares[kBalanceWarps][kExperts];
-  int loads[kGroups][kExperts];  // the first of a part
+  alignas(16) float shares[kBalanceWarps][kExperts];
+  int loads[kBalanceWarps][kExperts];  // the first of a part
+  float warp_sums[kBalanceWarps];
 };
 
 template <int kPerLane>
@@ -43,10 +43,10 @@ __device__ __forceinline__ void add_token(const float (&score)[kPerLane], int ex
   if (expert >= 0 && __ffs(same) - 1 == lane_idx()) atomicAdd(&loads[expert], 1);
 }
 
-template <int kPerLane>
+template <int kWidth, int kPerLane>
 __device__ __forceinline__ void add_part(const BalanceParams& params, const Span& span, int part,
                                          BalanceSums<kPerLane>& sums) {
-  constexpr int kTokensInFlight = BalanceSums<kPerLane>::kTokensInFlight;
+  constexpr int kTokensInFlight = kPerLane > 8 ? 1 : kPerLane == 8 && kWidth == 1 ? 2 : 4;  // of a warp
   const int length = (span.end - span.begin + params.num_parts - 1) / params.num_parts;
   const int begin = span.begin + min(part * length, span.end - span.begin), end = min(begin + length, span.end);
   float share[kPerLane] = {};
@@ -56,7 +56,7 @@ __device__ __forceinline__ void add_part(const BalanceParams& params, const Span
 #pragma unroll
     for (int i = 0; i < kTokensInFlight; ++i) {
       const int t = first + i * kBalanceWarps;
-      load_row(params.scores + int64_t(t) * params.num_experts, t < end ? params.num_experts : 0, score[i]);
+      load_row<kWidth>(params.scores + int64_t(t) * params.num_experts, t < end ? params.num_experts : 0, score[i]);
       expert[i] = t < end ? choice_of(params.idx, t, params.top_k, params.num_experts) : -1;
     }
 #pragma unroll
@@ -64,10 +64,10 @@ __device__ __forceinline__ void add_part(const BalanceParams& params, const Span
       if (first + i * kBalanceWarps < end) add_token(score[i], expert[i], share, sums.loads[0]);
     }
   }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) sums.shares[warp_idx()][lane_idx() + 32 * i] = share[i];
+  store_row<kWidth>(sums.shares[warp_idx()], 32 * kPerLane, share);
   __syncthreads();
-  for (int e = threadIdx.x; e < params.num_experts; e += kBalanceThreads) {
+  const int e = threadIdx.x;
+  if (e < params.num_experts) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kBalanceWarps; ++w) sum += sums.shares[w][e];
@@ -79,32 +79,13 @@ __device__ __forceinline__ void add_part(const BalanceParams& params, const Span
 // Whether this block is the last of `count` to ask; if it is, it sees what all of them wrote before. Every thread of
 // the block calls it.
 __device__ __forceinline__ bool is_last(int32_t* ticket, int count) {
-  __threadfence();
   __syncthreads();
-  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(ticket, 1) == count - 1);
-  __threadfence();
-  return last;
-}
-
-// The shares and loads of all parts of a sequence, by groups of threads that take neighbouring parts.
-template <int kPerLane>
-__device__ __forceinline__ void add_parts(const BalanceParams& params, int sequence, BalanceSums<kPerLane>& sums) {
-  using Sums = BalanceSums<kPerLane>;
-  const int e = threadIdx.x % Sums::kExperts, group = threadIdx.x / Sums::kExperts;
-  const int length = (params.num_parts + Sums::kGroups - 1) / Sums::kGroups;
-  const int end = min((group + 1) * length, params.num_parts);
-  float share = 0.0f;
-  int load = 0;
-  if (e < params.num_experts) {
-    const int64_t first = int64_t(sequence) * params.num_parts * params.num_experts + e;
-#pragma unroll 16
-    for (int part = group * length; part < end; ++part) {
-      share += __ldcg(params.share_parts + first + int64_t(part) * params.num_experts);
-      load += __ldcg(params.load_parts + first + int64_t(part) * params.num_experts);
-    }
+  bool last = false;
+  if (threadIdx.x == 0) {
+    const cuda::atomic_ref<int32_t, cuda::thread_scope_device> asked(*ticket);
+    last = asked.fetch_add(1, cuda::memory_order_acq_rel) == count - 1;
   }
-  sums.shares[group][e] = share;
-  sums.loads[group][e] = load;
+  return __syncthreads_or(last);
 }
 
 // How many sequences have tokens. Every thread of the block calls it.
@@ -122,37 +103,57 @@ __device__ __forceinline__ int count_sequences(const BalanceParams& params) {
   return count;
 }
 
-// Slopes and loss of a sequence, from its parts.
+// The share and the load of expert threadIdx.x in a sequence, from all parts of it, by groups of threads that take
+// neighbouring parts. Every thread of the block calls it; those past the experts get zeros.
 template <int kPerLane>
-__device__ __forceinline__ void finish_sequence(const BalanceParams& params, int sequence,
-                                                BalanceSums<kPerLane>& sums) {
-  __shared__ float warp_sums[kBalanceWarps];
-  add_parts(params, sequence, sums);
-  const int sequences_with_tokens = count_sequences(params);  // and a barrier
-  const Span span(params.cu_seqlens, sequence, params.num_tokens);
+__device__ __forceinline__ void add_parts(const BalanceParams& params, int sequence, BalanceSums<kPerLane>& sums,
+                                          float& share, int& load) {
+  constexpr int kExperts = BalanceSums<kPerLane>::kExperts;
+  constexpr int kGroups = kBalanceThreads / kExperts;
+  const int e = threadIdx.x % kExperts, group = threadIdx.x / kExperts;
+  const int length = (params.num_parts + kGroups - 1) / kGroups;
+  const int end = min((group + 1) * length, params.num_parts);
+  share = 0.0f;
+  load = 0;
+  if (e < params.num_experts) {
+    const int64_t first = int64_t(sequence) * params.num_parts * params.num_experts + e;
+#pragma unroll 16
+    for (int part = group * length; part < end; ++part) {
+      share += __ldcg(params.share_parts + first + int64_t(part) * params.num_experts);
+      load += __ldcg(params.load_parts + first + int64_t(part) * params.num_experts);
+    }
+  }
+  if constexpr (kGroups > 1) {
+    sums.shares[group][e] = share;
+    sums.loads[group][e] = load;
+    __syncthreads();
+    if (group > 0) share = 0.0f, load = 0;
+    for (int other = 1; group == 0 && other < kGroups; ++other) {
+      share += sums.shares[other][e];
+      load += sums.loads[other][e];
+    }
+  }
+}
+
+// Slopes and loss of a sequence. Every thread of the block calls it.
+template <int kPerLane>
+__device__ __forceinline__ void finish_sequence(const BalanceParams& params, int sequence, const Span& span,
+                                                int sequences_with_tokens, BalanceSums<kPerLane>& sums) {
+  float share;
+  int load;
+  add_parts(params, sequence, sums, share, load);
   const float length = max(span.end - span.begin, 1);
   const float factor = params.alpha / static_cast<float>(max(sequences_with_tokens, 1)) / length;
   const float per_choice = static_cast<float>(params.num_experts) / static_cast<float>(params.top_k);
+  const float slope = static_cast<float>(load) * per_choice / length * factor;
   const int e = threadIdx.x;
-  float term = 0.0f;
-  if (e < params.num_experts) {
-    float share = 0.0f;
-    int load = 0;
-#pragma unroll
-    for (int group = 0; group < BalanceSums<kPerLane>::kGroups; ++group) {
-      share += sums.shares[group][e];
-      load += sums.loads[group][e];
-    }
-    const float slope = static_cast<float>(load) * per_choice / length * factor;
-    params.slope[int64_t(sequence) * params.num_experts + e] = slope;
-    term = slope * share;
-  }
-  const float sum = warp_sum(term);
-  if (lane_idx() == 0) warp_sums[warp_idx()] = sum;
+  if (e < params.num_experts) params.slope[int64_t(sequence) * params.num_experts + e] = slope;
+  const float sum = warp_sum(slope * share);
+  if (lane_idx() == 0) sums.warp_sums[warp_idx()] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
     float loss = 0.0f;
-    for (int w = 0; w < kBalanceWarps; ++w) loss += warp_sums[w];
+    for (int w = 0; w < kBalanceWarps; ++w) loss += sums.warp_sums[w];
     params.sequence_loss[sequence] = loss;
   }
 }
@@ -165,52 +166,21 @@ __device__ __forceinline__ void add_sequences(const BalanceParams& params) {
   if (lane_idx() == 0) *params.loss = sum;
 }
 
-template <int kPerLane>
-__global__ void __launch_bounds__(kBalanceThreads) balance_kernel(const __grid_constant__ BalanceParams params) {
+template <int kPerLane, int kWidth>
+__global__ void __launch_bounds__(kBalanceThreads, 2) balance_kernel(const __grid_constant__ BalanceParams params) {
   extern __shared__ float4 balance_storage[];
   auto& sums = *reinterpret_cast<BalanceSums<kPerLane>*>(balance_storage);
   const int sequence = blockIdx.x / params.num_parts, part = blockIdx.x % params.num_parts;
-  if (params.num_sequences > 0) {
-    if (threadIdx.x < BalanceSums<kPerLane>::kExperts) sums.loads[0][threadIdx.x] = 0;
-    __syncthreads();
-    add_part(params, Span(params.cu_seqlens, sequence, params.num_tokens), part, sums);
-    wait_for_prior_grid();
-    if (!is_last(params.tickets + sequence, params.num_parts)) return;
-    finish_sequence(params, sequence, sums);
-    if (!is_last(params.tickets + params.num_sequences, params.num_sequences)) return;
-  }
+  const Span span(params.cu_seqlens, sequence, params.num_tokens);
+  if (threadIdx.x < BalanceSums<kPerLane>::kExperts) sums.loads[0][threadIdx.x] = 0;
+  __syncthreads();
+  add_part<kWidth>(params, span, part, sums);
+  const int sequences_with_tokens = count_sequences(params);
+  wait_for_prior_grid();
+  if (!is_last(params.tickets + sequence, params.num_parts)) return;
+  finish_sequence(params, sequence, span, sequences_with_tokens, sums);
+  if (params.num_sequences > 1 && !is_last(params.tickets + params.num_sequences, params.num_sequences)) return;
   add_sequences(params);
-}
-
-// The sequence of a token: how many end at or before it.
-__device__ __forceinline__ int sequence_of(const int* cu_seqlens, int num_sequences, int64_t token) {
-  int sequence = 0;
-  for (int first = 0; first < num_sequences; first += 32) {
-    const int b = first + lane_idx();
-    sequence += __popc(__ballot_sync(~0u, b < num_sequences && cu_seqlens[b + 1] <= token));
-  }
-  return sequence;
-}
-
-template <int kPerLane>
-__global__ void __launch_bounds__(32 * kTokenWarps)
-    balance_backward_kernel(const __grid_constant__ BalanceBackwardParams params) {
-  const int64_t t = int64_t(blockIdx.x) * kTokenWarps + warp_idx();
-  if (t >= params.num_tokens) return;
-  const int64_t row = t * params.num_experts;
-  float score[kPerLane], grad[kPerLane];
-  load_row(params.scores + row, params.num_experts, score);
-  const int sequence = sequence_of(params.cu_seqlens, params.num_sequences, t);
-  const bool inside = sequence < params.num_sequences && params.cu_seqlens[sequence] <= t;
-  load_row(params.slope + int64_t(inside ? sequence : 0) * params.num_experts, inside ? params.num_experts : 0, grad);
-  const float inverse = __fdiv_rn(1.0f, row_sum(score) + kSumFloor), upstream = *params.grad;
-  float dot = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) dot += grad[i] * score[i];
-  dot = warp_sum(dot) * inverse;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) grad[i] = inside ? upstream * (grad[i] - dot) * inverse : 0.0f;
-  store_row(params.scores_grad + row, params.num_experts, grad);
 }
 
 }  // namespace dsv3rt

@@ -4,9 +4,11 @@
 #include "common/clear.cuh"
 #include "common/launch.h"
 #include "moe/balance.cuh"
+#include "moe/balance_backward.cuh"
 #include "moe/permute.cuh"
 #include "moe/place.cuh"
 #include "moe/route.cuh"
+#include "moe/route_backward.cuh"
 #include "moe/rows.cuh"
 #include "moe/sum.cuh"
 
@@ -39,6 +41,17 @@ void with_experts_a_lane(int num_experts, Launch launch) {
   if (num_experts <= 128) return launch(std::integral_constant<int, 4>());
   if (num_experts <= 256) return launch(std::integral_constant<int, 8>());
   return launch(std::integral_constant<int, 16>());
+}
+
+// As above, with how many neighbours of them are an access (see expert_of).
+template <class Launch>
+void with_rows_of_experts(int num_experts, Launch launch) {
+  with_experts_a_lane(num_experts, [&](auto per_lane) {
+    if constexpr (per_lane.value >= 4) {
+      if (num_experts % 4 == 0) return launch(per_lane, std::integral_constant<int, 4>());
+    }
+    launch(per_lane, std::integral_constant<int, 1>());
+  });
 }
 
 template <typename Element, int kPerLane>
@@ -80,9 +93,9 @@ const char* route_backward(const RouteBackwardParams& params, void* stream) {
   if (params.num_tokens == 0) return nullptr;
   if (params.num_tokens > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-      const auto kernel = params.logits_bf16 ? route_backward_kernel<__nv_bfloat16, per_lane.value>
-                                             : route_backward_kernel<float, per_lane.value>;
+    with_rows_of_experts(params.num_experts, [&](auto per_lane, auto width) {
+      const auto kernel = params.logits_bf16 ? route_backward_kernel<__nv_bfloat16, per_lane.value, width.value>
+                                             : route_backward_kernel<float, per_lane.value, width.value>;
       kernel<<<token_blocks(params.num_tokens), kTokenWarps * 32, 0, cuda_stream>>>(params);
     });
     return nullptr;
@@ -93,15 +106,19 @@ const char* balance_loss(const BalanceParams& params, void* stream) {
   const int64_t blocks = int64_t(params.num_sequences) * params.num_parts;
   if (params.num_tokens > kMaxBlocks || blocks > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
+    if (params.num_sequences == 0) {
+      DSV3RT_CUDA_CHECK(cudaMemsetAsync(params.loss, 0, sizeof(float), cuda_stream));
+      return nullptr;
+    }
     clear_kernel<<<1, kClearThreads, 0, cuda_stream>>>(params.tickets, params.num_sequences + 1);
-    const unsigned grid = std::max(static_cast<unsigned>(blocks), 1u);  // one at least writes the loss
     cudaError_t status = cudaSuccess;
-    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
-      const auto kernel = balance_kernel<per_lane.value>;
+    with_rows_of_experts(params.num_experts, [&](auto per_lane, auto width) {
+      const auto kernel = balance_kernel<per_lane.value, width.value>;
       constexpr int kSharedBytes = sizeof(BalanceSums<per_lane.value>);
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       if (status == cudaSuccess) {
-        status = launch_early(kernel, grid, kBalanceThreads, kSharedBytes, cuda_stream, params);
+        status =
+            launch_early(kernel, static_cast<unsigned>(blocks), kBalanceThreads, kSharedBytes, cuda_stream, params);
       }
     });
     DSV3RT_CUDA_CHECK(status);
@@ -113,9 +130,9 @@ const char* balance_loss_backward(const BalanceBackwardParams& params, void* str
   if (params.num_tokens == 0) return nullptr;
   if (params.num_tokens > kMaxBlocks) return "scores has 2^31 tokens or more";
   return on_device(params.device, stream, [&](cudaStream_t cuda_stream) -> const char* {
-    with_experts_a_lane(params.num_experts, [&](auto per_lane) {
+    with_rows_of_experts(params.num_experts, [&](auto per_lane, auto width) {
       const unsigned grid = token_blocks(params.num_tokens);
-      balance_backward_kernel<per_lane.value><<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params);
+      balance_backward_kernel<per_lane.value, width.value><<<grid, kTokenWarps * 32, 0, cuda_stream>>>(params);
     });
     return nullptr;
   });

@@ -300,41 +300,4 @@ __global__ void __launch_bounds__(32 * kTokenWarps, kPerLane > 8 ? 2 : 4)
   }
 }
 
-template <typename Element, int kPerLane>
-__global__ void __launch_bounds__(32 * kTokenWarps)
-    route_backward_kernel(const __grid_constant__ RouteBackwardParams params) {
-  const int64_t t = int64_t(blockIdx.x) * kTokenWarps + warp_idx();
-  if (t >= params.num_tokens) return;
-  const int64_t row = t * params.num_experts;
-  float score[kPerLane], grad[kPerLane];
-  load_row(params.scores + row, params.num_experts, score);
-  if (params.scores_grad != nullptr) {
-    load_row(params.scores_grad + row, params.num_experts, grad);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) grad[i] = 0.0f;
-  }
-  if (params.weight_grad != nullptr) {
-    const int expert = choice_of(params.idx, t, params.top_k, params.num_experts);
-    const float chosen = expert >= 0 ? params.scores[row + expert] : 0.0f;
-    float g = expert >= 0 ? params.weight_grad[t * params.top_k + lane_idx()] : 0.0f;
-    if (params.renormalize) {
-      const float inverse = __fdiv_rn(1.0f, warp_sum(chosen) + kSumFloor), dot = warp_sum(g * chosen);
-      g = (g - dot * inverse) * inverse;
-    }
-    g *= params.scale;
-    for (int k = 0; k < params.top_k; ++k) {
-      const int e = __shfl_sync(~0u, expert, k);
-      const float g_of_e = __shfl_sync(~0u, g, k);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (e == lane_idx() + 32 * i) grad[i] += g_of_e;
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) grad[i] *= (1.0f - score[i]) * score[i];
-  store_row(static_cast<Element*>(params.logits_grad) + row, params.num_experts, grad);
-}
-
 }  // namespace dsv3rt

@@ -1,4 +1,4 @@
-// What kernels with a warp a token share: lane l holds the experts l, l + 32, ...
+// What kernels with a warp a token share.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,22 +19,41 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Which experts of a row a lane holds: kWidth neighbours, then as many 32 * kWidth further on. With four of them,
+// which E must then be a multiple of, 16 bytes of FP32 are an access and a warp's lie side by side.
+template <int kWidth>
+__device__ __forceinline__ int expert_of(int i) {
+  return (i / kWidth * 32 + lane_idx()) * kWidth + i % kWidth;
+}
+
+template <typename Element, int kWidth>
+struct alignas(kWidth * sizeof(Element)) Neighbours {
+  Element elements[kWidth];
+};
+
 // A row of E numbers, zero past its end.
-template <int kPerLane, typename Element>
+template <int kWidth, int kPerLane, typename Element>
 __device__ __forceinline__ void load_row(const Element* row, int num_experts, float (&x)[kPerLane]) {
+  static_assert(kPerLane % kWidth == 0);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane_idx() + 32 * i;
-    x[i] = expert < num_experts ? static_cast<float>(row[expert]) : 0.0f;
+  for (int i = 0; i < kPerLane; i += kWidth) {
+    const int expert = expert_of<kWidth>(i);
+    Neighbours<Element, kWidth> loaded{};
+    if (expert < num_experts) loaded = *reinterpret_cast<const Neighbours<Element, kWidth>*>(row + expert);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) x[i + j] = static_cast<float>(loaded.elements[j]);
   }
 }
 
-template <int kPerLane, typename Element>
+template <int kWidth, int kPerLane, typename Element>
 __device__ __forceinline__ void store_row(Element* row, int num_experts, const float (&x)[kPerLane]) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = lane_idx() + 32 * i;
-    if (expert < num_experts) row[expert] = static_cast<Element>(x[i]);
+  for (int i = 0; i < kPerLane; i += kWidth) {
+    const int expert = expert_of<kWidth>(i);
+    Neighbours<Element, kWidth> stored;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) stored.elements[j] = static_cast<Element>(x[i + j]);
+    if (expert < num_experts) *reinterpret_cast<Neighbours<Element, kWidth>*>(row + expert) = stored;
   }
 }
 

@@ -10,7 +10,10 @@ namespace {
 template <class Shape, typename Weight>
 const char* launch_rows(const NormParams& params, cudaStream_t stream) {
   const unsigned blocks = ceil_div(params.out.num_rows, int64_t(Shape::kRows));
-  norm_rows_kernel<Shape, Weight><<<blocks, Shape::kBlockThreads, 0, stream>>>(params);
+  const bool casts_alone = Shape::kWhole && params.residual == nullptr && params.y == nullptr;
+  const auto kernel =
+      casts_alone ? norm_rows_kernel<Shape, Weight, Shape::kWhole> : norm_rows_kernel<Shape, Weight, false>;
+  kernel<<<blocks, Shape::kBlockThreads, 0, stream>>>(params);
   return nullptr;
 }
 

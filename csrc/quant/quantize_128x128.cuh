@@ -18,8 +18,13 @@ __device__ __forceinline__ void load_octet(Octet<Element>& octet, const Element*
   }
 }
 
+// A multiprocessor holds so many blocks: as many loads under way as registers allow.
 template <typename Element, bool kVectorised>
-__global__ void __launch_bounds__(kTileThreads, 2) quantize_blocks_kernel(const Quantize128x128Params params) {
+constexpr int kBlocksAtOnce = kVectorised && sizeof(Element) == 2 ? 3 : 2;
+
+template <typename Element, bool kVectorised>
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Element, kVectorised>)
+    quantize_blocks_kernel(const Quantize128x128Params params) {
   alignas(16) __shared__ TransposedTile tile;
   __shared__ uint32_t warp_amax[kTileWarps];
   const BatchTile place(blockIdx.x, params.num_rows, params.num_columns);

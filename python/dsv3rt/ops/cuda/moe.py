@@ -9,7 +9,7 @@ from dsv3rt.ops.cuda.extension import load
 from dsv3rt.ops.cuda.rows import aligned
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
-TOKENS_OF_PART, MAX_PARTS = 32, 264  # of sequences, for the balance loss: a block takes a part
+TOKENS_OF_PART, MAX_PARTS = 64, 256  # of sequences, for the balance loss: a block takes a part
 
 
 def route(logits_TE: Tensor, bias_E: Tensor, groups: tuple[int, int], top_k: int, *, scale: float,
