@@ -38,6 +38,8 @@ PEERS = {
     "no_drafts": "the same without drafts",
     "alone": "the same products without an average beside them",
     "without_it": "the same step without this saving; everything else as in the recipe",
+    "copy_to_next_gpu": "plain copies between the GPUs at the same time",
+    "one_gpu_times_ranks": "the rate of one GPU times their number",
     "all_to_all_single": "`torch.distributed.all_to_all_single`",
     "transformers": "Hugging Face transformers in BF16, eager",
     "transformers_compile": "Hugging Face transformers in BF16 under `torch.compile`",
