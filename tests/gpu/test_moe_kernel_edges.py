@@ -222,6 +222,19 @@ def test_row_kernels_leave_out_rows_that_do_not_exist_in_every_pass(top_k: int) 
     torch.testing.assert_close(got, chosen[:, :experts] * scores * (1 - scores))
 
 
+@pytest.mark.parametrize("experts", [6, 64, 256, 510])
+def test_route_backward_kernel_adds_gradients_of_an_expert_named_twice(experts: int) -> None:
+    """As its reference does; `route` names none twice."""
+    idx = torch.randint(0, experts, (100, 16))
+    idx[:, 1] = idx[:, 0]
+    weight_grad, (scores, scores_grad) = torch.rand((100, 16)), torch.rand((2, 100, experts)).unbind()
+    arguments = (weight_grad, scores_grad, scores, idx)
+    got = torch.ops.dsv3rt.route_backward(*(a.cuda() for a in arguments), True, 2.5, True)
+    want = torch.ops.dsv3rt.route_backward(*(a.double() for a in arguments[:3]), idx, True, 2.5, True)
+    # Sums of up to 17 terms of at most 2.5, each some roundings off.
+    torch.testing.assert_close(got.cpu().double(), want.double(), rtol=0, atol=17 * 2.5 * 8 * 2.0**-24)
+
+
 def test_row_kernels_take_slices_and_expanded_gradients() -> None:
     idx = torch.rand((50, 8), device="cuda").topk(2, dim=1).indices
     wide = torch.randn((50, 130), device="cuda").bfloat16()
