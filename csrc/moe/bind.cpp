@@ -45,6 +45,14 @@ class Arguments {
     return view.data;
   }
 
+  // Rows of experts that are read and written 16 bytes at a time where their number allows it.
+  void* experts(const char* name, const TensorView& view, std::initializer_list<DataType> dtypes, int64_t rows,
+                int64_t columns) const {
+    matrix(name, view, dtypes, rows, columns);
+    ArgCheck(op_, name, view).aligned(16);
+    return view.data;
+  }
+
   void at_most(const char* name, int64_t value, int64_t limit) const {
     if (value < 1 || value > limit) {
       throw py::value_error(std::string(op_) + ": " + name + " must be in 1.." + std::to_string(limit) + ", got " +
@@ -77,11 +85,11 @@ void bound_route(const TensorView& logits, const TensorView& bias, const TensorV
     ArgCheck("route", "bias", bias).fail("must hold groups of one size", std::to_string(experts));
   }
   RouteParams params{};
-  params.logits = arguments.matrix("logits", logits, {DataType::kFloat32, DataType::kBFloat16}, tokens, experts);
+  params.logits = arguments.experts("logits", logits, {DataType::kFloat32, DataType::kBFloat16}, tokens, experts);
   params.bias = static_cast<const float*>(arguments.vector("bias", bias, DataType::kFloat32, experts));
   params.idx = static_cast<int64_t*>(arguments.matrix("idx", idx, {DataType::kInt64}, tokens, top_k));
   params.weight = static_cast<float*>(arguments.matrix("weight", weight, {DataType::kFloat32}, tokens, top_k));
-  params.scores = static_cast<float*>(arguments.matrix("scores", scores, {DataType::kFloat32}, tokens, experts));
+  params.scores = static_cast<float*>(arguments.experts("scores", scores, {DataType::kFloat32}, tokens, experts));
   params.counts = static_cast<int64_t*>(arguments.vector("counts", counts, DataType::kInt64, experts));
   params.num_tokens = tokens;
   params.num_experts = static_cast<int>(experts);
@@ -91,9 +99,7 @@ void bound_route(const TensorView& logits, const TensorView& bias, const TensorV
   params.scale = scale;
   params.renormalize = renormalize;
   params.logits_bf16 = logits.dtype == DataType::kBFloat16;
-  for (const auto& [name, view] : {std::pair{"logits", &logits}, {"bias", &bias}, {"scores", &scores}}) {
-    ArgCheck("route", name, *view).aligned(16);
-  }
+  ArgCheck("route", "bias", bias).aligned(16);
   params.device = logits.device.index;
   throw_on_error("route", route(params, stream_for("route", logits, stream)));
 }
@@ -113,12 +119,12 @@ void bound_route_backward(const TensorView& weight_grad, const MaybeView& scores
   params.weight_grad = static_cast<const float*>(arguments.matrix("weight_grad", weight_grad, floats, tokens, top_k));
   if (scores_grad) {
     params.scores_grad =
-        static_cast<const float*>(arguments.matrix("scores_grad", *scores_grad, floats, tokens, experts));
+        static_cast<const float*>(arguments.experts("scores_grad", *scores_grad, floats, tokens, experts));
   }
-  params.scores = static_cast<const float*>(arguments.matrix("scores", scores, floats, tokens, experts));
+  params.scores = static_cast<const float*>(arguments.experts("scores", scores, floats, tokens, experts));
   params.idx = static_cast<const int64_t*>(arguments.matrix("idx", idx, {DataType::kInt64}, tokens, top_k));
   params.logits_grad =
-      arguments.matrix("logits_grad", logits_grad, {DataType::kFloat32, DataType::kBFloat16}, tokens, experts);
+      arguments.experts("logits_grad", logits_grad, {DataType::kFloat32, DataType::kBFloat16}, tokens, experts);
   params.num_tokens = tokens;
   params.num_experts = static_cast<int>(experts);
   params.top_k = static_cast<int>(top_k);
@@ -154,7 +160,7 @@ void bound_balance_loss(const TensorView& scores, const TensorView& idx, const T
     return view.data;
   };
   BalanceParams params{};
-  params.scores = static_cast<const float*>(arguments.matrix("scores", scores, floats, tokens, experts));
+  params.scores = static_cast<const float*>(arguments.experts("scores", scores, floats, tokens, experts));
   params.idx = static_cast<const int64_t*>(arguments.matrix("idx", idx, {DataType::kInt64}, tokens, top_k));
   params.cu_seqlens =
       static_cast<const int32_t*>(arguments.vector("cu_seqlens", cu_seqlens, DataType::kInt32, sequences + 1));
@@ -163,7 +169,7 @@ void bound_balance_loss(const TensorView& scores, const TensorView& idx, const T
   params.sequence_loss =
       static_cast<float*>(arguments.vector("sequence_loss", sequence_loss, DataType::kFloat32, sequences));
   params.tickets = static_cast<int32_t*>(arguments.vector("tickets", tickets, DataType::kInt32, sequences + 1));
-  params.slope = static_cast<float*>(arguments.matrix("slope", slope, floats, sequences, experts));
+  params.slope = static_cast<float*>(arguments.experts("slope", slope, floats, sequences, experts));
   params.loss = static_cast<float*>(arguments.vector("loss", loss, DataType::kFloat32, 1));
   params.num_tokens = tokens;
   params.num_sequences = static_cast<int>(sequences);
@@ -186,11 +192,11 @@ void bound_balance_loss_backward(const TensorView& grad, const TensorView& score
   const auto floats = {DataType::kFloat32};
   BalanceBackwardParams params{};
   params.grad = static_cast<const float*>(arguments.vector("grad", grad, DataType::kFloat32, 1));
-  params.scores = static_cast<const float*>(arguments.matrix("scores", scores, floats, tokens, experts));
-  params.slope = static_cast<const float*>(arguments.matrix("slope", slope, floats, sequences, experts));
+  params.scores = static_cast<const float*>(arguments.experts("scores", scores, floats, tokens, experts));
+  params.slope = static_cast<const float*>(arguments.experts("slope", slope, floats, sequences, experts));
   params.cu_seqlens =
       static_cast<const int32_t*>(arguments.vector("cu_seqlens", cu_seqlens, DataType::kInt32, sequences + 1));
-  params.scores_grad = static_cast<float*>(arguments.matrix("scores_grad", scores_grad, floats, tokens, experts));
+  params.scores_grad = static_cast<float*>(arguments.experts("scores_grad", scores_grad, floats, tokens, experts));
   params.num_tokens = tokens;
   params.num_sequences = static_cast<int>(sequences);
   params.num_experts = static_cast<int>(experts);

@@ -11,6 +11,7 @@ constexpr int kMaxTopK = 16;
 constexpr float kSumFloor = 1e-20f;  // added to sums of scores: zero by it is zero where all scores underflow
 constexpr int kMaxPlaceBlocks = 128;  // of the placement: each adds up the counts of all
 
+// Here and below arrays of E columns are 16-byte aligned.
 struct RouteParams {
   const void* logits;   // (T, E), FP32 or BF16, contiguous
   const float* bias;    // (E,)

@@ -235,6 +235,25 @@ def test_route_backward_kernel_adds_gradients_of_an_expert_named_twice(experts: 
     torch.testing.assert_close(got.cpu().double(), want.double(), rtol=0, atol=17 * 2.5 * 8 * 2.0**-24)
 
 
+@pytest.mark.parametrize("experts", [6, 64, 256])
+def test_kernels_of_experts_take_arrays_on_any_address(experts: int) -> None:
+    def moved(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    idx = torch.rand((40, experts), device="cuda").topk(4, dim=1).indices
+    weight_grad, (scores, scores_grad) = torch.rand((40, 4)).cuda(), torch.rand((2, 40, experts)).cuda().unbind()
+    ends, one = torch.tensor([0, 30, 40], dtype=torch.int32, device="cuda"), torch.ones((), device="cuda")
+    namespace = torch.ops.dsv3rt
+    want = namespace.route_backward(weight_grad, scores_grad, scores, idx, True, 2.5, True)
+    got = namespace.route_backward(moved(weight_grad), moved(scores_grad), moved(scores), moved(idx), True, 2.5, True)
+    assert torch.equal(got, want)
+    loss, slope = namespace.balance_loss(scores, idx, ends, 0.5)
+    for a, b in zip(namespace.balance_loss(moved(scores), idx, ends, 0.5), (loss, slope), strict=True):
+        assert torch.equal(a, b)
+    grad = namespace.balance_loss_backward(one, scores, slope, ends)
+    assert torch.equal(namespace.balance_loss_backward(one, moved(scores), moved(slope), ends), grad)
+
+
 def test_row_kernels_take_slices_and_expanded_gradients() -> None:
     idx = torch.rand((50, 8), device="cuda").topk(2, dim=1).indices
     wide = torch.randn((50, 130), device="cuda").bfloat16()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3rt.ops.cuda.extension import load
-from dsv3rt.ops.cuda.rows import aligned
+from dsv3rt.ops.cuda.rows import VECTOR_BYTES
 from dsv3rt.ops.types import ceil_div, empty_row_scales
 
 TOKENS_OF_PART, MAX_PARTS = 64, 256  # of sequences, for the balance loss: a block takes a part
@@ -47,11 +47,11 @@ def route_backward(
 ) -> Tensor:
     """The gradient of the logits, from those of weights and scores."""
     logits_grad = torch.empty(scores_TE.shape, dtype=dtype, device=scores_TE.device)
-    weight_grad, scores_grad = (None if grad is None else grad.contiguous() for grad in grads)
+    weight_grad, scores_grad = (None if grad is None else _packed(grad) for grad in grads)
     load().route_backward(
         weight_grad,
         scores_grad,
-        scores_TE.contiguous(),
+        _packed(scores_TE),
         idx_TK.contiguous(),
         logits_grad,
         scale=scale,
@@ -74,7 +74,7 @@ def balance_loss(scores_TE: Tensor, idx_TK: Tensor, cu_seqlens: Tensor, alpha: f
     load_parts = torch.empty((num_sequences, parts, E), dtype=torch.int32, device=scores_TE.device)
     tickets = torch.empty(num_sequences + 1, dtype=torch.int32, device=scores_TE.device)
     load().balance_loss(
-        scores_TE.contiguous(),
+        _packed(scores_TE),
         idx_TK.contiguous(),
         cu_seqlens.contiguous(),
         loss,
@@ -92,7 +92,7 @@ def balance_loss_backward(grad: Tensor, scores_TE: Tensor, slope_BE: Tensor, cu_
     """The gradient of the scores."""
     scores_grad = torch.empty(scores_TE.shape, dtype=torch.float32, device=scores_TE.device)
     load().balance_loss_backward(
-        grad.reshape(1), scores_TE.contiguous(), slope_BE.contiguous(), cu_seqlens.contiguous(), scores_grad
+        grad.reshape(1), _packed(scores_TE), _packed(slope_BE), cu_seqlens.contiguous(), scores_grad
     )
     return scores_grad
 
@@ -166,4 +166,5 @@ def unpermute_backward(
 
 def _packed(x: Tensor) -> Tensor:
     """Contiguous, on 16 bytes."""
-    return aligned(x).contiguous()
+    x = x.contiguous()
+    return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
