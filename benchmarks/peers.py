@@ -12,7 +12,7 @@ from benchmarks.shapes import Batch, Matrix
 from benchmarks.timing import Peer
 
 Shape = TypeVar("Shape")
-Sized = TypeVar("Sized", Matrix, Batch, Matrix | Batch)
+Sized = TypeVar("Sized", bound=Matrix | Batch)
 CHAINS = ["torch_eager", "torch_compile"]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.peers import copy_of, empty_kernel, peer_of, with_chains
-from benchmarks.timing import Case, Peer
+from benchmarks.timing import Case, Peer, Run
 from dsv3rt import ops
 from dsv3rt.ops import balance, expert_rows
 from dsv3rt.ops.reference import moe as reference
@@ -42,54 +42,79 @@ class Placed:
         self.num_padded = int(layout.offsets[-1])  # rows up to the last segment's end
 
 
+class SmallOp(NamedTuple):
+    """What it must move a token, how it is run, and the torch ops that it replaces."""
+
+    bytes_a_token: int
+    run: Run
+    chain: Run
+
+
+class SmallOps:
+    """Those whose bytes would take 1 to 10 us. Sequences of 4096 tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        logits, routing = routed(tokens)
+        bias = torch.zeros(EXPERTS, device="cuda")
+        ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
+        scores, idx = routing.scores_TE, routing.idx_TK
+        _, slope = balance._balance_loss(scores, idx, ends, ALPHA)
+        of_route = (torch.rand_like(routing.weight_TK), None, scores, idx, True, 2.5, True)
+        of_loss = (torch.ones((), device="cuda"), scores, slope, ends)
+        row, choices, weights = 4 * EXPERTS, 8 * TOP_K, 4 * TOP_K
+        self.named = {
+            "route": SmallOp(
+                2 * row + choices + weights,
+                lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
+                lambda: reference.route(logits, bias, RULE),
+            ),
+            "route, backward": SmallOp(
+                2 * row + choices + weights,
+                lambda: torch.ops.dsv3rt.route_backward(*of_route),
+                lambda: expert_rows._route_backward_on_cpu(*of_route),
+            ),
+            "balance_loss": SmallOp(
+                row + choices,
+                lambda: balance._balance_loss(scores, idx, ends, ALPHA),
+                lambda: reference.balance_loss(scores, idx, ends, ALPHA),
+            ),
+            "balance_loss, backward": SmallOp(
+                2 * row,
+                lambda: balance._balance_loss_backward(*of_loss),
+                lambda: reference.balance_loss_backward(*of_loss),
+            ),
+            "place": SmallOp(
+                2 * choices,
+                lambda: ops.place(idx, num_experts=EXPERTS),
+                lambda: reference.place(idx, EXPERTS, 128),
+            ),
+        }
+
+
+def bench_small_op(versus: Versus, copy_peer: Peer, op: str, tokens: int, peer: str) -> None:
+    small = SmallOps(tokens).named[op]
+    case = Case(op, f"{tokens}x{EXPERTS}", "gbps", tokens * small.bytes_a_token)
+    versus(case, small.run, peer_of(peer, copy_peer, small.chain))
+
+
 @pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_route(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
-    logits, _ = routed(tokens)
-    bias = torch.zeros(EXPERTS, device="cuda")
-    moved = tokens * (2 * 4 * EXPERTS + 12 * TOP_K)  # logits and scores; choices with their weights
-    versus(
-        Case("route", f"{tokens}x{EXPERTS}", "gbps", moved),
-        lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
-        peer_of(peer, copy_peer, lambda: reference.route(logits, bias, RULE)),
-    )
+    bench_small_op(versus, copy_peer, "route", tokens, peer)
 
 
 @pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_route_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
-    _, routing = routed(tokens)
-    arguments = (torch.rand_like(routing.weight_TK), None, routing.scores_TE, routing.idx_TK, True, 2.5, True)
-    moved = tokens * (2 * 4 * EXPERTS + 12 * TOP_K)
-    versus(
-        Case("route, backward", f"{tokens}x{EXPERTS}", "gbps", moved),
-        lambda: torch.ops.dsv3rt.route_backward(*arguments),
-        peer_of(peer, copy_peer, lambda: expert_rows._route_backward_on_cpu(*arguments)),
-    )
+    bench_small_op(versus, copy_peer, "route, backward", tokens, peer)
 
 
 @pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_balance_loss(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
-    """Sequences of 4096 tokens."""
-    _, routing = routed(tokens)
-    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
-    arguments = (routing.scores_TE, routing.idx_TK, ends, ALPHA)
-    versus(
-        Case("balance_loss", f"{tokens}x{EXPERTS}", "gbps", tokens * (4 * EXPERTS + 8 * TOP_K)),
-        lambda: balance._balance_loss(*arguments),
-        peer_of(peer, copy_peer, lambda: reference.balance_loss(*arguments)),
-    )
+    bench_small_op(versus, copy_peer, "balance_loss", tokens, peer)
 
 
 @pytest.mark.parametrize(("tokens", "peer"), CASES)
 def test_bench_balance_loss_backward(versus: Versus, copy_peer: Peer, tokens: int, peer: str) -> None:
-    _, routing = routed(tokens)
-    ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
-    _, slope = balance._balance_loss(routing.scores_TE, routing.idx_TK, ends, ALPHA)
-    arguments = (torch.ones((), device="cuda"), routing.scores_TE, slope, ends)
-    versus(
-        Case("balance_loss, backward", f"{tokens}x{EXPERTS}", "gbps", 2 * 4 * tokens * EXPERTS),
-        lambda: balance._balance_loss_backward(*arguments),
-        peer_of(peer, copy_peer, lambda: reference.balance_loss_backward(*arguments)),
-    )
+    bench_small_op(versus, copy_peer, "balance_loss, backward", tokens, peer)
 
 
 @pytest.mark.parametrize(("tokens", "peer"), CASES)
@@ -155,44 +180,16 @@ def test_bench_unpermute_backward(versus: Versus, copy_peer: Peer, tokens: int, 
     )
 
 
-class SmallOps:
-    """Those whose bytes would take 1 to 10 us: what each moves, and how it is run."""
-
-    NAMES = ("route", "route, backward", "balance_loss", "balance_loss, backward", "place")
-
-    def __init__(self, tokens: int) -> None:
-        logits, routing = routed(tokens)
-        bias = torch.zeros(EXPERTS, device="cuda")
-        ends = torch.arange(0, tokens + 1, TOKENS[0], dtype=torch.int32, device="cuda")
-        scores, idx = routing.scores_TE, routing.idx_TK
-        _, slope = balance._balance_loss(scores, idx, ends, ALPHA)
-        weight_grad, one = torch.rand_like(routing.weight_TK), torch.ones((), device="cuda")
-        row, choices = 4 * EXPERTS, 8 * TOP_K
-        self.runs: dict[str, tuple[int, Callable[[], object]]] = {
-            "route": (
-                2 * row + choices + 4 * TOP_K,
-                lambda: ops.route(logits, bias, top_k=TOP_K, num_groups=GROUPS, groups_kept=KEPT, scale=2.5),
-            ),
-            "route, backward": (
-                2 * row + choices + 4 * TOP_K,
-                lambda: torch.ops.dsv3rt.route_backward(weight_grad, None, scores, idx, True, 2.5, True),
-            ),
-            "balance_loss": (row + choices, lambda: balance._balance_loss(scores, idx, ends, ALPHA)),
-            "balance_loss, backward": (2 * row, lambda: balance._balance_loss_backward(one, scores, slope, ends)),
-            "place": (2 * choices, lambda: ops.place(idx, num_experts=EXPERTS)),
-        }
-
-
 @pytest.mark.parametrize("peer", ["empty_kernel", "copy_of_this_size"])
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("op", SmallOps.NAMES)
+@pytest.mark.parametrize("op", ["route", "route, backward", "balance_loss", "balance_loss, backward", "place"])
 def test_bench_small_ops_beside_a_copy_and_an_empty_kernel(versus: Versus, tokens: int, op: str, peer: str) -> None:
-    bytes_a_token, run = SmallOps(tokens).runs[op]
-    shape, moved = f"{tokens}x{EXPERTS}", tokens * bytes_a_token
+    small = SmallOps(tokens).named[op]
+    shape, moved = f"{tokens}x{EXPERTS}", tokens * small.bytes_a_token
     if peer == "empty_kernel":
-        versus(Case(op, shape, "us"), run, empty_kernel())
+        versus(Case(op, shape, "us"), small.run, empty_kernel())
     else:
-        versus(Case(op, shape, "gbps", moved), run, copy_of(moved))
+        versus(Case(op, shape, "gbps", moved), small.run, copy_of(moved))
 
 
 def test_bench_permute_fp8_beside_a_copy_of_its_size(versus: Versus) -> None:

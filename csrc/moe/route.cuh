@@ -52,9 +52,7 @@ template <bool kWhole, int kPerLane, typename Element>
 __device__ __forceinline__ void load_experts(const Element* row, int num_experts, float (&x)[kPerLane]) {
   const int first = lane_idx() * kPerLane;
   if constexpr (kWhole) {
-    struct alignas(4 * sizeof(Element)) Four {
-      Element elements[4];
-    };
+    using Four = Neighbours<Element, 4>;
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 4) {
       Four four{};

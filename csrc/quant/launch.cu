@@ -80,11 +80,10 @@ const char* launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
 
 template <bool kWithProduct, bool kWeighted>
 const char* launch_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
-  const bool from_fp8 = params.in.type == QuantInput::kFloat8;
   constexpr int kBytes = sizeof(BackwardStorage), kBytesFp8 = sizeof(WideBackwardStorage<kWithProduct>);
   static_assert(blocks_fit(2, kBytes) && blocks_fit(kWithProduct ? 2 : 3, kBytesFp8));
   const dim3 grid = tile_grid(params.out.num_rows, params.in.hidden);
-  if (!from_fp8) {
+  if (params.in.type == QuantInput::kBFloat16) {
     return launch_tiles(swiglu_backward_kernel<kWithProduct, kWeighted>, grid, kTileThreads, kBytes, stream, params);
   }
   return launch_tiles(swiglu_fp8_backward_kernel<kWithProduct, kWeighted>, grid, kWideThreads, kBytesFp8, stream,

@@ -18,8 +18,7 @@ constexpr float kMinusLog2E = -1.4426950408889634f;
 
 __device__ __forceinline__ Activation activate(float gate) {
   const float x = __fadd_rn(1.0f, exp2_approx(__fmul_rn(gate, kMinusLog2E)));
-  const float reciprocal = refine_reciprocal(x, reciprocal_approx(x));
-  const float sigmoid = gate < kLowestGate ? 0.0f : reciprocal;
+  const float inverse = reciprocal(x), sigmoid = gate < kLowestGate ? 0.0f : inverse;
   return {sigmoid, __fmul_rn(gate, sigmoid)};
 }
 
