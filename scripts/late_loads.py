@@ -1,6 +1,6 @@
 """Which loads from shared memory may be under way where a kernel hands that memory back.
 
-    python scripts/late_loads.py build/*/CMakeFiles/dsv3rt_kernels.dir/csrc/gemm/instances/*.o [--kernel PART] [--all]
+    python scripts/late_loads.py build/*/CMakeFiles/dsv3rt_*.dir/csrc/gemm/instances/*.o [--kernel PART] [--all]
 
 An mbarrier arrival does not wait for them, and who writes next may come first (docs/architecture.md, Handing shared
 memory back). Reads machine code for sm_90 by cuobjdump and nvdisasm, of the CUDA toolkit or of the packages

@@ -47,41 +47,15 @@ __device__ __forceinline__ float sigmoid(float x) {
   return factor * (near_one < INFINITY ? refine_reciprocal(near_one, estimate) : estimate);
 }
 
-// This lane's experts of a row, zero past its end. kWhole: four at a time, all there or none.
+// A lane's neighbouring experts. kWhole: four at a time, all there or none.
 template <bool kWhole, int kPerLane, typename Element>
 __device__ __forceinline__ void load_experts(const Element* row, int num_experts, float (&x)[kPerLane]) {
-  const int first = lane_idx() * kPerLane;
-  if constexpr (kWhole) {
-    using Four = Neighbours<Element, 4>;
-#pragma unroll
-    for (int i = 0; i < kPerLane; i += 4) {
-      Four four{};
-      if (first < num_experts) four = *reinterpret_cast<const Four*>(row + first + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[i + j] = static_cast<float>(four.elements[j]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) x[i] = first + i < num_experts ? static_cast<float>(row[first + i]) : 0.0f;
-  }
+  load_lane<kWhole ? 4 : 1>(row, num_experts, x, [](int i) { return lane_idx() * kPerLane + i; });
 }
 
 template <bool kWhole, int kPerLane>
 __device__ __forceinline__ void store_experts(float* row, int num_experts, const float (&x)[kPerLane]) {
-  const int first = lane_idx() * kPerLane;
-  if constexpr (kWhole) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; i += 4) {
-      if (first < num_experts) {
-        *reinterpret_cast<float4*>(row + first + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (first + i < num_experts) row[first + i] = x[i];
-    }
-  }
+  store_lane<kWhole ? 4 : 1>(row, num_experts, x, [](int i) { return lane_idx() * kPerLane + i; });
 }
 
 // What a warp keeps of its token, by expert; past the last expert keys are zero.

@@ -34,23 +34,21 @@ __global__ void __launch_bounds__(32 * kTokenWarps, kPerLane > 8 ? 3 : 5)
   float score[kPerLane], grad[kPerLane] = {};
   load_row<kWidth>(params.scores + first, params.num_experts, score);
   if (params.scores_grad != nullptr) load_row<kWidth>(params.scores_grad + first, params.num_experts, grad);
-  if (params.weight_grad != nullptr) {
-    const int expert = choice_of(params.idx, t, params.top_k, params.num_experts);
-    float g = lane_idx() < params.top_k ? params.weight_grad[t * params.top_k + lane_idx()] : 0.0f;
-    store_row<kWidth>(row, 32 * kPerLane, score);
-    __syncwarp();
-    const float chosen = expert >= 0 ? row[expert] : 0.0f;
-    if (expert < 0) g = 0.0f;
-    if (params.renormalize) {
-      const float inverse = __fdiv_rn(1.0f, warp_sum(chosen) + kSumFloor), dot = warp_sum(g * chosen);
-      g = (g - dot * inverse) * inverse;
-    }
-    __syncwarp();
-    store_row<kWidth>(row, 32 * kPerLane, grad);
-    __syncwarp();
-    add_to_choices(row, expert, g * params.scale);
-    load_row<kWidth>(row, 32 * kPerLane, grad);
+  const int expert = choice_of(params.idx, t, params.top_k, params.num_experts);
+  float g = lane_idx() < params.top_k ? params.weight_grad[t * params.top_k + lane_idx()] : 0.0f;
+  store_row<kWidth>(row, 32 * kPerLane, score);
+  __syncwarp();
+  const float chosen = expert >= 0 ? row[expert] : 0.0f;
+  if (expert < 0) g = 0.0f;
+  if (params.renormalize) {
+    const float inverse = __fdiv_rn(1.0f, warp_sum(chosen) + kSumFloor), dot = warp_sum(g * chosen);
+    g = (g - dot * inverse) * inverse;
   }
+  __syncwarp();
+  store_row<kWidth>(row, 32 * kPerLane, grad);
+  __syncwarp();
+  add_to_choices(row, expert, g * params.scale);
+  load_row<kWidth>(row, 32 * kPerLane, grad);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) grad[i] *= (1.0f - score[i]) * score[i];
   store_row<kWidth>(static_cast<Element*>(params.logits_grad) + first, params.num_experts, grad);

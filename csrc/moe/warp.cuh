@@ -31,13 +31,13 @@ struct alignas(kWidth * sizeof(Element)) Neighbours {
   Element elements[kWidth];
 };
 
-// A row of E numbers, zero past its end.
-template <int kWidth, int kPerLane, typename Element>
-__device__ __forceinline__ void load_row(const Element* row, int num_experts, float (&x)[kPerLane]) {
+// A lane's numbers of a row of E, zero past its end. place(i), for every kWidth-th i: where i and its neighbours lie.
+template <int kWidth, int kPerLane, typename Element, typename Place>
+__device__ __forceinline__ void load_lane(const Element* row, int num_experts, float (&x)[kPerLane], Place place) {
   static_assert(kPerLane % kWidth == 0);
 #pragma unroll
   for (int i = 0; i < kPerLane; i += kWidth) {
-    const int expert = expert_of<kWidth>(i);
+    const int expert = place(i);
     Neighbours<Element, kWidth> loaded{};
     if (expert < num_experts) loaded = *reinterpret_cast<const Neighbours<Element, kWidth>*>(row + expert);
 #pragma unroll
@@ -45,16 +45,26 @@ __device__ __forceinline__ void load_row(const Element* row, int num_experts, fl
   }
 }
 
-template <int kWidth, int kPerLane, typename Element>
-__device__ __forceinline__ void store_row(Element* row, int num_experts, const float (&x)[kPerLane]) {
+template <int kWidth, int kPerLane, typename Element, typename Place>
+__device__ __forceinline__ void store_lane(Element* row, int num_experts, const float (&x)[kPerLane], Place place) {
 #pragma unroll
   for (int i = 0; i < kPerLane; i += kWidth) {
-    const int expert = expert_of<kWidth>(i);
+    const int expert = place(i);
     Neighbours<Element, kWidth> stored;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) stored.elements[j] = static_cast<Element>(x[i + j]);
     if (expert < num_experts) *reinterpret_cast<Neighbours<Element, kWidth>*>(row + expert) = stored;
   }
+}
+
+template <int kWidth, int kPerLane, typename Element>
+__device__ __forceinline__ void load_row(const Element* row, int num_experts, float (&x)[kPerLane]) {
+  load_lane<kWidth>(row, num_experts, x, expert_of<kWidth>);
+}
+
+template <int kWidth, int kPerLane, typename Element>
+__device__ __forceinline__ void store_row(Element* row, int num_experts, const float (&x)[kPerLane]) {
+  store_lane<kWidth>(row, num_experts, x, expert_of<kWidth>);
 }
 
 template <int kPerLane>
