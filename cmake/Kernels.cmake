@@ -24,8 +24,9 @@ function(dsv3rt_compile_kernels target)
     $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 ${DSV3RT_NO_SPILLS} -Xptxas=-Werror -Werror=all-warnings -lineinfo>)
 endfunction()
 
-# Forward GEMMs: ptxas's control bits of their promotion are set anew in the object (promotion_bits.py).
-set(DSV3RT_FORWARD_GEMM ${CMAKE_SOURCE_DIR}/csrc/gemm/instances/dense_bf16.cu)
+# Forward GEMMs: ptxas's control bits of their promotion are set anew in the objects (promotion_bits.py).
+set(DSV3RT_FORWARD_GEMM ${CMAKE_SOURCE_DIR}/csrc/gemm/instances/dense_bf16.cu
+    ${CMAKE_SOURCE_DIR}/csrc/gemm/instances/grouped_rows_bf16.cu)
 set(DSV3RT_PROMOTION_BITS ${CMAKE_SOURCE_DIR}/cmake/promotion_bits.py)
 list(REMOVE_ITEM DSV3RT_KERNEL_SOURCES ${DSV3RT_FORWARD_GEMM})
 add_library(dsv3rt_forward_gemm OBJECT ${DSV3RT_FORWARD_GEMM})

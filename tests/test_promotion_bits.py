@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FORWARD = b"ScaleBE0ELNS_10GemmOutputE0ELNS_8GroupingE0E"  # scales of 128x128, BF16 out, no groups
+FORWARD = b"ScaleBE0ELNS_10GemmOutputE0E"  # scales of 128x128, BF16 out
 FFMA, FMUL = 0x223, 0x220
 YIELDS, STAYS, REUSES_B = 0, 1 << 45, 2 << 58
 WAITS = 5 << 41 | 7 << 48  # other control bits, which stay as they are

@@ -12,9 +12,9 @@ struct TileCost {
 };
 
 TileCost cost_of(TileShape tile) {
-  if (tile.m == 256) return {1030, 0, 1500};
+  if (tile.m == 256) return {1026, 0, 1500};
   if (tile.m == 192) return {780, 1240, 800};
-  if (tile.n == 192) return {775, 0, 700};
+  if (tile.n == 192) return {772, 0, 700};
   if (tile.n == 128) return {540, 890, 600};
   return {350, 600, 400};
 }
