@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 KERNEL = b"sm90_fp8_gemm_kernel"
-INSTRUCTION_BYTES = 16
 FFMA_OF_REGISTERS = 0x223
 OPERATION = 0xFFF  # of the lower word; of the upper one:
 DOES_NOT_YIELD = 1 << 45
@@ -37,9 +36,13 @@ def instructions_a_yield(kernel: bytes) -> int:
     return 8 if b"GemmConfigILi256E" in kernel else 4
 
 
-def operand_b(lower: int) -> int | None:
-    """The register that an FFMA reads as its second factor; None for other instructions."""
+def second_factor(lower: int) -> int | None:
+    """The register that an FFMA reads as operand B; None for other instructions."""
     return lower >> 32 & 0xFF if lower & OPERATION == FFMA_OF_REGISTERS else None
+
+
+def target(lower: int) -> int:
+    return lower >> 16 & 0xFF
 
 
 def set_bits(code: bytes, every: int) -> bytes:
@@ -47,7 +50,7 @@ def set_bits(code: bytes, every: int) -> bytes:
     words = list(struct.unpack(f"<{len(code) // 8}Q", code))
     run = 0
     for i in range(0, len(words), 2):
-        factor = operand_b(words[i])
+        factor = second_factor(words[i])
         if factor is None:
             run = 0
             continue
@@ -55,7 +58,8 @@ def set_bits(code: bytes, every: int) -> bytes:
         upper = words[i + 1] & ~(DOES_NOT_YIELD | REUSES)
         if run % every != 0:
             upper |= DOES_NOT_YIELD
-            if i + 2 < len(words) and operand_b(words[i + 2]) == factor:
+            shared = i + 2 < len(words) and second_factor(words[i + 2]) == factor
+            if shared and target(words[i]) != factor:
                 upper |= REUSES_B
         words[i + 1] = upper
     return struct.pack(f"<{len(words)}Q", *words)

@@ -42,6 +42,11 @@ def test_one_in_four_yields_and_the_others_reuse_the_factor(tool: ModuleType) ->
     assert tool.set_bits(before, 4) == b"".join(after)
 
 
+def test_a_factor_that_is_written_over_is_read_again(tool: ModuleType) -> None:
+    writes_its_factor, reads_it = instruction(FFMA, 20, 0), instruction(FFMA, 20, 0)
+    assert tool.set_bits(writes_its_factor + reads_it, 4) == instruction(FFMA, 20, STAYS) * 2
+
+
 def device_binary(section: bytes, code: bytes) -> bytes:
     """An ELF file for CUDA with two sections: names, and `section`."""
     names = b"\0.shstrtab\0" + section + b"\0"
