@@ -11,14 +11,13 @@ endif()
 
 file(GLOB_RECURSE DSV3RT_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*.cu ${CMAKE_SOURCE_DIR}/csrc/heuristics.cpp
      ${CMAKE_SOURCE_DIR}/csrc/*heuristics.cpp)
-if(NOT DSV3RT_FOR_RACECHECK)  # whose arrivals take registers
-  set(DSV3RT_NO_SPILLS -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage)
-endif()
 
 function(dsv3rt_compile_kernels target)
   target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR}/csrc)
-  if(DSV3RT_FOR_RACECHECK)
+  if(DSV3RT_FOR_RACECHECK)  # whose arrivals take registers
     target_compile_definitions(${target} PRIVATE DSV3RT_FOR_RACECHECK)
+  else()
+    set(DSV3RT_NO_SPILLS -Xptxas=--warn-on-spills -Xptxas=--warn-on-local-memory-usage)
   endif()
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:--ptxas-options=--register-usage-level=10 ${DSV3RT_NO_SPILLS} -Xptxas=-Werror -Werror=all-warnings -lineinfo>)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+import loose_modules
 
 ARRIVE, LOAD = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR8], RZ", "LDS.128 R4, [R2]"
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "scripts/late_loads.py"
-    spec = importlib.util.spec_from_file_location("late_loads", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["late_loads"] = module
-    spec.loader.exec_module(module)
-    return module
+    return loose_modules.load("scripts/late_loads.py")
 
 
 def listing(*lines: tuple[str, int | None, tuple[int, ...]]) -> str:

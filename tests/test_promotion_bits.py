@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+import loose_modules
+
 FORWARD = b"ScaleBE0ELNS_10GemmOutputE0E"  # scales of 128x128, BF16 out
 FFMA, FMUL = 0x223, 0x220
 YIELDS, STAYS, REUSES_B = 0, 1 << 45, 2 << 58
@@ -19,12 +20,7 @@ WAITS = 5 << 41 | 7 << 48  # other control bits, which stay as they are
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("promotion_bits", ROOT / "cmake/promotion_bits.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loose_modules.load("cmake/promotion_bits.py")
 
 
 def instruction(operation: int, factor: int, upper: int) -> bytes:
